@@ -1,0 +1,218 @@
+"""The torch.compile backend: Inductor, with the fusion pass added to whatever passes are there already."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import dit_kernels  # noqa: F401  registers the ops, which code from a warm cache calls by name
+from fusion_pass.report import FusionReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fusion_pass.graph_pass import FusionPass
+
+log = logging.getLogger("fusion_pass")
+
+ROUNDINGS = ("model", "fp32")
+KERNELS = ("auto", "reference")
+_HOOK = "post_grad_custom_pre_pass"
+
+
+def _check_choice(name: str, got: object, expected: tuple[str, ...]) -> None:
+    if got not in expected:
+        raise ValueError(f"Backend: {name} is {got!r}, expected {' or '.join(map(repr, expected))}")
+
+
+class Backend:
+    """torch.compile's "inductor" backend with the fusion pass: `torch.compile(model, backend=Backend(...))`.
+
+    rounding: "model" (each fused site rounds where the model's own eager code rounds) or "fp32" (one rounding at each
+    output). kernels: "auto" (rewrite where a CUDA kernel can run) or "reference" (rewrite every proven site, on any
+    device, and run the PyTorch definitions). strict: raise where a site that matched cannot be fused, or an internal
+    error occurred, instead of warning once. Raises ValueError that names a bad argument.
+    """
+
+    def __init__(self, rounding: str = "model", kernels: str = "auto", strict: bool = False) -> None:
+        _check_choice("rounding", rounding, ROUNDINGS)
+        _check_choice("kernels", kernels, KERNELS)
+        if not isinstance(strict, bool):
+            raise ValueError(f"Backend: strict is {strict!r}, expected True or False")
+        self.rounding, self.kernels, self.strict = rounding, kernels, strict
+
+    def __call__(
+        self,
+        gm: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        name: str | None = None,
+    ) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        fusion_pass = self._make_pass()
+        patches = _with_hook(_inductor_config(mode, options), fusion_pass)
+        region = {"compile_region_name": name} if "compile_region_name" in _parameters(compile_fx) else {}
+        with _log_of_cached_graphs(fusion_pass):
+            return compile_fx(gm, example_inputs, config_patches=patches, **region)
+
+    def _make_pass(self) -> FusionPass:
+        from fusion_pass.graph_pass import FusionPass
+
+        return FusionPass(self.rounding, self.kernels, self.strict)
+
+    def reset(self) -> None:
+        """Called by torch.compiler.reset(): drops CUDA graphs, as the stock backend does."""
+        trees = sys.modules.get("torch._inductor.cudagraph_trees")
+        if trees is not None:
+            trees.reset_cudagraph_trees()
+
+    def get_compiler_config(self) -> Any:
+        """Inductor's configuration as this backend patches it."""
+        from torch._inductor.compile_fx import get_patched_config_dict
+
+        return get_patched_config_dict(config_patches=_with_hook({}, self._make_pass()))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.rounding, self.kernels, self.strict))
+
+    def __repr__(self) -> str:
+        return f"Backend(rounding={self.rounding!r}, kernels={self.kernels!r}, strict={self.strict!r})"
+
+
+class _ExplainBackend(Backend):
+    """Equals no other, so that it shares no compiled code; collects the reports; caches nothing."""
+
+    def __init__(self, like: Backend) -> None:
+        super().__init__(like.rounding, like.kernels, like.strict)
+        self.report = FusionReport()
+
+    def _make_pass(self) -> FusionPass:
+        from fusion_pass.graph_pass import FusionPass
+
+        return FusionPass(self.rounding, self.kernels, self.strict, collector=self.report)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+_DEFAULT = Backend()
+
+
+def fusion_pass_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """`torch.compile(model, backend="fusion_pass")`: the entry point. The same as Backend()."""
+    return _DEFAULT(gm, example_inputs, **kwargs)
+
+
+fusion_pass_backend.reset = _DEFAULT.reset  # type: ignore[attr-defined]
+fusion_pass_backend.get_compiler_config = _DEFAULT.get_compiler_config  # type: ignore[attr-defined]
+
+
+def inductor_options(
+    rounding: str = "model",
+    kernels: str = "auto",
+    strict: bool = False,
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The options that make the stock backend run the pass: `torch.compile(model, options=inductor_options())`.
+
+    The first three arguments are those of Backend; mode and options those of torch.compile.
+    """
+    fusion_pass = Backend(rounding, kernels, strict)._make_pass()
+    return _with_hook(_inductor_config(mode, options), fusion_pass)
+
+
+def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = None, **kwargs: Any) -> FusionReport:
+    """Compiles `model` afresh, calls `model(*args, **kwargs)` once, and says what was fused and what was missed.
+
+    A model that is compiled already, as a whole or block by block, is looked at as the model that it was made from, in
+    the same parts. Dynamo's caches are reset before and after; nothing is read from, or written to, Inductor's caches.
+    backend: a Backend whose options count; None for the default one. Raises ValueError for any other.
+    """
+    if backend is None:
+        backend = _DEFAULT
+    if not isinstance(backend, Backend):
+        raise ValueError(f"explain: backend is {backend!r}, expected a fusion_pass.Backend or None")
+    fresh = _ExplainBackend(backend)
+    torch._dynamo.reset()
+    try:
+        with _compiled_with(fresh, model) as compiled:
+            compiled(*args, **kwargs)
+    finally:
+        torch._dynamo.reset()
+    return fresh.report
+
+
+@contextmanager
+def _compiled_with(backend: Backend, model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """The model, or each of the parts that are compiled already, compiled with `backend` for the time being."""
+    model = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    parts = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    if not parts:
+        yield torch.compile(model, backend=backend)
+        return
+    try:
+        for module, _ in parts:
+            module._compiled_call_impl = torch.compile(module._call_impl, backend=backend)
+        yield model
+    finally:
+        for module, compiled in parts:
+            module._compiled_call_impl = compiled
+
+
+def _parameters(function: Callable[..., Any]) -> Any:
+    return inspect.signature(function).parameters
+
+
+def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    """mode and options as Inductor's configuration, checked as the stock backend checks them."""
+    wrapper = torch._TorchCompileInductorWrapper(mode, None, None)
+    wrapper.apply_options(options)
+    return dict(wrapper.config)
+
+
+def _with_hook(config: dict[str, Any], fusion_pass: FusionPass) -> dict[str, Any]:
+    """The configuration with our pass behind the passes that are set there, or in Inductor's own configuration."""
+    from torch._inductor import config as inductor_config
+
+    from fusion_pass.hook import join
+
+    present = config.get(_HOOK, getattr(inductor_config, _HOOK))
+    return {**config, _HOOK: join(present, fusion_pass)}
+
+
+@contextmanager
+def _log_of_cached_graphs(fusion_pass: FusionPass) -> Iterator[None]:
+    """One INFO line, also where the graph comes from a warm cache and the pass is not called."""
+    from torch._dynamo.utils import counters
+
+    from fusion_pass.graph_pass import COUNTER_PREFIX
+
+    before = dict(counters["inductor"])
+    yield
+    if fusion_pass.calls:
+        return
+    loaded = {
+        key.removeprefix(COUNTER_PREFIX): count - before.get(key, 0)
+        for key, count in counters["inductor"].items()
+        if key.startswith(COUNTER_PREFIX) and count > before.get(key, 0)
+    }
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(loaded.items()))
+    log.info("graph from a warm cache: fused ops in it: %d%s", sum(loaded.values()), f" ({kinds})" if kinds else "")

@@ -1,0 +1,128 @@
+"""A small vocabulary for reading an FX graph of ATen operations: casts, views, commutative operands, constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+ADD = (aten.add.Tensor, aten.add.Scalar)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Is this value the result of one of these operators?"""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def value(node: Node) -> torch.Tensor | None:
+    """The fake tensor that stands for a node's result, where it is one tensor."""
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def dtype(node: Node) -> torch.dtype | None:
+    val = value(node)
+    return None if val is None else val.dtype
+
+
+def is_cast(node: Any) -> bool:
+    """A change of dtype and of nothing else."""
+    return is_call(node, prims.convert_element_type.default)
+
+
+def through_casts(node: Any) -> Any:
+    """What a chain of casts started from."""
+    while is_cast(node):
+        node = node.args[0]
+    return node
+
+
+def is_widening(node: Any) -> bool:
+    """A cast from a 16-bit float to fp32: the value stays what it was."""
+    return is_cast(node) and dtype(node) == torch.float32 and dtype(node.args[0]) in HALVES
+
+
+def is_narrowing(node: Any) -> bool:
+    """A cast from fp32 to a 16-bit float: the value is rounded."""
+    return is_cast(node) and dtype(node) in HALVES and dtype(node.args[0]) == torch.float32
+
+
+def through_widening(node: Any) -> Any:
+    """What has the same value as the node before it was cast up to fp32."""
+    while is_widening(node):
+        node = node.args[0]
+    return node
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Are a and b the same value, up to casts that change nothing?"""
+    return isinstance(a, Node) and through_widening(a) is through_widening(b)
+
+
+def other_operands(node: Node, operand: Node) -> Iterator[Any]:
+    """What stands opposite `operand` in a commutative operation, for each side on which it stands."""
+    left, right = node.args[:2]
+    if left is operand:
+        yield right
+    if right is operand:
+        yield left
+
+
+def is_plain_add(node: Any) -> bool:
+    """a + b, without the factor `alpha`."""
+    return is_call(node, *ADD) and node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
+
+
+def add_constant(node: Any, number: float) -> Node | None:
+    """The tensor v where the node is v + number."""
+    if is_plain_add(node) and isinstance(node.args[0], Node) and _is_number(node.args[1], number):
+        return node.args[0]
+    return None
+
+
+def _is_number(arg: Any, number: float) -> bool:
+    return isinstance(arg, int | float) and not isinstance(arg, bool) and float(arg) == number
+
+
+def sole_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Are the shapes equal whatever their symbols stand for? Adds no guard."""
+    return a.ndim == b.ndim and all(known_equal(m, n) for m, n in zip(a.shape, b.shape))
+
+
+def broadcasts_to(a: torch.Tensor, x: torch.Tensor) -> bool:
+    """Does a broadcast to the shape of x, whatever the symbols stand for? Adds no guard."""
+    pairs = zip(reversed(a.shape), reversed(x.shape))
+    return a.ndim <= x.ndim and all(known_equal(m, 1) or known_equal(m, n) for m, n in pairs)
+
+
+def known_equal(a: Any, b: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
+
+
+def depends_on(nodes: Iterable[Node], sources: set[Node]) -> Node | None:
+    """The first of `nodes` that is computed from one of `sources`."""
+    earliest = min(sources)
+    for node in nodes:
+        seen: set[Node] = set()
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            if current in sources:
+                return node
+            if current in seen or current < earliest:
+                continue
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return None

@@ -1,0 +1,42 @@
+"""May a proven site run on a kernel here, and does it pay? A reason when not."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from dit_kernels.ops import kernels_missing
+from fusion_pass.dataflow import is_call, known_equal, value
+from fusion_pass.report import Reason, Refused
+from fusion_pass.sites.operand import Operand
+from fusion_pass.sites.site import Site
+
+
+def check(site: Site) -> None:
+    """Raises Refused where no kernel can run the site, or where Inductor's own kernel is expected to be better."""
+    x = value(site.x)
+    assert x is not None
+    missing = kernels_missing(x.device)
+    if missing is not None:
+        raise Refused(Reason.NO_KERNEL, detail=missing, kind=site.kind)
+    for operand in (site.operands.get("gate"), site.operands.get("scale")):
+        if isinstance(operand, Operand) and _is_computed_per_token(operand, x):
+            raise Refused(Reason.PER_TOKEN, operand.source, kind=site.kind)
+
+
+def _is_computed_per_token(operand: Operand, x: torch.Tensor) -> bool:
+    """A gate or scale of x's size that Inductor would have computed inside its kernel, and that the op must read.
+
+    Not measured yet whether fusing such a site pays: writing the operand out costs as many bytes as the fusion saves
+    at most, so the site is left to Inductor.
+    """
+    val = value(operand.source)
+    if val is None or val.ndim < x.ndim or not _is_pointwise(operand.source):
+        return False
+    return not any(known_equal(size, 1) for size in val.shape[-2:])
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Would Inductor compute this node where it is read, instead of storing it?"""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or is_call(node, torch.ops.prims.convert_element_type.default)

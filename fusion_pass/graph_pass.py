@@ -1,0 +1,303 @@
+"""FusionPass: the custom pass that Inductor calls on each post-grad graph.
+
+The order of things: survey the graph, let Inductor's pattern matcher visit the anchors, prove the site that grows from
+each, rewrite it, and report. The rewrite of a graph is a transaction: if anything raises, the graph is the one that
+came in, a warning says so once, and the model compiles without the pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.pattern_matcher import (
+    MULTIPLE,
+    CallFunction,
+    Ignored,
+    Match,
+    PatternMatcherPass,
+    register_graph_pattern,
+    stable_topological_sort,
+)
+from torch.fx import Graph, Node
+
+import dit_kernels.ops
+from fusion_pass import eligibility, sites
+from fusion_pass.report import (
+    BY_DESIGN,
+    FusionReport,
+    Reason,
+    Refused,
+    ReportedSite,
+    module_path,
+    source_line,
+    symbolic_shape,
+)
+from fusion_pass.sites import gated, norm
+from fusion_pass.sites.norm import Norm
+from fusion_pass.sites.site import Site, Survey, prove, rewrite
+
+log = logging.getLogger("fusion_pass")
+
+# The prefix of our keys in counters["inductor"], which Inductor stores with a compiled graph and adds again when it
+# loads the graph from a cache: so a warm process knows what the loaded code holds, though the pass is not called.
+COUNTER_PREFIX = "fusion_pass_"
+
+
+class FusionPass(CustomGraphPass):
+    """Rewrites every proven site of a graph into a call of its op. Arguments as those of fusion_pass.Backend.
+
+    `collector`, where given, gets each graph's report; such a pass has no uuid, so nothing that it compiles is cached.
+    """
+
+    def __init__(
+        self,
+        rounding: str = "model",
+        kernels: str = "auto",
+        strict: bool = False,
+        collector: FusionReport | None = None,
+    ) -> None:
+        self.rounding, self.kernels, self.strict = rounding, kernels, strict
+        self.collector = collector
+        self.calls = 0
+
+    def __call__(self, graph: Graph) -> None:
+        self.calls += 1
+        report = FusionReport(graphs=1)
+        saved = _copy(graph)
+        try:
+            _Rewriter(self, graph, report).run()
+            graph.lint()
+        except Exception as error:
+            _restore(graph, saved)
+            if self.strict:
+                raise
+            report = FusionReport(graphs=1, missed=[_failure(error)])
+            _warn_once(f"fusion_pass: {Reason.ERROR.value}: {type(error).__name__}: {error}")
+            log.warning("internal error; the graph is left as it was", exc_info=True)
+        self._publish(report)
+
+    def uuid(self) -> Any | None:
+        """What the output of this pass depends on, beyond the graph: its sources, its options and the versions."""
+        if self.collector is not None:
+            return None
+        return f"fusion_pass:{_fingerprint()}:{self.options()}"
+
+    def options(self) -> tuple[str, str, bool]:
+        return (self.rounding, self.kernels, self.strict)
+
+    def __eq__(self, other: object) -> bool:
+        same_kind = isinstance(other, FusionPass) and self.collector is None and other.collector is None
+        return self is other or (same_kind and isinstance(other, FusionPass) and self.options() == other.options())
+
+    def __hash__(self) -> int:
+        return hash(self.options())
+
+    def _publish(self, report: FusionReport) -> None:
+        if self.collector is not None:
+            self.collector.merge(report)
+        for site in report.fused:
+            counters["fusion_pass"][site.kind] += 1
+            counters["inductor"][COUNTER_PREFIX + site.kind] += 1
+        counters["fusion_pass"]["graphs"] += 1
+        counters["fusion_pass"]["missed"] += len(report.missed)
+        log.info("graph: %s", report.summary())
+        for site in report.fused:
+            log.debug("fused %s: %s at %s", site.kind, site.module, site.source)
+        for site in report.missed:
+            log.debug("missed %s: %s at %s: %s", site.kind, site.module, site.source, site.reason)
+        torch._logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "fusion_pass_report", "encoding": "json"},
+            payload_fn=report.to_json,
+        )
+
+
+class _Rewriter:
+    """One run of the pass over one graph."""
+
+    def __init__(self, options: FusionPass, graph: Graph, report: FusionReport) -> None:
+        self.options, self.graph, self.report = options, graph, report
+        self.training = _is_training(graph)
+        self.survey = Survey()
+        self.proven: dict[Node, Site] = {}
+
+    def run(self) -> None:
+        anchors = [node for target in norm.ANCHORS for node in self.graph.find_nodes(op="call_function", target=target)]
+        for anchor in sorted(anchors):
+            self._look_at(anchor)
+        matcher = PatternMatcherPass(pass_name="fusion_pass")
+        for target in norm.ANCHORS:
+            inputs = [Ignored()] * (2 if target is torch.ops.aten.pow.Tensor_Scalar else 1)
+            pattern = CallFunction(target, *inputs, _users=MULTIPLE)
+            register_graph_pattern(pattern, extra_check=self._check, pass_dict=matcher)(self._rewrite)
+        matcher.apply(self.graph)
+        self.report.fused.reverse()  # the matcher visits a graph from its end
+        self.report.missed.reverse()
+
+    def _look_at(self, anchor: Node) -> None:
+        """Notes which y a gated norm makes, so that the norm that reads it can find its site."""
+        try:
+            found = norm.find(anchor)
+            upper = None if found is None else gated.grow(found)
+        except Refused:
+            return
+        if upper is not None:
+            self.survey.gated[upper.y] = anchor
+
+    def _check(self, match: Match) -> bool:
+        """Is the anchor that of a site that can be fused? What cannot is reported."""
+        anchor = match.output_node()
+        try:
+            found = norm.find(anchor)
+            if found is None:
+                return False
+            self.proven[anchor] = self._prove(found)
+            return True
+        except Refused as refusal:
+            self.report.missed.append(_missed(anchor, refusal))
+            if refusal.reason not in BY_DESIGN:
+                if self.options.strict:
+                    raise StrictError(self.report.missed[-1]) from refusal
+                _warn_missed(refusal)
+            return False
+
+    def _prove(self, found: Norm) -> Site:
+        """The largest provable site around a norm. Raises Refused with what stood in the way of the largest."""
+        first_refusal = None
+        for kind in sites.KINDS:
+            try:
+                site = kind.find(found, self.survey)
+                if site is None:
+                    continue
+                if self.training:
+                    raise Refused(Reason.TRAINING, kind=kind.KIND)
+                prove(site, self.graph)
+                if self.options.kernels == "auto":
+                    eligibility.check(site)
+                return site
+            except Refused as refusal:
+                first_refusal = first_refusal or refusal
+        raise first_refusal or Refused(Reason.ALONE)
+
+    def _rewrite(self, match: Match) -> None:
+        anchor = match.output_node()
+        site = self.proven.pop(anchor)
+        self.report.fused.append(_fused(site, self.options.rounding))
+        call = rewrite(site, self.graph, self.options.rounding)
+        if any(reader < user for user in call.users for reader in user.users) or any(u < call for u in call.users):
+            stable_topological_sort(self.graph)
+        args, kwargs = call.meta["eager_input_vals"]
+        dit_kernels.ops.prepare(call.target, *args, **kwargs)
+
+
+class StrictError(RuntimeError):
+    """Raised under `strict=True`: a site that matched cannot be fused."""
+
+    def __init__(self, site: ReportedSite) -> None:
+        super().__init__(f"fusion_pass (strict): {site.kind} at {site.module} ({site.source}) not fused: {site.reason}")
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def _fused(site: Site, rounding: str) -> ReportedSite:
+    return ReportedSite(
+        kind=site.kind,
+        gate=site.gate(),
+        scale=site.scale(),
+        module=module_path(site.anchor),
+        source=source_line(site.results()[0]),
+        shape=symbolic_shape(site.x),
+        dtype=site.x.meta["val"].dtype,
+        rounding="fp32" if rounding == "fp32" else site.options["rounding"],
+    )
+
+
+def _missed(anchor: Node, refusal: Refused) -> ReportedSite:
+    x = norm.measured(anchor)
+    return ReportedSite(
+        kind=refusal.kind or "norm",
+        gate=None,
+        scale=None,
+        module=module_path(anchor),
+        source=source_line(anchor),
+        shape=symbolic_shape(x),
+        dtype=x.meta["val"].dtype,
+        rounding=None,
+        reason=refusal.text(),
+        reason_name=refusal.reason.name,
+    )
+
+
+def _failure(error: Exception) -> ReportedSite:
+    reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}"
+    return ReportedSite("graph", None, None, "", "", (), None, None, reason, Reason.ERROR.name)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _warn_missed(refusal: Refused) -> None:
+    """Once for each reason: a site that was recognised, and is not fused."""
+    detail = f" ({refusal.detail})" if refusal.reason is Reason.NO_KERNEL else ""
+    _warn_once(f"fusion_pass: a site was found and not fused: {refusal.reason.value}{detail}; see fusion_pass.explain")
+
+
+# --- the transaction --------------------------------------------------------------------------------------------------
+
+
+def _copy(graph: Graph) -> Graph:
+    saved = Graph()
+    values: dict[Node, Node] = {}
+    output = saved.graph_copy(graph, values)
+    node = saved.output(output)
+    node.meta = dict(graph.output_node().meta)
+    return saved
+
+
+def _restore(graph: Graph, saved: Graph) -> None:
+    """Makes `graph`, the object that Inductor holds, what `saved` is."""
+    for node in list(graph.nodes):
+        node.args, node.kwargs = (), {}
+    for node in list(graph.nodes):
+        graph.erase_node(node)
+    node = graph.output(graph.graph_copy(saved, {}))
+    node.meta = dict(saved.output_node().meta)
+
+
+def _is_training(graph: Graph) -> bool:
+    """AOTAutograd names what a training graph takes `primals` and, in the backward, `tangents`."""
+    return any(str(node.target).startswith(("primals", "tangents")) for node in graph.find_nodes(op="placeholder"))
+
+
+# --- the uuid ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(dit_kernels.ops.__file__).parent):
+        for source in sorted(package.rglob("*.py")):
+            digest.update(source.relative_to(package).as_posix().encode())
+            digest.update(source.read_bytes())
+    for name in ("torch", "nvidia-cutlass-dsl"):
+        digest.update(f"{name}={_version(name)};".encode())
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,200 @@
+"""What was fused, what was missed and why: the record that a compilation leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from io import StringIO
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+
+class Reason(str, Enum):
+    """Why a norm in the graph was not fused; the list is closed."""
+
+    ALONE = "neither `residual + gate * norm` nor `norm * scale` stands around the norm"
+    UNGATED = "the norm is added to a residual without a gate"
+    SHIFTED = "a shift follows the scale: another pattern, left to Inductor"
+    LAYER_NORM = "it is a LayerNorm, and only RMSNorm sites are matched"
+    DIMENSION = "the mean does not run over the last dimension only"
+    NOT_NORMALISED = "what is squared is not what is normalised"
+    ESCAPES = "a value inside the site is used outside it"
+    ROUNDING = "its casts fit no rounding form"
+    SHAPE = "shape or broadcast not proven"
+    DTYPE = "a dtype that the ops do not take"
+    DEVICE = "its operands are on different devices"
+    EPS = "eps is neither a constant nor a one-element CPU tensor"
+    ORDER = "an operand of the site is computed from its result"
+    MUTATION = "a mutation or a stream switch stands between its nodes"
+    TRAINING = "a training graph, whose backward reads the values inside the site"
+    PER_TOKEN = "a per-token gate or scale that Inductor computes inside its own kernel"
+    NO_KERNEL = "no kernel can run here"
+    ERROR = "an internal error of the pass; the graph was left as it was"
+
+
+# What is no site of ours, or is left to Inductor on purpose: nothing to warn of, nothing to raise for.
+BY_DESIGN = frozenset(
+    {
+        Reason.ALONE,
+        Reason.UNGATED,
+        Reason.SHIFTED,
+        Reason.LAYER_NORM,
+        Reason.DIMENSION,
+        Reason.NOT_NORMALISED,
+        Reason.PER_TOKEN,
+    }
+)
+
+
+class Refused(Exception):
+    """A norm that looks like a site, and what keeps it from being one."""
+
+    def __init__(self, reason: Reason, node: Node | None = None, detail: str = "", kind: str | None = None) -> None:
+        self.reason, self.node, self.detail, self.kind = reason, node, detail, kind
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        text = self.reason.value
+        if self.detail:
+            text += f" ({self.detail})"
+        return f"{text}, at {self.node.name}" if self.node is not None else text
+
+
+@dataclass(frozen=True)
+class ReportedSite:
+    """One norm of a compiled graph: the site that it became part of, or why it became part of none.
+
+    kind: the name of the op, or "norm" where nothing around the norm was recognised. gate: "tanh", "given" or None;
+    scale: "one_plus", "given" or None. module: dotted path in the model; source: file:line. shape: of x, symbols as
+    text. rounding: the form. reason: only of a missed site; `reason.name` is from the closed list `Reason`.
+    """
+
+    kind: str
+    gate: str | None
+    scale: str | None
+    module: str
+    source: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype | None
+    rounding: str | None
+    reason: str | None = None
+    reason_name: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "shape": list(self.shape), "dtype": _dtype_name(self.dtype)}
+
+
+@dataclass
+class FusionReport:
+    """What a compilation fused and what it missed. `print(report)` is a table.
+
+    fused, missed: lists of ReportedSite. graphs: how many graphs were compiled. A model that is compiled block by
+    block has one graph for each kind of block, however often it is used.
+    """
+
+    fused: list[ReportedSite] = field(default_factory=list)
+    missed: list[ReportedSite] = field(default_factory=list)
+    graphs: int = 0
+
+    def merge(self, other: FusionReport) -> None:
+        self.fused += other.fused
+        self.missed += other.missed
+        self.graphs += other.graphs
+
+    def counts(self) -> dict[str, int]:
+        """The number of fused sites of each kind."""
+        kinds = [site.kind for site in self.fused]
+        return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+    def summary(self) -> str:
+        """One line: the counts of what was fused, and of what was missed by reason."""
+        fused = _listing(self.counts().items())
+        names = [site.reason_name or "" for site in self.missed]
+        missed = _listing((name.lower(), names.count(name)) for name in sorted(set(names)))
+        return f"fused {len(self.fused)}{fused}, missed {len(self.missed)}{missed}"
+
+    def to_json(self) -> str:
+        sites = {"fused": [s.to_dict() for s in self.fused], "missed": [s.to_dict() for s in self.missed]}
+        return json.dumps({"graphs": self.graphs, **sites}, indent=2)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = StringIO()
+        Console(file=out, width=_table_width()).print(self)
+        return out.getvalue().rstrip("\n")
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        fused = Table(title=f"Fused: {len(self.fused)}", title_justify="left")
+        for name in ("op", "gate", "scale", "rounding", "shape", "dtype", "norm", "source"):
+            fused.add_column(name, overflow="fold")
+        for s in self.fused:
+            cells = (s.kind, s.gate or "-", s.scale or "-", s.rounding or "-", _shape_text(s), _dtype_name(s.dtype))
+            fused.add_row(*cells, s.module, _short(s.source))
+        missed = Table(title=f"Missed: {len(self.missed)}", title_justify="left")
+        for name in ("norm", "shape", "reason", "source"):
+            missed.add_column(name, overflow="fold")
+        for s in self.missed:
+            missed.add_row(s.module, _shape_text(s), s.reason, _short(s.source))
+        return Group(fused, missed, f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled")
+
+
+def _table_width() -> int:
+    """Wide enough that no column wraps to one letter a line, also where there is no terminal."""
+    return max(140, int(os.environ.get("COLUMNS", "0") or 0))
+
+
+def _listing(counts: Iterable[tuple[str, int]]) -> str:
+    text = ", ".join(f"{name} {count}" for name, count in counts)
+    return f" ({text})" if text else ""
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.") if dtype is not None else "-"
+
+
+def _shape_text(site: ReportedSite) -> str:
+    """A size that is a formula of several symbols is shown as `*`; the report itself has it whole."""
+    sizes = (str(size) for size in site.shape)
+    return "[" + ", ".join(size if size.isalnum() else "*" for size in sizes) + "]"
+
+
+def _short(source: str) -> str:
+    return source.rsplit("/", 1)[-1]
+
+
+def module_path(node: Node) -> str:
+    """The dotted path, in the model, of the module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    path = re.sub(r"^[LG]\['\w+'\]", "", path)
+    path = re.sub(r"\.__dict__\['_modules'\]", "", path)
+    path = re.sub(r"\._modules\b|\['_modules'\]", "", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    return path.lstrip(".")
+
+
+def source_line(node: Node) -> str:
+    """file:line of the innermost line of the user's code, outside torch itself, that a node was traced from."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    torch_root = os.path.dirname(torch.__file__) + os.sep
+    outside = [frame for frame in frames if not frame[0].startswith(torch_root)] or frames
+    return ":".join(outside[-1]) if outside else ""
+
+
+def symbolic_shape(node: Node) -> tuple[int | str, ...]:
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        return ()
+    return tuple(size if isinstance(size, int) else str(size) for size in val.shape)

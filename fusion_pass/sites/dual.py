@@ -1,0 +1,49 @@
+"""y = residual + tanh(gate) * norm(x) and z = norm(y) * (1 + scale), the second norm reading y."""
+
+from __future__ import annotations
+
+from fusion_pass.report import Reason, Refused
+from fusion_pass.sites import gated, norm, scaled
+from fusion_pass.sites.norm import Norm, eps_operand
+from fusion_pass.sites.site import Site, Survey, choose_form
+
+KIND = "norm_tanh_mul_add_norm_scale"
+
+
+def find(second: Norm, survey: Survey) -> Site | None:
+    """The two-output site whose second norm this is, as far as its dataflow tells. Raises Refused."""
+    anchor = survey.gated.get(second.x)
+    first = None if anchor is None or anchor._erased else norm.find(anchor)
+    upper = None if first is None else gated.grow(first)
+    lower = None if upper is None or upper.y is not second.x else scaled.grow(second)
+    if upper is None or lower is None:
+        return None
+    eps, eps2 = eps_operand(upper.norm.eps), eps_operand(second.eps)
+    if isinstance(eps, float) != isinstance(eps2, float):
+        raise Refused(Reason.EPS, second.anchor, "one eps is a constant, the other a tensor", KIND)
+    form = choose_form(
+        second.anchor,
+        KIND,
+        (*upper.norm_dtypes(), *lower.norm_dtypes()),
+        lambda rounding, norm_dtype: upper.fits(rounding, norm_dtype) and lower.fits(rounding, norm_dtype),
+    )
+    return Site(
+        kind=KIND,
+        operands={
+            **upper.operands(),
+            "weight2": second.weight,
+            "bias2": second.bias,
+            "scale": lower.scale,
+            "eps2": eps2,
+        },
+        options={
+            "tanh": upper.gate.activated,
+            "add_one": lower.scale.activated,
+            "rounding": form.rounding,
+            "norm_dtype": form.norm_dtype,
+        },
+        outputs=((upper.y,), lower.z),
+        dtypes={"y_dtype": upper.steps.y, "z_dtype": lower.steps.z},
+        interior=(*upper.interior, *lower.interior),
+        anchor=upper.norm.anchor,
+    )

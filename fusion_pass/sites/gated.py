@@ -1,0 +1,111 @@
+"""y = residual + tanh(gate) * norm(x)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from dit_kernels.rounding import GatedSteps, gated_steps
+from fusion_pass.dataflow import aten, dtype, is_call, is_narrowing, is_plain_add, other_operands, same_shape
+from fusion_pass.dataflow import sole_user, value
+from fusion_pass.report import Reason, Refused
+from fusion_pass.sites import operand
+from fusion_pass.sites.norm import Norm, eps_operand
+from fusion_pass.sites.operand import Operand
+from fusion_pass.sites.site import Site, Survey, choose_form, operand_dtype, promoting_dtype
+
+KIND = "norm_tanh_mul_add"
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The parts of y = residual + gate * norm."""
+
+    norm: Norm
+    gate: Operand
+    residual: Node
+    y: Node
+    steps: GatedSteps
+    interior: tuple[Node, ...]
+
+    def fits(self, rounding: str, norm_dtype: torch.dtype | None) -> bool:
+        """Are the steps of this form the steps of the graph?"""
+        x, residual = operand_dtype(self.norm.x), operand_dtype(self.residual)
+        assert x is not None and residual is not None
+        weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
+        gate = promoting_dtype(self.gate)
+        return self.steps == gated_steps(
+            rounding, "rms", x, weight, bias, gate, residual, self.steps.y, norm_dtype
+        )
+
+    def norm_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What the normalised value may have been cast to."""
+        return (self.norm.steps.normed, self.norm.steps.out, self.steps.product)
+
+    def operands(self) -> dict[str, Node | Operand | float | None]:
+        norm = self.norm
+        return {
+            "x": norm.x,
+            "weight": norm.weight,
+            "bias": norm.bias,
+            "gate": self.gate,
+            "residual": self.residual,
+            "eps": eps_operand(norm.eps),
+        }
+
+
+def find(norm: Norm, survey: Survey) -> Site | None:
+    """The site whose norm this is, as far as its dataflow tells. Raises Refused."""
+    gated = grow(norm)
+    if gated is None:
+        return None
+    form = choose_form(norm.anchor, KIND, gated.norm_dtypes(), gated.fits)
+    return Site(
+        kind=KIND,
+        operands=gated.operands(),
+        options={"tanh": gated.gate.activated, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
+        outputs=((gated.y,),),
+        dtypes={"y_dtype": gated.steps.y},
+        interior=gated.interior,
+        anchor=norm.anchor,
+    )
+
+
+def grow(norm: Norm) -> Gated | None:
+    """The gated residual add that reads a norm, or None where nothing of the kind stands there. Raises Refused."""
+    product = sole_user(norm.out)
+    if is_plain_add(product) and _is_residual(next(other_operands(product, norm.out), None), norm):
+        raise Refused(Reason.UNGATED, product, kind=KIND)
+    if product is None or not is_call(product, aten.mul.Tensor):
+        return None
+    gate = next(other_operands(product, norm.out))
+    rounded = sole_user(product)
+    rounded = rounded if rounded is not None and is_narrowing(rounded) else product
+    y = sole_user(rounded)
+    if y is None or not is_plain_add(y) or not isinstance(gate, Node) or gate is norm.out:
+        return None
+    residual = next(other_operands(y, rounded), None)
+    if not isinstance(residual, Node) or not _is_residual(residual, norm):
+        return None
+    resolved = operand.gate(gate, norm.x)
+    steps = _steps(norm, resolved, rounded, y)
+    interior = dict.fromkeys((*norm.interior, product, rounded, *resolved.absorbed))
+    return Gated(norm, resolved, residual, y, steps, tuple(interior))
+
+
+def _is_residual(node: object, norm: Norm) -> bool:
+    """Has it the shape of x? A narrower operand is a bias or a shift."""
+    val = value(node) if isinstance(node, Node) else None
+    like = value(norm.x)
+    return val is not None and like is not None and same_shape(val, like)
+
+
+def _steps(norm: Norm, gate: Operand, rounded: Node, y: Node) -> GatedSteps:
+    activated = gate.absorbed[0] if gate.activated else gate.source
+    gate_dtype = dtype(activated) if promoting_dtype(gate) is not None else norm.steps.out
+    product_dtype, y_dtype = dtype(rounded), dtype(y)
+    if gate_dtype is None or product_dtype is None or y_dtype is None:
+        raise Refused(Reason.ROUNDING, y, kind=KIND)
+    return GatedSteps(norm.steps, gate_dtype, product_dtype, y_dtype, y_dtype)

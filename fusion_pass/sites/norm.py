@@ -1,0 +1,257 @@
+"""The norm, as a value: its input, weight, eps, the dtype of each of its steps, and its nodes.
+
+    rstd = rsqrt(mean(c * c) + eps)      c is x, or x cast to fp32
+    out  = cast?(cast?(x * rstd) * weight + bias)
+
+Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the root as rsqrt,
+pow(-0.5) or the reciprocal of a square root; eps as a constant or a 0-d tensor; keepdim or a later unsqueeze.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dit_kernels.rounding import NormSteps
+from fusion_pass.dataflow import (
+    aten,
+    dtype,
+    is_call,
+    is_cast,
+    is_narrowing,
+    is_plain_add,
+    other_operands,
+    same_value,
+    sole_user,
+    through_casts,
+    through_widening,
+    value,
+)
+from fusion_pass.report import Reason, Refused
+
+ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.reciprocal.default)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """out = rmsnorm(x) * weight + bias, over the last dimension."""
+
+    anchor: Node
+    x: Node
+    weight: Node | None
+    bias: Node | None
+    eps: float | Node
+    out: Node
+    steps: NormSteps
+    interior: tuple[Node, ...]  # every node that the norm alone needs, from the square to `out`
+
+
+@dataclass(frozen=True)
+class _Statistic:
+    """rstd = rsqrt(mean(squared * squared) + eps)."""
+
+    squared: Node
+    eps: float | Node
+    rstd: Node
+    nodes: tuple[Node, ...]
+
+
+def find(anchor: Node) -> Norm | None:
+    """The norm whose reciprocal root is `anchor`, or None where it is no norm. Raises Refused."""
+    statistic = _statistic(anchor)
+    return None if statistic is None else _norm(statistic, anchor)
+
+
+def measured(anchor: Node) -> Node:
+    """The tensor whose rows an anchor measures, as far as it can be told; else the anchor."""
+    node = anchor
+    while (val := value(node)) is None or val.ndim == 0 or val.shape[-1] == 1:
+        if not isinstance(node.args[0] if node.args else None, Node):
+            return anchor
+        node = node.args[0]
+    return through_widening(_square_root_of(node) or node)
+
+
+# --- up from the root: what is measured ------------------------------------------------------------------------------
+
+
+def _statistic(anchor: Node) -> _Statistic | None:
+    root = _under_root(anchor)
+    if root is None:
+        return None
+    variance, nodes = root
+    variance = _drop_keepdim(variance, nodes)
+    mean, eps = _split_eps(variance)
+    if mean is not variance:
+        nodes.append(variance)
+    mean = _drop_keepdim(mean, nodes)
+    if _is_layer_norm_variance(mean):
+        raise Refused(Reason.LAYER_NORM, anchor)
+    squared = _squared(mean, nodes)
+    if squared is None:
+        return None
+    _check_eps(eps)
+    return _Statistic(squared, eps, _raise_keepdim(anchor, nodes), tuple(nodes))
+
+
+def _under_root(anchor: Node) -> tuple[Node, list[Node]] | None:
+    """v where the anchor is v ** -0.5, with the nodes that make the root."""
+    under = anchor.args[0]
+    if not isinstance(under, Node):
+        return None
+    if is_call(anchor, aten.rsqrt.default):
+        return under, [anchor]
+    if is_call(anchor, aten.pow.Tensor_Scalar) and anchor.args[1] == -0.5:
+        return under, [anchor]
+    if is_call(anchor, aten.reciprocal.default) and is_call(under, aten.sqrt.default):
+        variance = under.args[0]
+        return (variance, [anchor, under]) if isinstance(variance, Node) else None
+    return None
+
+
+def _split_eps(variance: Node) -> tuple[Node, float | Node]:
+    """mean and eps of `mean + eps`, in either order; eps is 0 where nothing is added."""
+    if not is_plain_add(variance):
+        return variance, 0.0
+    left, right = variance.args[:2]
+    if isinstance(left, Node) and isinstance(right, Node):
+        # A tensor for eps is 0-d; the mean has the rank of x.
+        first = value(left)
+        return (right, left) if first is not None and first.ndim == 0 else (left, right)
+    mean, eps = (left, right) if isinstance(left, Node) else (right, left)
+    return (mean, float(eps)) if isinstance(mean, Node) and isinstance(eps, int | float) else (variance, 0.0)
+
+
+def _check_eps(eps: float | Node) -> None:
+    if isinstance(eps, float):
+        return
+    val = value(eps)
+    if val is None or val.numel() != 1 or val.device.type != "cpu" or not val.is_floating_point():
+        raise Refused(Reason.EPS, eps)
+
+
+def eps_operand(eps: float | Node) -> float | Node:
+    """eps as the op takes it: a cast of it to fp32 is what the op does itself."""
+    while isinstance(eps, Node) and is_cast(eps) and dtype(eps) == torch.float32:
+        eps = eps.args[0]
+    return eps
+
+
+def _is_last_unsqueeze(node: Node) -> bool:
+    val = value(node)
+    return is_call(node, aten.unsqueeze.default) and val is not None and node.args[1] in (-1, val.ndim - 1)
+
+
+def _drop_keepdim(node: Node, nodes: list[Node]) -> Node:
+    """The value under an unsqueeze(-1) that stands for keepdim=True."""
+    while _is_last_unsqueeze(node):
+        nodes.append(node)
+        node = node.args[0]
+    return node
+
+
+def _raise_keepdim(node: Node, nodes: list[Node]) -> Node:
+    """The same downwards: what the product with x reads."""
+    user = sole_user(node)
+    while user is not None and _is_last_unsqueeze(user):
+        nodes.append(user)
+        node, user = user, sole_user(user)
+    return node
+
+
+def _squared(mean: Node, nodes: list[Node]) -> Node | None:
+    """c where the node is mean(c * c) over the last dimension; None where it is nothing of the kind."""
+    if not is_call(mean, aten.mean.dim) or mean.kwargs.get("dtype") is not None:
+        return None
+    square = mean.args[0]
+    squared = _square_root_of(square)
+    val = value(square)
+    if squared is None or val is None:
+        return None
+    if [dim % val.ndim for dim in mean.args[1] or ()] != [val.ndim - 1]:
+        raise Refused(Reason.DIMENSION, mean)
+    nodes += [mean, square]
+    return squared
+
+
+def _square_root_of(square: Node) -> Node | None:
+    if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
+        return square.args[0]
+    if is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]:
+        return square.args[0]
+    return square.args[0] if is_call(square, aten.square.default) else None
+
+
+def _is_layer_norm_variance(node: Node) -> bool:
+    """getitem 0 of a var_mean over the last dimension alone."""
+    parent = node.args[0] if node.op == "call_function" and node.args else None
+    if not is_call(parent, aten.var_mean.correction):
+        return False
+    measured = value(parent.args[0])
+    return measured is not None and [d % measured.ndim for d in parent.args[1] or ()] == [measured.ndim - 1]
+
+
+# --- down from the root: what is done with it ------------------------------------------------------------------------
+
+
+def _norm(statistic: _Statistic, anchor: Node) -> Norm:
+    product = sole_user(statistic.rstd)
+    if product is None:
+        raise Refused(Reason.ESCAPES, statistic.rstd)
+    if not is_call(product, aten.mul.Tensor):
+        raise Refused(Reason.NOT_NORMALISED, product)
+    operand = next(other_operands(product, statistic.rstd))
+    if not same_value(operand, statistic.squared):
+        raise Refused(Reason.NOT_NORMALISED, product)
+    return _affine(statistic, anchor, through_widening(statistic.squared), product)
+
+
+def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node) -> Norm:
+    """Follows x * rstd through weight, bias and casts, as far as they belong to the norm."""
+    nodes = [*statistic.nodes, product]
+    weight = bias = None
+    normed = weighted = dtype(product)
+    narrowed = False
+    out = product
+    while (user := sole_user(out)) is not None:
+        if is_narrowing(user) and not narrowed:
+            narrowed = True
+            if weight is None and bias is None:
+                normed = weighted = dtype(user)
+        elif weight is None and bias is None and (row := _row_operand(user, aten.mul.Tensor, out, x)) is not None:
+            weight, weighted, narrowed = row, dtype(user), False
+        elif bias is None and not (weight is not None and narrowed) and (row := _added_row(user, out, x)) is not None:
+            bias, narrowed = row, False
+        else:
+            break
+        out = user
+        nodes.append(out)
+    biased = dtype(_before_cast(out)) if bias is not None else weighted
+    dtypes = (dtype(statistic.nodes[-1]), normed, weighted, biased, dtype(out))
+    known = [d for d in dtypes if d is not None]
+    if len(known) != len(dtypes) or len({dtype(n) for n in statistic.nodes}) != 1:
+        raise Refused(Reason.ROUNDING, anchor)
+    return Norm(anchor, x, weight, bias, statistic.eps, out, NormSteps(*known), tuple(nodes))
+
+
+def _before_cast(out: Node) -> Node:
+    return out.args[0] if is_cast(out) else out
+
+
+def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
+    """The [D] parameter opposite `operand`: a computed [D] is a gate or a scale."""
+    if not is_call(user, target):
+        return None
+    row = next(other_operands(user, operand), None)
+    if not isinstance(row, Node) or through_casts(row).op not in ("placeholder", "get_attr"):
+        return None
+    val, like = value(row), value(x)
+    fits = val is not None and like is not None and val.ndim == 1 and val.shape[0] == like.shape[-1]
+    return row if fits else None
+
+
+def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
+    return _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None

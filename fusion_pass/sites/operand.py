@@ -1,0 +1,71 @@
+"""Gates and scales as operands: what the op reads, and whether tanh or the 1 is absorbed into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from fusion_pass.dataflow import add_constant, aten, broadcasts_to, is_call, sole_user, value
+from fusion_pass.report import Reason, Refused
+
+
+@dataclass(frozen=True)
+class Operand:
+    """`source` with `views` (nodes of unsqueeze) applied to it; `absorbed` are the nodes that the op replaces."""
+
+    source: Node
+    views: tuple[Node, ...]
+    absorbed: tuple[Node, ...]
+
+    @property
+    def activated(self) -> bool:
+        """Is the tanh, or the 1, left to the op?"""
+        return bool(self.absorbed)
+
+    def materialise(self, graph: Graph) -> Node:
+        """The node that the op reads, made where the graph inserts now."""
+        node = self.source
+        for view in self.views:
+            node = graph.call_function(view.target, (node, *view.args[1:]))
+            node.meta = dict(view.meta)
+            node.meta["val"] = view.target(node.args[0].meta["val"], *view.args[1:])
+        return node
+
+
+def gate(node: Node, x: Node) -> Operand:
+    """A gate: tanh is absorbed where it is visible and used once."""
+    return _operand(node, x, lambda n: n.args[0] if is_call(n, aten.tanh.default) else None)
+
+
+def scale(node: Node, x: Node) -> Operand:
+    """A scale: the 1 is absorbed where it is visible and used once."""
+    return _operand(node, x, lambda n: add_constant(n, 1.0))
+
+
+def _operand(node: Node, x: Node, inner: Callable[[Node], Node | None]) -> Operand:
+    given = _unexpanded(node, x)
+    views: list[Node] = []
+    current = given
+    while is_call(current, aten.unsqueeze.default) and sole_user(current) is not None:
+        views.insert(0, current)
+        current = current.args[0]
+    source = inner(current)
+    if source is None or sole_user(current) is None or value(source) is None:
+        return Operand(given, (), ())
+    return Operand(source, tuple(views), (current, *views))
+
+
+def _unexpanded(node: Node, x: Node) -> Node:
+    """The operand before it was expanded: broadcasting is the kernel's, and an expanded input would be written out."""
+    like = value(x)
+    while is_call(node, aten.expand.default):
+        val = value(node.args[0])
+        if val is None or like is None or not broadcasts_to(val, like):
+            break
+        node = node.args[0]
+    val = value(node)
+    if val is None or like is None or not broadcasts_to(val, like):
+        raise Refused(Reason.SHAPE, node)
+    return node

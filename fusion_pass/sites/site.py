@@ -1,0 +1,246 @@
+"""A site: one place in a graph that a rewrite covers, what it becomes, and the proof that the rewrite changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from dit_kernels.ops import KERNEL_DTYPES
+from dit_kernels.rounding import FORMS
+from fusion_pass.dataflow import depends_on, is_call, value
+from fusion_pass.report import Reason, Refused
+from fusion_pass.sites.operand import Operand
+
+MODEL_FORMS = tuple(form for form in FORMS if form != "fp32")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The rounding form that the casts of a site spell."""
+
+    rounding: str
+    norm_dtype: torch.dtype | None
+
+
+@dataclass
+class Survey:
+    """What is known of the whole graph before the first rewrite."""
+
+    gated: dict[Node, Node] = field(default_factory=dict)  # y of a gated add: the anchor of its norm
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a graph, and the call of an op that it becomes.
+
+    operands and options are the op's arguments by name. outputs: for each result of the op, the nodes that it replaces,
+    all equal. interior: the nodes that the op replaces and that nothing else may read. `anchor` names the site.
+    """
+
+    kind: str
+    operands: dict[str, Node | Operand | float | None]
+    options: dict[str, Any]
+    outputs: tuple[tuple[Node, ...], ...]
+    dtypes: dict[str, torch.dtype]
+    interior: tuple[Node, ...]
+    anchor: Node
+
+    @property
+    def x(self) -> Node:
+        x = self.operands["x"]
+        assert isinstance(x, Node)
+        return x
+
+    def results(self) -> tuple[Node, ...]:
+        return tuple(node for nodes in self.outputs for node in nodes)
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node that goes away, in the graph's order."""
+        return tuple(sorted({*self.interior, *self.results()}))
+
+    def inputs(self) -> Iterator[Node]:
+        """The nodes whose values the op reads."""
+        for operand in self.operands.values():
+            if isinstance(operand, Operand):
+                yield operand.source
+            elif isinstance(operand, Node):
+                yield operand
+
+    def takes_eps_as_tensor(self) -> bool:
+        return isinstance(self.operands["eps"], Node)
+
+    def op(self) -> torch._ops.OpOverload:
+        packet = getattr(torch.ops.dit_kernels, self.kind)
+        return packet.eps_tensor if self.takes_eps_as_tensor() else packet.default
+
+    def gate(self) -> str | None:
+        gate = self.operands.get("gate")
+        return None if not isinstance(gate, Operand) else "tanh" if gate.activated else "given"
+
+    def scale(self) -> str | None:
+        scale = self.operands.get("scale")
+        return None if not isinstance(scale, Operand) else "one_plus" if scale.activated else "given"
+
+
+def choose_form(
+    anchor: Node, kind: str, norm_dtypes: Iterable[torch.dtype], fits: Callable[[str, torch.dtype | None], bool]
+) -> Form:
+    """The first form of the contract whose steps are those of the site. Raises Refused where there is none."""
+    candidates = (None, *dict.fromkeys(norm_dtypes))
+    for rounding in MODEL_FORMS:
+        for norm_dtype in candidates:
+            if fits(rounding, norm_dtype):
+                return Form(rounding, norm_dtype)
+    raise Refused(Reason.ROUNDING, anchor, kind=kind)
+
+
+def operand_dtype(operand: Node | Operand | None) -> torch.dtype | None:
+    """The dtype with which an operand takes part in promotion."""
+    node = operand.source if isinstance(operand, Operand) else operand
+    val = None if node is None else value(node)
+    return None if val is None else val.dtype
+
+
+def promoting_dtype(operand: Operand) -> torch.dtype | None:
+    """The same for a gate or a scale: none where it is 0-d, and so does not promote."""
+    val = value(operand.source)
+    return None if val is None or val.ndim == 0 else val.dtype
+
+
+# --- the proof --------------------------------------------------------------------------------------------------------
+
+
+def prove(site: Site, graph: Graph) -> None:
+    """Raises Refused unless the op computes what the site's nodes compute, wherever they are read."""
+    _prove_operands(site)
+    _prove_closed(site)
+    _prove_order(site)
+    _prove_undisturbed(site, graph)
+
+
+def _prove_operands(site: Site) -> None:
+    x = value(site.x)
+    if x is None or x.ndim < 2 or not isinstance(x.shape[-1], int):
+        raise Refused(Reason.SHAPE, site.x, kind=site.kind)
+    for node in site.inputs():
+        val = value(node)
+        if val is None or type(val) is not type(x) or val.layout != torch.strided:
+            raise Refused(Reason.DTYPE, node, "not a plain tensor", site.kind)
+        if node is site.operands["eps"] or node is site.operands.get("eps2"):
+            continue
+        if val.dtype not in KERNEL_DTYPES:
+            raise Refused(Reason.DTYPE, node, str(val.dtype), site.kind)
+        if val.device != x.device:
+            raise Refused(Reason.DEVICE, node, f"{val.device}, x on {x.device}", site.kind)
+
+
+def _prove_closed(site: Site) -> None:
+    inside = set(site.nodes())
+    for node in site.interior:
+        for user in node.users:
+            if user not in inside:
+                raise Refused(Reason.ESCAPES, node, f"read by {user.name}", site.kind)
+
+
+def _prove_order(site: Site) -> None:
+    """The op stands in one place: nothing that it reads may be computed from what it returns."""
+    late = depends_on(site.inputs(), {*site.results(), *site.interior})
+    if late is not None:
+        raise Refused(Reason.ORDER, late, kind=site.kind)
+
+
+def _prove_undisturbed(site: Site, graph: Graph) -> None:
+    """No mutation and no switch of streams between any two nodes of the site, or between them and a read of theirs."""
+    from torch._inductor.pattern_matcher import get_mutation_region_id
+
+    first, *rest = site.nodes()
+    where = (get_mutation_region_id(graph, first), _stream(first))
+    for node in rest:
+        if (get_mutation_region_id(graph, node), _stream(node)) != where:
+            raise Refused(Reason.MUTATION, node, kind=site.kind)
+
+
+def _stream(node: Node) -> Any:
+    return node.meta.get("custom", {}).get("stream", 0)
+
+
+# --- the rewrite ------------------------------------------------------------------------------------------------------
+
+
+def rewrite(site: Site, graph: Graph, rounding: str) -> Node:
+    """Replaces a proven site by a call of its op. `rounding` is "model" or "fp32". Gives the node of the call."""
+    with graph.inserting_before(_place(site)):
+        call = _insert_call(site, graph, rounding)
+        results = [call] if len(site.outputs) == 1 else _insert_getitems(site, graph, call)
+    for nodes, result in zip(site.outputs, results):
+        for node in nodes:
+            node.replace_all_uses_with(result)
+    _erase(site, graph)
+    return call
+
+
+def _place(site: Site) -> Node:
+    """The first node of the site behind all that the op reads: inside the site, so in its mutation region."""
+    inputs = list(site.inputs())
+    return next(node for node in site.nodes() if all(read < node for read in inputs))
+
+
+def _insert_call(site: Site, graph: Graph, rounding: str) -> Node:
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {**site.options, **site.dtypes}
+    if rounding == "fp32":
+        kwargs |= {"rounding": "fp32", "norm_dtype": None}
+    for argument in site.op()._schema.arguments:
+        if not argument.kwarg_only:
+            operand = site.operands[argument.name]
+            args.append(operand.materialise(graph) if isinstance(operand, Operand) else operand)
+    call = graph.call_function(site.op(), tuple(args), kwargs)
+    origin = site.outputs[0][0]
+    call.meta.update({k: origin.meta[k] for k in ("stack_trace", "nn_module_stack", "custom") if k in origin.meta})
+    vals = tuple(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
+    call.meta["eager_input_vals"] = (vals, kwargs)
+    results = tuple(_fresh(nodes[0]) for nodes in site.outputs)
+    call.meta["val"] = results if len(results) > 1 else results[0]
+    return call
+
+
+def _fresh(node: Node) -> torch.Tensor:
+    """The fake result of the op that replaces `node`: contiguous, with the sizes that the graph knows already."""
+    val = value(node)
+    assert val is not None
+    return val.new_empty(val.shape)
+
+
+def _insert_getitems(site: Site, graph: Graph, call: Node) -> list[Node]:
+    import operator
+
+    results = []
+    for index, nodes in enumerate(site.outputs):
+        item = graph.call_function(operator.getitem, (call, index))
+        item.meta = {k: v for k, v in nodes[0].meta.items() if k in ("stack_trace", "nn_module_stack", "custom")}
+        item.meta["val"] = call.meta["val"][index]
+        results.append(item)
+    return results
+
+
+def _erase(site: Site, graph: Graph) -> None:
+    """The site's nodes, and what is dead without them: casts, views and expansions of its operands."""
+    pending = list(reversed(site.nodes()))
+    while pending:
+        node = pending.pop(0)
+        if node._erased or node.users:
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        pending += [n for n in inputs if not n.users and is_call(n, *_PURE)]
+
+
+_PURE = (
+    torch.ops.prims.convert_element_type.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.expand.default,
+)

@@ -1,0 +1,22 @@
+"""What one call computes, apart from the sizes: the part of an op's arguments that a kernel is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dit_kernels.rounding import GatedSteps, ScaledSteps
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`y = residual + tanh(gate) * norm(x)`, `z = norm(x) * (1 + scale)`, or both, the second norm reading y.
+
+    `gated` holds the dtypes of the steps of y and is None for norm_scale; `scaled` those of z and is None for
+    norm_tanh_mul_add. With both, the chain is the dual.
+    """
+
+    norm: str  # "rms" or "layer"
+    tanh: bool  # the gate is still to be activated
+    add_one: bool  # the scale is still to get its 1
+    gated: GatedSteps | None
+    scaled: ScaledSteps | None

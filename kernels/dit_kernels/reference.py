@@ -1,0 +1,69 @@
+"""Every op in plain PyTorch: the definition.
+
+It performs the PyTorch operations that the models perform, in their order and dtypes, so that it is bit-equal to a
+model's own eager code wherever that code is a chain of ATen operations. Ops run it on CPU and wherever autograd needs a
+gradient; the CUDA kernels are tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_kernels.chain import Chain
+from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, steps: NormSteps) -> Tensor:
+    """norm(x) over the last dimension, in dtype `steps.out`. x: [..., D]; weight, bias: [D] or None."""
+    if kind == "layer":
+        return _layer_norm(x, weight, bias, eps, steps)
+    wide = x.to(steps.stat)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    n = (wide * rstd).to(steps.normed)
+    if weight is not None:
+        n = n * weight
+    if bias is not None:
+        n = n + bias
+    return n.to(steps.out)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, steps: NormSteps) -> Tensor:
+    """F.layer_norm itself where it takes these dtypes; else the same in the compute dtype, with the one cast after."""
+    plain = steps.out == x.dtype and all(p is None or p.dtype == x.dtype for p in (weight, bias))
+    if not plain:
+        x, weight, bias = (p if p is None else p.to(steps.stat) for p in (x, weight, bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(steps.out)
+
+
+def gated(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor,
+    eps: float,
+    chain: Chain,
+) -> Tensor:
+    """y = residual + tanh(gate) * norm(x). x, residual: [..., D]; gate broadcasts to x."""
+    assert chain.gated is not None
+    steps: GatedSteps = chain.gated
+    p = norm(x, weight, bias, eps, chain.norm, steps.norm)
+    if gate is not None:
+        t = gate.to(steps.gate)
+        p = (t.tanh() if chain.tanh else t) * p
+    return (residual + p.to(steps.product)).to(steps.y)
+
+
+def scaled(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, eps: float, chain: Chain
+) -> Tensor:
+    """z = norm(x) * (1 + scale). x: [..., D]; scale broadcasts to x."""
+    assert chain.scaled is not None
+    steps: ScaledSteps = chain.scaled
+    n = norm(x, weight, bias, eps, chain.norm, steps.norm)
+    if scale is not None:
+        s = scale.to(steps.scale)
+        n = n * (1 + s if chain.add_one else s)
+    return n.to(steps.product).to(steps.z)

@@ -1,0 +1,146 @@
+"""The rounding contract, said once.
+
+Every fused op is the same arithmetic, `residual + tanh(gate) * norm(x)` and `norm(y) * (1 + scale)`; what tells one
+model's code from another's is where intermediate values are rounded to the storage dtype. This module turns the name of
+a rounding form and the dtypes of the operands into the dtype of every single step. The fake implementations read the
+result dtypes off it, the PyTorch definition casts by it, and the CUDA kernels take it as their compile-time constants,
+so that there is one place where a rounding can be right or wrong.
+
+R(.) rounds to the dtype of a step; arithmetic is fp32 (fp64 where x is fp64); rstd = rsqrt(mean(x^2) + eps).
+
+| form             | norm n =                 | found in                                                       |
+|------------------|--------------------------|----------------------------------------------------------------|
+| cast_then_weight | R(R(x*rstd)*w)           | diffusers' RMSNorm (Z-Image, Lumina 2), Llama order            |
+| weight_then_cast | R(x*rstd*w)              | torch.nn.RMSNorm, F.rms_norm, ComfyUI                          |
+| native           | every step rounded       | Z-Image's own repository: x^2, mean, +eps, rsqrt, *x, *w       |
+| gate_in_fp32     | x*rstd, not rounded      | Mochi: the product with the gate is rounded, once              |
+| fp32             | nothing rounded inside   | on request: one rounding at each output                        |
+
+After the norm: t = R(tanh(gate)), p = R(t*n), y = R(residual + p), s = R(1 + scale), z = R(norm(y)*s). The second norm
+reads the y that is stored. A layer norm computes in fp32 and casts once, as F.layer_norm does, in every form but
+`gate_in_fp32` and `fp32`, where it is not cast at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Form = Literal["cast_then_weight", "weight_then_cast", "native", "gate_in_fp32", "fp32"]
+FORMS: tuple[str, ...] = get_args(Form)
+NORMS: tuple[str, ...] = ("rms", "layer")
+
+
+@dataclass(frozen=True)
+class NormSteps:
+    """The dtype that each step of a norm is rounded to; the compute dtype (fp32) means that a step is not rounded."""
+
+    stat: torch.dtype  # x^2, mean(x^2), mean + eps and rsqrt
+    normed: torch.dtype  # x * rstd
+    weighted: torch.dtype  # * weight
+    biased: torch.dtype  # + bias
+    out: torch.dtype  # the norm as the chain around it reads it
+
+
+@dataclass(frozen=True)
+class GatedSteps:
+    """The dtype of each step of `y = residual + tanh(gate) * norm(x)`."""
+
+    norm: NormSteps
+    gate: torch.dtype  # tanh(gate)
+    product: torch.dtype  # tanh(gate) * n
+    sum: torch.dtype  # residual + product
+    y: torch.dtype  # y as it is stored
+
+
+@dataclass(frozen=True)
+class ScaledSteps:
+    """The dtype of each step of `z = norm(x) * (1 + scale)`."""
+
+    norm: NormSteps
+    scale: torch.dtype  # 1 + scale
+    product: torch.dtype  # n * (1 + scale)
+    z: torch.dtype  # z as it is stored
+
+
+def compute_dtype(x: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: fp32, or fp64 for an fp64 x (only the PyTorch definition takes that)."""
+    return torch.float64 if x == torch.float64 else torch.float32
+
+
+def _promote(a: torch.dtype, b: torch.dtype | None) -> torch.dtype:
+    return a if b is None else torch.promote_types(a, b)
+
+
+def norm_steps(
+    form: str,
+    norm: str,
+    x: torch.dtype,
+    weight: torch.dtype | None,
+    bias: torch.dtype | None,
+    norm_dtype: torch.dtype | None = None,
+) -> NormSteps:
+    """The steps of one norm.
+
+    `norm_dtype` is what the normalised value is cast to: before the weight in `cast_then_weight`, at the end in
+    `weight_then_cast` and for layer norms. None is what diffusers does in the first case (the weight's dtype, or x's
+    where there is no weight) and what PyTorch does in the others (x's dtype).
+    """
+    wide = compute_dtype(x)
+    if form in ("fp32", "gate_in_fp32"):
+        return NormSteps(wide, wide, wide, wide, wide)
+    if norm == "layer" or form == "weight_then_cast":
+        return NormSteps(wide, wide, wide, wide, norm_dtype or x)
+    stat = x if form == "native" else wide
+    normed = x if form == "native" else norm_dtype or weight or x
+    weighted = _promote(normed, weight)
+    biased = _promote(weighted, bias)
+    return NormSteps(stat, normed, weighted, biased, biased)
+
+
+def gated_steps(
+    form: str,
+    norm: str,
+    x: torch.dtype,
+    weight: torch.dtype | None,
+    bias: torch.dtype | None,
+    gate: torch.dtype | None,
+    residual: torch.dtype,
+    y_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+) -> GatedSteps:
+    """The steps of `residual + tanh(gate) * norm(x)`; `gate` is None where there is no gate, or where it is 0-d (a 0-d
+    operand does not promote). Without `y_dtype`, y has the dtype that PyTorch's promotion gives the chain."""
+    if form == "fp32":
+        wide = compute_dtype(x)
+        default = gated_steps("cast_then_weight", norm, x, weight, bias, gate, residual, None, norm_dtype).y
+        return GatedSteps(norm_steps(form, norm, x, weight, bias), wide, wide, wide, y_dtype or default)
+    steps = norm_steps(form, norm, x, weight, bias, norm_dtype)
+    product = norm_dtype or x if form == "gate_in_fp32" else _promote(steps.out, gate)
+    total = _promote(product, residual)
+    return GatedSteps(steps, gate or steps.out, product, total, y_dtype or total)
+
+
+def scaled_steps(
+    form: str,
+    norm: str,
+    x: torch.dtype,
+    weight: torch.dtype | None,
+    bias: torch.dtype | None,
+    scale: torch.dtype | None,
+    z_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+) -> ScaledSteps:
+    """The steps of `norm(x) * (1 + scale)`; `scale` and the default of `z_dtype` as `gate` and `y_dtype` above."""
+    steps = norm_steps(form, norm, x, weight, bias, norm_dtype)
+    if form == "fp32":
+        wide = compute_dtype(x)
+        default = scaled_steps("cast_then_weight", norm, x, weight, bias, scale, None, norm_dtype).z
+        return ScaledSteps(steps, wide, wide, z_dtype or default)
+    if form == "gate_in_fp32":
+        wide = compute_dtype(x)
+        return ScaledSteps(steps, wide, wide, z_dtype or norm_dtype or x)
+    product = _promote(steps.out, scale)
+    return ScaledSteps(steps, scale or steps.out, product, z_dtype or product)

@@ -1,0 +1,65 @@
+"""A backend for tests: Inductor up to and with its post-grad passes, and then the FX graph itself, run by PyTorch.
+
+What it runs is what the pass made of the model, one ATen operation after the other, so its results can be compared with
+eager ones bit by bit, and a model takes a second instead of a minute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch._inductor import config
+from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
+from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch._inductor.virtualized import V
+
+from fusion_pass.graph_pass import FusionPass
+from fusion_pass.hook import join
+from fusion_pass.report import FusionReport
+
+
+class GraphBackend:
+    """Compiles with the fusion pass, keeps each graph before and after it, and collects the reports."""
+
+    def __init__(self, rounding: str = "model", kernels: str = "reference", strict: bool = False, fuse: bool = True):
+        self.report = FusionReport()
+        self.before: list[str] = []
+        self.graphs: list[torch.fx.GraphModule] = []
+        self.fuse = fuse
+        self._pass = FusionPass(rounding, kernels, strict, collector=self.report)
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        patches: dict[str, Any] = {"fx_graph_cache": False}
+        if self.fuse:
+            patches["post_grad_custom_pre_pass"] = join(config.post_grad_custom_pre_pass, self._pass)
+        return compile_fx(gm, example_inputs, inner_compile=self._stop_after_passes, config_patches=patches)
+
+    def _stop_after_passes(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        from functorch.compile import make_boxed_func
+
+        with V.set_fake_mode(detect_fake_mode(example_inputs)):
+            view_to_reshape(gm)
+            self.before.append(str(gm.graph))
+            _recursive_post_grad_passes(gm, is_inference=kwargs.get("is_inference", False))
+        gm.graph.lint()
+        gm.recompile()
+        self.graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    def count(self, op: Any) -> int:
+        """Calls of an op, over all graphs."""
+        return sum(len(gm.graph.find_nodes(op="call_function", target=op)) for gm in self.graphs)
+
+
+def run(
+    model: Callable[..., Any], *args: Any, dynamic: bool | None = None, fuse: bool = True, **options: Any
+) -> tuple[Any, GraphBackend]:
+    """The result of `model(*args)` compiled with the test backend, and the backend."""
+    torch._dynamo.reset()
+    backend = GraphBackend(fuse=fuse, **options)
+    with torch.no_grad():
+        result = torch.compile(model, backend=backend, dynamic=dynamic)(*args)
+    return result, backend
