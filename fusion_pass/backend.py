@@ -142,8 +142,9 @@ def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = Non
     """Compiles `model` afresh, calls `model(*args, **kwargs)` once, and says what was fused and what was missed.
 
     A model that is compiled already, as a whole or block by block, is looked at as the model that it was made from, in
-    the same parts. Dynamo's caches are reset before and after; nothing is read from, or written to, Inductor's caches.
-    backend: a Backend whose options count; None for the default one. Raises ValueError for any other.
+    the same parts. A module in eval mode is looked at as it runs in inference, without gradients; anything else as the
+    caller's grad mode says. Dynamo's caches are reset before and after; nothing is read from, or written to, Inductor's
+    caches. backend: a Backend whose options count; None for the default one. Raises ValueError for any other.
     """
     if backend is None:
         backend = _DEFAULT
@@ -152,11 +153,16 @@ def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = Non
     fresh = _ExplainBackend(backend)
     torch._dynamo.reset()
     try:
-        with _compiled_with(fresh, model) as compiled:
+        with _compiled_with(fresh, model) as compiled, _grad_mode_of(model):
             compiled(*args, **kwargs)
     finally:
         torch._dynamo.reset()
     return fresh.report
+
+
+def _grad_mode_of(model: Callable[..., Any]) -> torch.set_grad_enabled:
+    inference = isinstance(model, torch.nn.Module) and not model.training
+    return torch.set_grad_enabled(torch.is_grad_enabled() and not inference)
 
 
 @contextmanager

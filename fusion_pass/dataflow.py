@@ -96,12 +96,12 @@ def sole_user(node: Node) -> Node | None:
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Are the shapes equal whatever their symbols stand for? Adds no guard."""
-    return a.ndim == b.ndim and all(known_equal(m, n) for m, n in zip(a.shape, b.shape))
+    return a.ndim == b.ndim and all(known_equal(m, n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
 def broadcasts_to(a: torch.Tensor, x: torch.Tensor) -> bool:
     """Does a broadcast to the shape of x, whatever the symbols stand for? Adds no guard."""
-    pairs = zip(reversed(a.shape), reversed(x.shape))
+    pairs = zip(reversed(a.shape), reversed(x.shape), strict=False)
     return a.ndim <= x.ndim and all(known_equal(m, 1) or known_equal(m, n) for m, n in pairs)
 
 

@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import (
@@ -27,6 +26,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
     stable_topological_sort,
 )
+from torch._logging import trace_structured
 from torch.fx import Graph, Node
 
 import dit_kernels.ops
@@ -114,7 +114,7 @@ class FusionPass(CustomGraphPass):
             log.debug("fused %s: %s at %s", site.kind, site.module, site.source)
         for site in report.missed:
             log.debug("missed %s: %s at %s: %s", site.kind, site.module, site.source, site.reason)
-        torch._logging.trace_structured(
+        trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "fusion_pass_report", "encoding": "json"},
             payload_fn=report.to_json,
@@ -136,7 +136,7 @@ class _Rewriter:
             self._look_at(anchor)
         matcher = PatternMatcherPass(pass_name="fusion_pass")
         for target in norm.ANCHORS:
-            inputs = [Ignored()] * (2 if target is torch.ops.aten.pow.Tensor_Scalar else 1)
+            inputs = [Ignored() for argument in target._schema.arguments if not argument.kwarg_only]
             pattern = CallFunction(target, *inputs, _users=MULTIPLE)
             register_graph_pattern(pattern, extra_check=self._check, pass_dict=matcher)(self._rewrite)
         matcher.apply(self.graph)
@@ -157,7 +157,7 @@ class _Rewriter:
         """Is the anchor that of a site that can be fused? What cannot is reported."""
         anchor = match.output_node()
         try:
-            found = norm.find(anchor)
+            found = self._find_norm(anchor)
             if found is None:
                 return False
             self.proven[anchor] = self._prove(found)
@@ -170,6 +170,17 @@ class _Rewriter:
                 _warn_missed(refusal)
             return False
 
+    def _find_norm(self, anchor: Node) -> Norm | None:
+        try:
+            found = norm.find(anchor)
+        except Refused:
+            if self.training:
+                raise Refused(Reason.TRAINING, anchor) from None
+            raise
+        if self.training and found is not None:
+            raise Refused(Reason.TRAINING, anchor)
+        return found
+
     def _prove(self, found: Norm) -> Site:
         """The largest provable site around a norm. Raises Refused with what stood in the way of the largest."""
         first_refusal = None
@@ -178,8 +189,6 @@ class _Rewriter:
                 site = kind.find(found, self.survey)
                 if site is None:
                     continue
-                if self.training:
-                    raise Refused(Reason.TRAINING, kind=kind.KIND)
                 prove(site, self.graph)
                 if self.options.kernels == "auto":
                     eligibility.check(site)

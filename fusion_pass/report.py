@@ -24,8 +24,10 @@ class Reason(str, Enum):
     LAYER_NORM = "it is a LayerNorm, and only RMSNorm sites are matched"
     DIMENSION = "the mean does not run over the last dimension only"
     NOT_NORMALISED = "what is squared is not what is normalised"
+    ROOT = "its root is written 1 / sqrt, which rounds otherwise than rsqrt"
     ESCAPES = "a value inside the site is used outside it"
     ROUNDING = "its casts fit no rounding form"
+    WIDTH = "the last dimension is not static"
     SHAPE = "shape or broadcast not proven"
     DTYPE = "a dtype that the ops do not take"
     DEVICE = "its operands are on different devices"
@@ -47,6 +49,7 @@ BY_DESIGN = frozenset(
         Reason.LAYER_NORM,
         Reason.DIMENSION,
         Reason.NOT_NORMALISED,
+        Reason.ROOT,
         Reason.PER_TOKEN,
     }
 )

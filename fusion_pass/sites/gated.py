@@ -8,8 +8,17 @@ import torch
 from torch.fx import Node
 
 from dit_kernels.rounding import GatedSteps, gated_steps
-from fusion_pass.dataflow import aten, dtype, is_call, is_narrowing, is_plain_add, other_operands, same_shape
-from fusion_pass.dataflow import sole_user, value
+from fusion_pass.dataflow import (
+    aten,
+    dtype,
+    is_call,
+    is_narrowing,
+    is_plain_add,
+    other_operands,
+    same_shape,
+    sole_user,
+    value,
+)
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
 from fusion_pass.sites.norm import Norm, eps_operand
@@ -36,9 +45,7 @@ class Gated:
         assert x is not None and residual is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
         gate = promoting_dtype(self.gate)
-        return self.steps == gated_steps(
-            rounding, "rms", x, weight, bias, gate, residual, self.steps.y, norm_dtype
-        )
+        return self.steps == gated_steps(rounding, "rms", x, weight, bias, gate, residual, self.steps.y, norm_dtype)
 
     def norm_dtypes(self) -> tuple[torch.dtype, ...]:
         """What the normalised value may have been cast to."""

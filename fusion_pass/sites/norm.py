@@ -3,8 +3,9 @@
     rstd = rsqrt(mean(c * c) + eps)      c is x, or x cast to fp32
     out  = cast?(cast?(x * rstd) * weight + bias)
 
-Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the root as rsqrt,
-pow(-0.5) or the reciprocal of a square root; eps as a constant or a 0-d tensor; keepdim or a later unsqueeze.
+Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the root as
+rsqrt or pow(-0.5), which PyTorch computes alike; eps as a constant or a 0-d tensor; keepdim or a later unsqueeze. The
+reciprocal of a square root is recognised and refused: in fp32 it differs from rsqrt in the last bit.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def _statistic(anchor: Node) -> _Statistic | None:
     squared = _squared(mean, nodes)
     if squared is None:
         return None
+    if is_call(anchor, aten.reciprocal.default):
+        raise Refused(Reason.ROOT, anchor)
     _check_eps(eps)
     return _Statistic(squared, eps, _raise_keepdim(anchor, nodes), tuple(nodes))
 
@@ -188,7 +191,7 @@ def _square_root_of(square: Node) -> Node | None:
 def _is_layer_norm_variance(node: Node) -> bool:
     """getitem 0 of a var_mean over the last dimension alone."""
     parent = node.args[0] if node.op == "call_function" and node.args else None
-    if not is_call(parent, aten.var_mean.correction):
+    if parent is None or not is_call(parent, aten.var_mean.correction):
         return False
     measured = value(parent.args[0])
     return measured is not None and [d % measured.ndim for d in parent.args[1] or ()] == [measured.ndim - 1]
@@ -206,39 +209,39 @@ def _norm(statistic: _Statistic, anchor: Node) -> Norm:
     operand = next(other_operands(product, statistic.rstd))
     if not same_value(operand, statistic.squared):
         raise Refused(Reason.NOT_NORMALISED, product)
-    return _affine(statistic, anchor, through_widening(statistic.squared), product)
+    x = through_widening(statistic.squared)
+    val = value(x)
+    if val is None or not isinstance(val.shape[-1], int):
+        raise Refused(Reason.WIDTH, x)
+    return _affine(statistic, anchor, x, product)
 
 
 def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node) -> Norm:
     """Follows x * rstd through weight, bias and casts, as far as they belong to the norm."""
     nodes = [*statistic.nodes, product]
     weight = bias = None
-    normed = weighted = dtype(product)
+    normed = weighted = biased = dtype(product)
     narrowed = False
     out = product
     while (user := sole_user(out)) is not None:
         if is_narrowing(user) and not narrowed:
             narrowed = True
             if weight is None and bias is None:
-                normed = weighted = dtype(user)
+                normed = weighted = biased = dtype(user)
         elif weight is None and bias is None and (row := _row_operand(user, aten.mul.Tensor, out, x)) is not None:
-            weight, weighted, narrowed = row, dtype(user), False
+            weight, narrowed = row, False
+            weighted = biased = dtype(user)
         elif bias is None and not (weight is not None and narrowed) and (row := _added_row(user, out, x)) is not None:
-            bias, narrowed = row, False
-        else:
+            bias, biased, narrowed = row, dtype(user), False
+        elif not is_call(user, aten.clone.default):  # F.rms_norm makes its result contiguous
             break
         out = user
         nodes.append(out)
-    biased = dtype(_before_cast(out)) if bias is not None else weighted
     dtypes = (dtype(statistic.nodes[-1]), normed, weighted, biased, dtype(out))
     known = [d for d in dtypes if d is not None]
     if len(known) != len(dtypes) or len({dtype(n) for n in statistic.nodes}) != 1:
         raise Refused(Reason.ROUNDING, anchor)
     return Norm(anchor, x, weight, bias, statistic.eps, out, NormSteps(*known), tuple(nodes))
-
-
-def _before_cast(out: Node) -> Node:
-    return out.args[0] if is_cast(out) else out
 
 
 def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:

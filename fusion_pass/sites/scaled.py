@@ -8,8 +8,17 @@ import torch
 from torch.fx import Node
 
 from dit_kernels.rounding import ScaledSteps, scaled_steps
-from fusion_pass.dataflow import aten, dtype, is_call, is_narrowing, is_plain_add, other_operands, same_shape
-from fusion_pass.dataflow import sole_user, value
+from fusion_pass.dataflow import (
+    aten,
+    dtype,
+    is_call,
+    is_narrowing,
+    is_plain_add,
+    other_operands,
+    same_shape,
+    sole_user,
+    value,
+)
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
 from fusion_pass.sites.norm import Norm, eps_operand
@@ -77,6 +86,8 @@ def grow(norm: Norm) -> Scaled | None:
     shift = next((user for user in product.users if _is_shift(user, product)), None)
     if shift is not None:
         raise Refused(Reason.SHIFTED, shift, kind=KIND)
+    if operand.gate(scale, norm.x).activated:
+        return None  # a gate, and the residual add that it belongs to is not there
     resolved = operand.scale(scale, norm.x)
     z = _stored(product)
     steps = _steps(norm, resolved, product, z[0])

@@ -1,4 +1,4 @@
-"""A site: one place in a graph that a rewrite covers, what it becomes, and the proof that the rewrite changes nothing."""
+"""A site: one place in a graph that a rewrite covers, what it becomes, and the proof that nothing else changes."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def prove(site: Site, graph: Graph) -> None:
 
 def _prove_operands(site: Site) -> None:
     x = value(site.x)
-    if x is None or x.ndim < 2 or not isinstance(x.shape[-1], int):
+    if x is None or x.ndim < 2:
         raise Refused(Reason.SHAPE, site.x, kind=site.kind)
     for node in site.inputs():
         val = value(node)
@@ -176,7 +176,7 @@ def rewrite(site: Site, graph: Graph, rounding: str) -> Node:
     with graph.inserting_before(_place(site)):
         call = _insert_call(site, graph, rounding)
         results = [call] if len(site.outputs) == 1 else _insert_getitems(site, graph, call)
-    for nodes, result in zip(site.outputs, results):
+    for nodes, result in zip(site.outputs, results, strict=True):
         for node in nodes:
             node.replace_all_uses_with(result)
     _erase(site, graph)

@@ -106,7 +106,8 @@ def _check_broadcast(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
     if t is None:
         return
     _check_operand(op, name, t, x)
-    fits = t.ndim <= x.ndim and all(a == b or a == 1 for a, b in zip(reversed(t.shape), reversed(x.shape)))
+    pairs = zip(reversed(t.shape), reversed(x.shape), strict=False)
+    fits = t.ndim <= x.ndim and all(a == b or a == 1 for a, b in pairs)
     if not fits:
         _reject(op, f"{name}.shape", list(t.shape), f"one that broadcasts to the shape of x, {list(x.shape)}")
 
@@ -212,9 +213,7 @@ def _scaled_call(
     _check_row(op, "bias", bias, x)
     _check_broadcast(op, "scale", scale, x)
     _check_eps(op, "eps", eps)
-    steps = _scaled_steps(
-        rounding, norm, x.dtype, _dtype(weight), _dtype(bias), _promoting(scale), z_dtype, norm_dtype
-    )
+    steps = _scaled_steps(rounding, norm, x.dtype, _dtype(weight), _dtype(bias), _promoting(scale), z_dtype, norm_dtype)
     return Call(_chain(norm, True, add_one, None, steps), x, weight, bias, None, None, eps, scale=scale)
 
 

@@ -15,8 +15,10 @@ from dit_kernels.chain import Chain
 from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps
 
 
-def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, steps: NormSteps) -> Tensor:
-    """norm(x) over the last dimension, in dtype `steps.out`. x: [..., D]; weight, bias: [D] or None."""
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, kind: str, steps: NormSteps
+) -> Tensor:
+    """norm(x) over the last dimension, in dtype `steps.out`. x: [..., D]; weight, bias: [D] or None; eps may be 0-d."""
     if kind == "layer":
         return _layer_norm(x, weight, bias, eps, steps)
     wide = x.to(steps.stat)
@@ -29,12 +31,13 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind
     return n.to(steps.out)
 
 
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, steps: NormSteps) -> Tensor:
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, steps: NormSteps) -> Tensor:
     """F.layer_norm itself where it takes these dtypes; else the same in the compute dtype, with the one cast after."""
     plain = steps.out == x.dtype and all(p is None or p.dtype == x.dtype for p in (weight, bias))
     if not plain:
-        x, weight, bias = (p if p is None else p.to(steps.stat) for p in (x, weight, bias))
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(steps.out)
+        x = x.to(steps.stat)
+        weight, bias = (p if p is None else p.to(steps.stat) for p in (weight, bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, float(eps)).to(steps.out)
 
 
 def gated(
@@ -43,7 +46,7 @@ def gated(
     bias: Tensor | None,
     gate: Tensor | None,
     residual: Tensor,
-    eps: float,
+    eps: float | Tensor,
     chain: Chain,
 ) -> Tensor:
     """y = residual + tanh(gate) * norm(x). x, residual: [..., D]; gate broadcasts to x."""
@@ -57,7 +60,7 @@ def gated(
 
 
 def scaled(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, eps: float, chain: Chain
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, eps: float | Tensor, chain: Chain
 ) -> Tensor:
     """z = norm(x) * (1 + scale). x: [..., D]; scale broadcasts to x."""
     assert chain.scaled is not None

@@ -1,0 +1,39 @@
+# make demo    the demo program: eager, torch.compile and the fusion_pass backend on Z-Image (DEMO_ARGS="--size small ...")
+# make test    everything that CI checks: lint, types, packaging, CPU tests
+# make lint    ruff and mypy only
+# Each sets up what it needs in $(VENV). Another Python (3.10 or newer): make PYTHON=python3.12 ...
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+DEMO_ARGS ?=
+TEST_ARGS ?=
+STAMP = $(VENV)/.installed
+
+.PHONY: help demo test lint preflight clean
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+demo: $(STAMP) | preflight
+	$(VENV)/bin/python examples/zimage.py $(DEMO_ARGS)
+
+# One thread a worker: JOBS workers with a pool of threads each get in each other's way.
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) $(TEST_ARGS)
+
+lint: $(STAMP) | preflight
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+preflight:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on this machine: Python 3.10 or newer is needed, or make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) .ci/preflight.py
+
+$(STAMP): pyproject.toml constraints.txt | preflight
+	@echo "Installing into $(VENV): some minutes the first time, torch is large"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test,examples]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

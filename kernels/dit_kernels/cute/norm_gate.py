@@ -1,0 +1,520 @@
+"""The gated norm, the scaled norm, and both over one row.
+
+    y = residual + tanh(gate) * norm(x)
+    z = norm(y) * (1 + scale)
+
+A row that fits in registers (`RowTiling.resident`) is read once: every load is issued before the first reduction, y
+stays in registers in its stored dtype, and the second norm reads it from there. A wider row is walked in passes that
+read it again, from L2 for the most part.
+
+Where gate and scale are the same for every row of a batch item, the kernel is persistent: a CTA walks rows of one item,
+keeps tanh(gate), 1 + scale and the weights in registers, and loads the next row while it works on one. Elsewhere a CTA
+takes one row.
+
+All arithmetic is fp32. Where it is rounded in between is not decided here: `rounding.py` gives the dtype of each step,
+and a step is a conversion to that dtype and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
+from cutlass.cute.arch.nvvm_wrappers import inline_ptx
+from cutlass.cutlass_dsl import dsl_user_op
+from cutlass.memory import SmemAllocator
+
+from dit_kernels.chain import Chain
+from dit_kernels.cute.reduce import cta_sum
+from dit_kernels.cute.tiling import RowTiling
+from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps
+
+CUTE_DTYPES = {torch.bfloat16: BFloat16, torch.float16: Float16, torch.float32: Float32}
+
+Walk = Literal["token", "batch", "column", "element"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a kernel is compiled for, of one tensor."""
+
+    dtype: torch.dtype
+    walk: Walk  # token: (1|B, S, D); batch: (1|B, 1, D); column: (D,); element: (1, 1, 1)
+    access: int  # bytes of one load or store: what its pointer and strides are multiples of, 16 at most
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of one kernel, by the names of `NormGate.__call__`."""
+
+    x: Operand
+    weight: Operand | None = None
+    bias: Operand | None = None
+    gate: Operand | None = None
+    residual: Operand | None = None
+    weight2: Operand | None = None
+    bias2: Operand | None = None
+    scale: Operand | None = None
+    y: Operand | None = None
+    z: Operand | None = None
+
+
+# --- one vector -----------------------------------------------------------------------------------------------------
+# Plain Python: these run while a kernel is traced. A value is a cute.TensorSSA of `vector` fp32 elements; mean is None
+# in an rms norm, and any parameter may be.
+
+
+def _round(value, dtype: torch.dtype):
+    return value if dtype == torch.float32 else value.to(CUTE_DTYPES[dtype]).to(Float32)
+
+
+def _round_scalar(value: Float32, dtype: torch.dtype) -> Float32:
+    return value if dtype == torch.float32 else Float32(CUTE_DTYPES[dtype](value))
+
+
+@dsl_user_op
+def _add_scalars(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+    add = "add.rn.f32 {$w0}, {$r0}, {$r1};"
+    return inline_ptx(add, write_only_types=[Float32], read_only_args=[a, b], loc=loc, ip=ip)
+
+
+def _add_apart(a, b):
+    """a + b where a is an fp32 product: eager rounds it, so LLVM must not contract the two into an fma."""
+    total = cute.make_rmem_tensor(a.shape, Float32)
+    for i in range(cute.size(a.shape)):
+        total[i] = _add_scalars(a[i], b[i])
+    return total.load()
+
+
+def _sum(value) -> Float32:
+    return value.reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+
+
+def _square(x, mean, stat: torch.dtype):
+    centred = x if mean is None else x - mean
+    return _round(centred * centred, stat)
+
+
+def _normed(x, mean, rstd, weight, bias, steps: NormSteps):
+    n = _round((x if mean is None else x - mean) * rstd, steps.normed)
+    dtype = steps.normed
+    if weight is not None:
+        n, dtype = _round(n * weight, steps.weighted), steps.weighted
+    if bias is not None:
+        # A layer norm is one kernel in eager, too, and contracts.
+        n = _add_apart(n, bias) if dtype == torch.float32 and mean is None else n + bias
+        n, dtype = _round(n, steps.biased), steps.biased
+    return n if dtype == steps.out else _round(n, steps.out)
+
+
+def _round_any(value, dtype: torch.dtype):
+    """`_round` of a vector, or of the scalar that an operand of one element is."""
+    return _round_scalar(value, dtype) if isinstance(value, Float32) else _round(value, dtype)
+
+
+def _gated(n, gate, residual, steps: GatedSteps):
+    """y = residual + gate * n, as it is stored; gate may be a scalar."""
+    product = _round(n if gate is None else n * gate, steps.product)
+    total = _add_apart(product, residual) if steps.product == torch.float32 else residual + product
+    return total.to(CUTE_DTYPES[steps.sum]).to(CUTE_DTYPES[steps.y])
+
+
+def _scaled(n, scale, steps: ScaledSteps):
+    """z = n * scale, as it is stored; scale may be a scalar."""
+    n = n if scale is None else n * scale
+    return n.to(CUTE_DTYPES[steps.product]).to(CUTE_DTYPES[steps.z])
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def _row_of(tensor: cute.Tensor, operand: cutlass.Constexpr, batch: Int32, token: Int32, vector: cutlass.Constexpr):
+    """The row that (batch, token) reads or writes, as (D / vector, vector)."""
+    address = tensor.iterator.toint()
+    if const_expr(operand.walk in ("token", "batch")):
+        # A dimension of size 1 is broadcast: its only index is the last one. Offsets pass 2^31.
+        offset = Int64(cutlass.min(batch, tensor.shape[0] - 1)) * tensor.stride[0]
+        if const_expr(operand.walk == "token"):
+            offset += Int64(token) * tensor.stride[1]
+        address += offset * (tensor.element_type.width // 8)
+    pointer = cute.make_ptr(tensor.element_type, address, cute.AddressSpace.gmem, assumed_align=operand.access)
+    d = tensor.shape[cute.rank(tensor) - 1]
+    return cute.make_tensor(pointer, cute.make_layout((d // vector, vector), stride=(vector, 1)))
+
+
+@cute.jit
+def _load(row: cute.Tensor, index: Int32, inside: Boolean | bool) -> cute.Tensor:
+    """One vector of a row, in its storage dtype; zeros outside the row."""
+    fragment = cute.make_rmem_tensor(row.shape[1], row.element_type)
+    if const_expr(inside is not True):
+        fragment.fill(0)
+    _load_into(fragment, row, index, inside)
+    return fragment
+
+
+@cute.jit
+def _load_into(fragment: cute.Tensor, row: cute.Tensor, index: Int32, inside: Boolean | bool):
+    if const_expr(inside is True):
+        cute.autovec_copy(row[index, None], fragment)
+    else:
+        if inside:
+            cute.autovec_copy(row[index, None], fragment)
+
+
+@cute.jit
+def _store(value: cute.TensorSSA, row: cute.Tensor, index: Int32, inside: Boolean | bool) -> cute.Tensor:
+    fragment = cute.make_rmem_tensor(row.shape[1], row.element_type)
+    fragment.store(value)
+    if const_expr(inside is True):
+        cute.autovec_copy(fragment, row[index, None])
+    else:
+        if inside:
+            cute.autovec_copy(fragment, row[index, None])
+    return fragment
+
+
+def _wide(fragment: cute.Tensor):
+    return fragment.load().to(Float32)
+
+
+def _packed(value, dtype: torch.dtype) -> cute.Tensor:
+    fragment = cute.make_rmem_tensor(value.shape, CUTE_DTYPES[dtype])
+    fragment.store(value.to(CUTE_DTYPES[dtype]))
+    return fragment
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a thread stands: its row, and its vectors in it."""
+
+    tiling: RowTiling
+    d: int
+    batch: Int32
+    token: Int32
+    thread: Int32
+
+    def index(self, i):
+        """Which vector of the row is this thread's vector i."""
+        return self.thread + i * self.tiling.threads
+
+    def inside(self, i):
+        """Is vector i in the row? Known while tracing where the tiling has no tail."""
+        return self.index(i) * self.tiling.vector < self.d if self.tiling.tail else True
+
+    def counted(self, i, value: Float32) -> Float32:
+        """What vector i adds to a sum over the row: nothing from outside, whatever its zeros have become."""
+        inside = self.inside(i)
+        return value if inside is True else Float32(cutlass.select_(inside, value, Float32(0.0)))
+
+
+class _Reader:
+    """This thread's vectors of one operand as fp32: loaded ahead and kept packed, or loaded when asked for."""
+
+    def __init__(self, tensor: cute.Tensor | None, operand: Operand | None, place: _Place, ahead: bool):
+        self.place = place
+        self.row = self.element = None
+        self.fragments: list[cute.Tensor] = []
+        if operand is None:
+            return
+        if operand.walk == "element":
+            self.element = tensor[0, 0, 0].to(Float32)
+            return
+        self.row = _row_of(tensor, operand, place.batch, place.token, place.tiling.vector)
+        if ahead:
+            self.fragments = [self._load(i) for i in range(place.tiling.vectors)]
+
+    def _load(self, i) -> cute.Tensor:
+        return _load(self.row, self.place.index(i), self.place.inside(i))
+
+    def __call__(self, i):
+        """Vector i, a scalar for a single element, or None for an absent operand."""
+        if self.row is None:
+            return self.element
+        return _wide(self.fragments[i] if self.fragments else self._load(i))
+
+
+def _identity(value):
+    return value
+
+
+class _Modulation(_Reader):
+    """A gate or scale as it enters the product: activated when read, or once and for all by `hold`."""
+
+    def __init__(self, tensor, operand: Operand | None, place: _Place, ahead: bool, activate: Callable[[Any], Any]):
+        super().__init__(tensor, operand, place, ahead)
+        self.activate = activate
+
+    def __call__(self, i):
+        value = super().__call__(i)
+        return None if value is None else self.activate(value)
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Activates what was loaded ahead, and keeps it packed in the dtype that the activation is rounded to."""
+        if self.element is not None:
+            self.element = self.activate(self.element)
+        self.fragments = [_packed(self(i), dtype) for i in range(len(self.fragments))]
+        self.activate = _identity
+
+
+class _Writer(_Reader):
+    """This thread's vectors of a result: stored, and kept packed where the row is resident, so that they read back."""
+
+    def __init__(self, tensor: cute.Tensor, operand: Operand, place: _Place):
+        super().__init__(tensor, operand, place, ahead=False)
+
+    def store(self, i, value) -> cute.Tensor:
+        fragment = _store(value, self.row, self.place.index(i), self.place.inside(i))
+        if self.place.tiling.resident:
+            self.fragments.append(fragment)
+        return fragment
+
+
+@cute.jit
+def _walk(tiling: cutlass.Constexpr, visit: cutlass.Constexpr) -> Float32:
+    """The sum of visit(i) over this thread's vectors, in order."""
+    total = Float32(0.0)
+    if const_expr(tiling.resident):
+        for i in cutlass.range_constexpr(tiling.vectors):
+            total += visit(i)
+    else:
+        for i in cutlass.range(tiling.vectors):
+            total += visit(i)
+    return total
+
+
+# --- a norm over the row --------------------------------------------------------------------------------------------
+
+
+class _Norm:
+    """A norm whose statistics are known once `finish` has summed over the CTA.
+
+    `moment` is what a vector of the row adds to the first sum: its squares, or for a layer norm its share of the mean,
+    x / D, since a sum of large elements would overflow where eager's running mean does not.
+    """
+
+    def __init__(self, kind: str, steps: NormSteps, weight: _Reader, bias: _Reader, place: _Place, partials):
+        self.layer, self.steps, self.partials = kind == "layer", steps, partials  # partials: (warps, 2)
+        self.weight, self.bias, self.place = weight, bias, place
+        self.mean = self.rstd = None
+
+    def moment(self, i, value) -> Float32:
+        place = self.place
+        part = value * Float32(1.0 / place.d) if self.layer else _square(value, None, self.steps.stat)
+        return place.counted(i, _sum(part))
+
+    def finish(self, total: Float32, values: _Reader, eps: Float32) -> None:
+        """total: this thread's moments; values: the row. A mean is a product with 1/D, as in torch.mean."""
+        place, stat = self.place, self.steps.stat
+        if self.layer:
+            self.mean = mean = cta_sum(total, self.partials[None, 0])
+            total = _walk(place.tiling, lambda i: place.counted(i, _sum(_square(values(i), mean, stat))))
+        mean_square = _round_scalar(cta_sum(total, self.partials[None, 1]) * Float32(1.0 / place.d), stat)
+        shifted = _round_scalar(_add_scalars(mean_square, eps), stat)
+        self.rstd = _round_scalar(cute.math.rsqrt(shifted), stat)
+
+    def __call__(self, i, value):
+        """The normalised vector i."""
+        return _normed(value, self.mean, self.rstd, self.weight(i), self.bias(i), self.steps)
+
+
+# --- the kernels ----------------------------------------------------------------------------------------------------
+
+
+class NormGate:
+    """One member of the family: a chain for one D and one layout of its operands."""
+
+    def __init__(self, chain: Chain, d: int, operands: Operands, tiling: RowTiling):
+        self.chain, self.d, self.operands, self.tiling = chain, d, operands, tiling
+
+    @property
+    def persistent(self) -> bool:
+        per_row = any(o is not None and o.walk == "token" for o in (self.operands.gate, self.operands.scale))
+        return self.tiling.ahead and not per_row
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,  # (B, S, D)
+        weight: cute.Tensor | None,  # (D,)
+        bias: cute.Tensor | None,  # (D,)
+        gate: cute.Tensor | None,  # (1|B, 1|S, D) or (1, 1, 1)
+        residual: cute.Tensor | None,  # (B, S, D)
+        eps: Float32,
+        weight2: cute.Tensor | None,  # (D,)
+        bias2: cute.Tensor | None,  # (D,)
+        scale: cute.Tensor | None,  # as gate
+        eps2: Float32,
+        y: cute.Tensor | None,  # (B, S, D)
+        z: cute.Tensor | None,  # (B, S, D)
+        processors: Int32,  # streaming multiprocessors of the device
+        stream,
+    ):
+        batches, tokens = x.shape[0], x.shape[1]
+        block = [self.tiling.threads, 1, 1]
+        if const_expr(self.persistent):
+            # CTAs for one batch item: no more than run at once, or the last ones would run alone.
+            walkers = cutlass.max(processors * self.tiling.ctas // batches, 1)
+            grid = [batches, cutlass.min(walkers, tokens), 1]
+            self.persistent_kernel(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z).launch(
+                grid=grid, block=block, stream=stream
+            )
+        else:
+            self.row_kernel(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z).launch(
+                grid=[batches * tokens, 1, 1], block=block, stream=stream
+            )
+
+    @cute.kernel
+    def row_kernel(
+        self,
+        x: cute.Tensor,
+        weight: cute.Tensor | None,
+        bias: cute.Tensor | None,
+        gate: cute.Tensor | None,
+        residual: cute.Tensor | None,
+        eps: Float32,
+        weight2: cute.Tensor | None,
+        bias2: cute.Tensor | None,
+        scale: cute.Tensor | None,
+        eps2: Float32,
+        y: cute.Tensor | None,
+        z: cute.Tensor | None,
+    ):
+        """One CTA, one row."""
+        row = cute.arch.block_idx()[0]
+        batch = row // x.shape[1]
+        place = _Place(self.tiling, self.d, batch, row - batch * x.shape[1], cute.arch.thread_idx()[0])
+        # Every load that can be is issued here, before the first sum waits.
+        values = _Reader(x, self.operands.x, place, self.tiling.resident)
+        residuals = _Reader(residual, self.operands.residual, place, self.tiling.resident)
+        parameters = _Parameters(self, place, gate, scale, weight, bias, weight2, bias2)
+        self.run(place, values, residuals, parameters, eps, eps2, y, z, self.partials(1)[None, None, None, 0])
+
+    @cute.kernel
+    def persistent_kernel(
+        self,
+        x: cute.Tensor,
+        weight: cute.Tensor | None,
+        bias: cute.Tensor | None,
+        gate: cute.Tensor | None,
+        residual: cute.Tensor | None,
+        eps: Float32,
+        weight2: cute.Tensor | None,
+        bias2: cute.Tensor | None,
+        scale: cute.Tensor | None,
+        eps2: Float32,
+        y: cute.Tensor | None,
+        z: cute.Tensor | None,
+    ):
+        """CTAs (b, 0), (b, 1), ... share the rows of batch item b."""
+        batch, first, _ = cute.arch.block_idx()
+        walkers, tokens = cute.arch.grid_dim()[1], x.shape[1]
+        place = _Place(self.tiling, self.d, batch, first, cute.arch.thread_idx()[0])
+        next_values = _Reader(x, self.operands.x, place, True)
+        next_residuals = _Reader(residual, self.operands.residual, place, True)
+        parameters = _Parameters(self, place, gate, scale, weight, bias, weight2, bias2)
+        parameters.hold()
+        # A row with one sum has one barrier: a fast warp may be at the next row's while a slow one reads this one's.
+        partials = self.partials(2)
+        stage = Int32(0)
+        for token in cutlass.range(first, tokens, walkers):
+            here = replace(place, token=token)
+            values = _taken(next_values, here)
+            residuals = _taken(next_residuals, here)
+            ahead = replace(place, token=token + walkers)
+            wanted = ahead.token < tokens
+            _refill(next_values.fragments, _Reader(x, self.operands.x, ahead, False), wanted)
+            _refill(next_residuals.fragments, _Reader(residual, self.operands.residual, ahead, False), wanted)
+            self.run(here, values, residuals, parameters, eps, eps2, y, z, partials[None, None, None, stage])
+            stage = 1 - stage
+
+    def partials(self, stages: int) -> cute.Tensor:
+        """The partial sums of the warps, (warps, moment, norm, stage)."""
+        return SmemAllocator().allocate_tensor(Float32, cute.make_layout((self.tiling.warps, 2, 2, stages)))
+
+    def run(self, place: _Place, values, residuals, parameters, eps, eps2, y, z, partials) -> None:
+        """The chain on the row at `place`."""
+        chain, operands, p = self.chain, self.operands, parameters
+        steps = chain.gated or chain.scaled
+        norm = _Norm(chain.norm, steps.norm, p.weight, p.bias, place, partials[None, None, 0])
+        norm.finish(_walk(place.tiling, lambda i: norm.moment(i, values(i))), values, eps)
+        if chain.gated is None:
+            _write_z(chain, norm, values, p.scale, _Writer(z, operands.z, place))
+            return
+        stored = _Writer(y, operands.y, place)
+        if chain.scaled is None:
+            _write_y(chain, norm, values, p.gate, residuals, stored, None)
+            return
+        norm2 = _Norm(chain.norm, chain.scaled.norm, p.weight2, p.bias2, place, partials[None, None, 1])
+        total = _write_y(chain, norm, values, p.gate, residuals, stored, norm2)
+        norm2.finish(total, stored, eps2)
+        _write_z(chain, norm2, stored, p.scale, _Writer(z, operands.z, place))
+
+
+class _Parameters:
+    """Every operand but x and residual."""
+
+    def __init__(self, kernel: NormGate, place: _Place, gate, scale, weight, bias, weight2, bias2):
+        self.chain, self.operands = chain, operands = kernel.chain, kernel.operands
+        ahead = kernel.tiling.ahead
+        self.gate = _Modulation(gate, operands.gate, place, ahead, self._tanh if chain.tanh else _identity)
+        self.scale = _Modulation(scale, operands.scale, place, ahead, self._add_one if chain.add_one else _identity)
+        self.weight = _Reader(weight, operands.weight, place, ahead)
+        self.bias = _Reader(bias, operands.bias, place, ahead)
+        self.weight2 = _Reader(weight2, operands.weight2, place, ahead)
+        self.bias2 = _Reader(bias2, operands.bias2, place, ahead)
+
+    def _tanh(self, gate):
+        return _round_any(cute.math.tanh(gate), self.chain.gated.gate)
+
+    def _add_one(self, scale):
+        return _round_any(scale + 1.0, self.chain.scaled.scale)
+
+    def hold(self) -> None:
+        """Activates gate and scale once, for all the rows to come."""
+        chain, operands = self.chain, self.operands
+        if operands.gate is not None:
+            self.gate.hold(chain.gated.gate if chain.tanh else operands.gate.dtype)
+        if operands.scale is not None:
+            self.scale.hold(chain.scaled.scale if chain.add_one else operands.scale.dtype)
+
+
+def _taken(ahead: _Reader, place: _Place) -> _Reader:
+    """A reader of the row that was loaded ahead, whose registers may be filled again."""
+    reader = _Reader(None, None, place, False)
+    reader.row = ahead.row
+    for fragment in ahead.fragments:
+        copy = cute.make_rmem_tensor(fragment.shape, fragment.element_type)
+        copy.store(fragment.load())
+        reader.fragments.append(copy)
+    return reader
+
+
+def _refill(fragments: list[cute.Tensor], reader: _Reader, wanted: Boolean) -> None:
+    """Loads the row of `reader` into `fragments`, which hold another."""
+    for i, fragment in enumerate(fragments):
+        inside = reader.place.inside(i)
+        _load_into(fragment, reader.row, reader.place.index(i), wanted if inside is True else wanted & inside)
+
+
+def _write_y(chain: Chain, norm: _Norm, values: _Reader, gates, residuals: _Reader, y: _Writer, norm2):
+    """Writes y; this thread's moments of y as it is stored, for the norm that reads it next, if one does."""
+
+    def visit(i) -> Float32:
+        fragment = y.store(i, _gated(norm(i, values(i)), gates(i), residuals(i), chain.gated))
+        return Float32(0.0) if norm2 is None else norm2.moment(i, _wide(fragment))
+
+    return _walk(y.place.tiling, visit)
+
+
+def _write_z(chain: Chain, norm: _Norm, values: _Reader, scales, z: _Writer) -> None:
+    def visit(i) -> Float32:
+        z.store(i, _scaled(norm(i, values(i)), scales(i), chain.scaled))
+        return Float32(0.0)
+
+    _walk(z.place.tiling, visit)

@@ -1,0 +1,26 @@
+"""Hypothesis profiles: `ci` has a fixed budget and prints how to reproduce a failure; `long` is for a night."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
+settings.register_profile(
+    "ci", max_examples=150, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_QUIET
+)
+settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_QUIET)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """No test runs on code that another one compiled; torch's structured trace, which is long, is not captured."""
+    logging.getLogger("torch.__trace").propagate = False
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

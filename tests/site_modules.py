@@ -1,0 +1,370 @@
+"""Modules that hold one site each, in every spelling that the pass should read, and mutants that it must refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+EPS = 1e-5
+Norm = Callable[..., Tensor]
+
+
+# --- norms, as model codes write them -------------------------------------------------------------------------------
+
+
+def diffusers_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    """diffusers' RMSNorm: the product in fp32, cast to the weight's dtype, then the weight."""
+    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    n = x * torch.rsqrt(variance + eps)
+    if weight is None:
+        return n.to(x.dtype)
+    return (n.to(weight.dtype) if weight.dtype != torch.float32 else n) * weight
+
+
+def llama_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    """Llama's: everything on the fp32 copy, the weight on the left, eps on the left."""
+    wide = x.to(torch.float32)
+    n = (wide * torch.rsqrt(eps + (wide * wide).mean(dim=x.ndim - 1, keepdim=True))).to(x.dtype)
+    return n if weight is None else weight * n
+
+
+def torch_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    """torch.nn.RMSNorm's function."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def native_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    """Z-Image's own repository: every step in the model's dtype."""
+    n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return n if weight is None else n * weight
+
+
+def squeezed_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    """keepdim as a later unsqueeze; the root as a power."""
+    wide = x.float()
+    rstd = torch.pow(torch.square(wide).mean(-1) + eps, -0.5).unsqueeze(-1)
+    n = (rstd * wide).to(x.dtype)
+    return n if weight is None else n * weight
+
+
+NORMS: tuple[Norm, ...] = (diffusers_norm, llama_norm, torch_norm, native_norm, squeezed_norm)
+FORM_OF: dict[Norm, str] = {torch_norm: "weight_then_cast", native_norm: "native"}
+
+
+# --- a site ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One site: what it holds, how it is spelled, what its operands look like."""
+
+    norm: Norm = diffusers_norm
+    weight: bool = True
+    gate: str | None = "tanh"  # tanh, given or None (no gated add at all)
+    gate_shape: str = "batch"
+    scale: str | None = "one_plus"  # one_plus, given or None (no norm behind the add)
+    scale_shape: str = "batch"
+    swapped: tuple[bool, bool, bool, bool] = (
+        False,
+        False,
+        False,
+        False,
+    )  # operands of gate*n, residual+p, n*s, 1+scale
+    batch: int = 2
+    tokens: int = 6
+    width: int = 32
+    rank: int = 3
+    layout: str = "contiguous"
+    dtype: torch.dtype = torch.bfloat16
+    extra_user: str | None = None  # y, z or n: who else is read
+
+    def kind(self) -> str | None:
+        """The op that the site becomes. A first norm that is read elsewhere leaves only the second one to fuse."""
+        gated = self.gate is not None and self.extra_user != "n"
+        if gated:
+            return "norm_tanh_mul_add" if self.scale is None else "norm_tanh_mul_add_norm_scale"
+        return None if self.scale is None else "norm_scale"
+
+    def form(self) -> str:
+        """The rounding form that the report names."""
+        if self.dtype == torch.float32 or (not self.weight and self.norm is torch_norm):
+            return "cast_then_weight"
+        return FORM_OF.get(self.norm, "cast_then_weight")
+
+    def shape(self) -> tuple[int, ...]:
+        return {
+            2: (self.tokens, self.width),
+            3: (self.batch, self.tokens, self.width),
+            4: (self.batch, 2, self.tokens, self.width),
+        }[self.rank]
+
+
+class SiteModule(nn.Module):
+    """x, residual, gate, scale -> the results of the site."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.eps = EPS
+        shape, dtype = (spec.width,), spec.dtype
+        self.weight = nn.Parameter(torch.randn(shape).to(dtype)) if spec.weight else None
+        self.weight2 = nn.Parameter(torch.randn(shape).to(dtype)) if spec.weight else None
+
+    def forward(self, x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        spec = self.spec
+        results = []
+        y = x
+        if spec.gate is not None:
+            n = spec.norm(x, self.weight, self.eps)
+            t = gate.tanh() if spec.gate == "tanh" else gate
+            p = n * t if spec.swapped[0] else t * n
+            y = p + residual if spec.swapped[1] else residual + p
+            results.append(y)
+            if spec.extra_user == "n":
+                results.append(n * 2)
+            if spec.extra_user == "y":
+                results.append(y * 2)
+        if spec.scale is not None:
+            weight = self.weight2 if spec.gate is not None else self.weight
+            n2 = spec.norm(y, weight, self.eps)
+            s = scale
+            if spec.scale == "one_plus":
+                s = 1 + scale if spec.swapped[3] else scale + 1.0
+            z = s * n2 if spec.swapped[2] else n2 * s
+            results.append(z)
+            if spec.extra_user == "z":
+                results.append(z * 2)
+        return tuple(results)
+
+
+def _operand(shape: tuple[int, ...], like: str, dtype: torch.dtype) -> Tensor:
+    """A gate or scale that broadcasts to `shape`."""
+    width = shape[-1]
+    lead = (*(shape[:1] if len(shape) > 2 else ()), *(1,) * (len(shape) - 1 - (len(shape) > 2)))
+    if like == "chunk":  # the second of four chunks: batch stride 4 * D, as Z-Image's
+        return torch.randn(*lead, 4 * width).to(dtype).chunk(4, dim=-1)[1]
+    shapes = {
+        "row": (width,),
+        "ones": (1,) * (len(shape) - 1) + (width,),
+        "batch": (*lead, width),
+        "token": shape,
+        "element": (1,),
+    }
+    return torch.randn(shapes[like]).to(dtype)
+
+
+def inputs(spec: Spec, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    shape, dtype = spec.shape(), spec.dtype
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    if spec.layout == "transposed" and len(shape) > 2:
+        x = x.transpose(0, -2).contiguous().transpose(0, -2)
+    if spec.layout == "sliced":
+        x = torch.randn(*shape[:-1], shape[-1] + 8).to(dtype)[..., 8:]
+    if spec.layout == "strided":
+        x = torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
+    operands = (x, residual, _operand(shape, spec.gate_shape, dtype), _operand(shape, spec.scale_shape, dtype))
+    for operand in operands:  # the model's width is static, whatever else is dynamic
+        torch._dynamo.mark_static(operand, operand.ndim - 1)
+    return operands
+
+
+SHAPES = ("row", "ones", "batch", "token", "element", "chunk")
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    """norm form x gate form x scale form x operand order x dtype x shapes x broadcast x strides x extra users."""
+    spec = Spec(
+        norm=draw(st.sampled_from(NORMS)),
+        weight=draw(st.booleans()),
+        gate=draw(st.sampled_from(("tanh", "given", None))),
+        gate_shape=draw(st.sampled_from(SHAPES)),
+        scale=draw(st.sampled_from(("one_plus", "given", None))),
+        scale_shape=draw(st.sampled_from(SHAPES)),
+        swapped=draw(st.tuples(*[st.booleans()] * 4)),
+        batch=draw(st.integers(2, 3)),
+        tokens=draw(st.integers(2, 7)),
+        width=draw(st.sampled_from((8, 30, 64, 129))),
+        rank=draw(st.sampled_from((2, 3, 3, 3, 4))),
+        layout=draw(st.sampled_from(("contiguous", "transposed", "sliced", "strided"))),
+        dtype=draw(st.sampled_from((torch.bfloat16, torch.float16, torch.float32))),
+        extra_user=draw(st.sampled_from((None, None, "y", "z", "n"))),
+    )
+    # A [D] operand that multiplies a norm without a weight is its weight.
+    if not spec.weight and spec.gate == "given" and spec.gate_shape == "row":
+        spec = replace(spec, gate="tanh")
+    if not spec.weight and spec.scale == "given" and spec.scale_shape == "row":
+        spec = replace(spec, scale="one_plus")
+    return spec
+
+
+# --- mutants: near to a site, and none ------------------------------------------------------------------------------
+
+
+def _gated(n: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
+    return residual + gate.tanh() * n
+
+
+def mean_over_another_dimension(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide * torch.rsqrt(wide.pow(2).mean(-2, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+def mean_over_two_dimensions(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide * torch.rsqrt(wide.pow(2).mean((-2, -1), keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+def sum_for_mean(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+def cube_for_square(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide * torch.rsqrt(wide.pow(3).mean(-1, keepdim=True).abs() + EPS)).to(x.dtype), residual, gate)
+
+
+def eps_outside_the_root(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide * (torch.rsqrt(wide.pow(2).mean(-1, keepdim=True)) + EPS)).to(x.dtype), residual, gate)
+
+
+def eps_scaled(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    mean = wide.pow(2).mean(-1, keepdim=True)
+    return _gated((wide * torch.rsqrt(torch.add(mean, mean, alpha=2))).to(x.dtype), residual, gate)
+
+
+def another_tensor_is_squared(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    rstd = torch.rsqrt(residual.float().pow(2).mean(-1, keepdim=True) + EPS)
+    return _gated((x.float() * rstd).to(x.dtype), residual, gate)
+
+
+def a_rounded_copy_is_squared(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float() * 1.37
+    squared = wide.to(torch.bfloat16).float()
+    return _gated((wide * torch.rsqrt(squared.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+def the_root_is_not_reciprocal(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide * torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+def the_root_is_added(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide + torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+def residual_of_another_shape(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return _gated(diffusers_norm(x, None), residual[:1, :1], gate)
+
+
+def residual_that_broadcasts_x(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return _gated(diffusers_norm(x[:, :1], None), residual, gate)
+
+
+def residual_is_subtracted(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return residual - gate.tanh() * diffusers_norm(x, None)
+
+
+def residual_with_a_factor(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return torch.add(residual, gate.tanh() * diffusers_norm(x, None), alpha=2)
+
+
+def the_norm_is_used_elsewhere(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    n = diffusers_norm(x, None)
+    return _gated(n, residual, gate), n + 1
+
+
+def the_root_is_used_elsewhere(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+    return _gated((x * rstd).to(x.dtype), residual, gate), rstd
+
+
+def the_product_is_used_elsewhere(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    p = gate.tanh() * diffusers_norm(x, None)
+    return residual + p, p * 3
+
+
+def the_gate_depends_on_the_norm(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    n = diffusers_norm(x, None)
+    return residual + (gate * n.mean(-1, keepdim=True)).tanh() * n
+
+
+def the_product_is_added_to_itself(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    p = gate.tanh() * diffusers_norm(x, None)
+    return p + p
+
+
+def a_shift_follows_the_scale(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return diffusers_norm(x, None) * (1 + scale) + gate
+
+
+def the_root_is_a_quotient(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    n = (wide * torch.reciprocal(torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype)
+    return _gated(n, residual, gate)
+
+
+def an_fp8_step(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    n = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(torch.float8_e5m2).to(x.dtype)
+    return _gated(n, residual, gate)
+
+
+def a_double_precision_norm(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.double()
+    return _gated((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+NEVER_FUSED = (
+    mean_over_another_dimension,
+    mean_over_two_dimensions,
+    sum_for_mean,
+    cube_for_square,
+    eps_outside_the_root,
+    eps_scaled,
+    another_tensor_is_squared,
+    a_rounded_copy_is_squared,
+    the_root_is_not_reciprocal,
+    the_root_is_added,
+    residual_of_another_shape,
+    residual_that_broadcasts_x,
+    residual_is_subtracted,
+    the_norm_is_used_elsewhere,
+    the_root_is_used_elsewhere,
+    the_product_is_used_elsewhere,
+    the_gate_depends_on_the_norm,
+    the_product_is_added_to_itself,
+    a_shift_follows_the_scale,
+    the_root_is_a_quotient,
+    an_fp8_step,
+    a_double_precision_norm,
+    residual_with_a_factor,
+)
+
+
+def the_scale_depends_on_y(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    y = _gated(diffusers_norm(x, None), residual, gate)
+    return y, diffusers_norm(y, None) * (1 + y.mean(-2, keepdim=True))
+
+
+def y_is_changed_before_the_second_norm(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    y = _gated(diffusers_norm(x, None), residual, gate) + 0.5
+    return y, diffusers_norm(y, None) * (1 + scale)
+
+
+def the_norms_differ_in_form(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    y = _gated(diffusers_norm(x, None), residual, gate)
+    return y, native_norm(y, None) * (1 + scale)
+
+
+TWO_SINGLES = (the_scale_depends_on_y, y_is_changed_before_the_second_norm, the_norms_differ_in_form)

@@ -1,0 +1,208 @@
+"""The disk cache of compiled kernels: what it keeps, what it refuses, and that it never costs a call its kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
+
+from dit_kernels import compile as kernels
+from dit_kernels.chain import Chain
+from dit_kernels.cute.norm_gate import Operand, Operands
+from dit_kernels.rounding import scaled_steps
+
+ARCH = "sm_90a"
+BF16 = torch.bfloat16
+
+
+def variant(d: int = 256) -> kernels.Variant:
+    row = Operand(BF16, "token", 16)
+    chain = Chain("rms", True, True, None, scaled_steps("fp32", "rms", BF16, None, None, None))
+    return kernels.Variant(chain, d, Operands(x=row, z=row))
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache directory that does not exist yet."""
+    path = tmp_path / "kernels"
+    monkeypatch.setenv("DIT_KERNELS_CACHE_DIR", str(path))
+    kernels._warn_once.cache_clear()
+    yield path
+    kernels._warn_once.cache_clear()
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The architectures of the compilations that happen."""
+    real, seen = kernels.compile_variant, []
+
+    def counting(arch: str, variant: kernels.Variant, options: str = "") -> object:
+        seen.append(arch)
+        return real(arch, variant, options)
+
+    monkeypatch.setattr(kernels, "compile_variant", counting)
+    return seen
+
+
+def entries(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.o"))
+
+
+def test_a_kernel_is_compiled_once_and_then_loaded(directory: Path, compilations: list[str]) -> None:
+    for _ in range(3):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH]
+    assert [entry.name for entry in entries(directory)] == [kernels.entry_name(ARCH, variant())]
+
+
+def test_directory_and_entries_belong_to_the_user_alone(directory: Path) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o077 for path in directory.iterdir()} == {0}
+
+
+def test_nothing_but_entries_and_the_lock_is_left_behind(directory: Path) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    assert {path.name for path in directory.iterdir()} <= {kernels.entry_name(ARCH, variant()), "lock"}
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed", "emptied", "not an object"])
+def test_a_corrupt_entry_is_thrown_away_and_compiled_anew(
+    directory: Path, compilations: list[str], damage: str
+) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    (entry,) = entries(directory)
+    good = entry.read_bytes()
+    middle = len(good) // 2
+    entry.write_bytes(
+        {
+            "cut short": good[:middle],
+            "changed": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
+            "emptied": b"",
+            "not an object": b"x" * 100,
+        }[damage]
+    )
+    assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH, ARCH]
+    assert kernels._load(entry) is not None
+
+
+def test_an_entry_that_the_loader_refuses_is_thrown_away_and_compiled_anew(
+    directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    real, calls = kernels.load_module, []
+
+    def failing_once(path: str, **options: bool) -> object:
+        calls.append(path)
+        if len(calls) == 1:
+            raise RuntimeError("made by another version")
+        return real(path, **options)
+
+    monkeypatch.setattr(kernels, "load_module", failing_once)
+    with pytest.warns(RuntimeWarning, match="compiled anew"):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH, ARCH]
+
+
+def test_a_directory_that_others_can_write_is_never_loaded_from(directory: Path, compilations: list[str]) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    directory.chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="can be written by others"):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH, ARCH]
+
+
+def test_an_entry_that_others_can_write_is_never_loaded(directory: Path, compilations: list[str]) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    entries(directory)[0].chmod(0o666)
+    with pytest.warns(RuntimeWarning, match="can be written by others"):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH, ARCH]
+
+
+def test_a_directory_of_another_user_is_never_loaded_from(
+    directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    monkeypatch.setattr(os, "geteuid", lambda: directory.stat().st_uid + 1)
+    with pytest.warns(RuntimeWarning, match="belongs to another user"):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH, ARCH]
+
+
+def test_a_directory_that_cannot_be_made_costs_one_warning_and_no_kernel(
+    tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIT_KERNELS_CACHE_DIR", str(tmp_path / "file" / "kernels"))
+    with pytest.warns(RuntimeWarning, match="not kept on disk"):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert callable(kernels._load_or_compile(ARCH, variant(512)))
+
+
+def test_a_directory_that_cannot_be_written_costs_one_warning_and_no_kernel(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(kernels, "FileLock", refused)
+    with pytest.warns(RuntimeWarning, match="read-only file system"):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert entries(directory) == []
+
+
+def test_two_processes_at_once_both_get_the_kernel_and_leave_one_entry(directory: Path) -> None:
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1].split(':')\n"
+        "from test_kernel_cache import ARCH, kernels, variant\n"
+        "assert callable(kernels._load_or_compile(ARCH, variant()))\n"
+    )
+    path = ":".join((str(Path(__file__).parent), *(p for p in sys.path if p)))
+    both = [subprocess.Popen([sys.executable, "-W", "error::RuntimeWarning", "-c", program, path]) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert len(entries(directory)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels._load(entries(directory)[0]) is not None
+
+
+def test_the_name_of_an_entry_depends_on_arch_variant_versions_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        kernels.entry_name(ARCH, variant()),
+        kernels.entry_name("sm_80", variant()),
+        kernels.entry_name(ARCH, variant(512)),
+    ]
+    for what, value in (("_versions", ("nvidia-cutlass-dsl 0",)), ("_source_hash", "another")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, what, lambda value=value: value)
+            names.append(kernels.entry_name(ARCH, variant()))
+    assert len(set(names)) == len(names)
+    assert names[0] == kernels.entry_name(ARCH, variant())
+
+
+def test_the_versions_in_a_name_are_those_of_cutedsl_and_tvm_ffi() -> None:
+    assert any(part.startswith("nvidia-cutlass-dsl ") for part in kernels._versions())
+    assert any(part.startswith("apache-tvm-ffi ") for part in kernels._versions())
+
+
+def test_the_directory_is_the_chosen_one_or_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DIT_KERNELS_CACHE_DIR", "/chosen")
+    assert kernels.cache_directory() == Path("/chosen")
+    monkeypatch.delenv("DIT_KERNELS_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernels.cache_directory() == tmp_path / "dit_kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kernels.cache_directory() == tmp_path / ".cache" / "dit_kernels"

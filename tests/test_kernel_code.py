@@ -1,0 +1,191 @@
+"""What the kernels compile to, for every architecture, read from PTX and cubin: this needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
+
+from dit_kernels.chain import Chain
+from dit_kernels.compile import Variant, compile_variant
+from dit_kernels.cute.norm_gate import Operand, Operands, Walk
+from dit_kernels.cute.tiling import row_tiling
+from dit_kernels.rounding import FORMS, gated_steps, scaled_steps
+
+ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def dual(
+    d: int,
+    dtype: torch.dtype = BF16,
+    *,
+    form: str = "cast_then_weight",
+    norm: str = "rms",
+    bias: bool = False,
+    walk: Walk = "batch",
+) -> Variant:
+    """The dual with every operand of one dtype, all as aligned as contiguous rows are; walk: of gate and scale."""
+    b = dtype if bias else None
+    gated = gated_steps(form, norm, dtype, dtype, b, dtype, dtype)
+    scaled = scaled_steps(form, norm, gated.y, dtype, b, dtype)
+    access = min(16, (d & -d) * dtype.itemsize)
+    row, column = Operand(dtype, "token", access), Operand(dtype, "column", 16)
+    modulation = Operand(dtype, walk, access)
+    operands = Operands(
+        x=row,
+        weight=column,
+        bias=column if bias else None,
+        gate=modulation,
+        residual=row,
+        weight2=column,
+        bias2=column if bias else None,
+        scale=modulation,
+        y=row,
+        z=row,
+    )
+    return Variant(Chain(norm, True, True, gated, scaled), d, operands)
+
+
+VARIANTS = {
+    "bf16": dual(3840),
+    "bf16-per-token": dual(3840, walk="token"),
+    "bf16-layer-bias": dual(3840, norm="layer", bias=True),
+    "fp16-native": dual(3072, FP16, form="native"),
+    "fp32": dual(3840, FP32),
+    "bf16-widest-resident": dual(16384, norm="layer", bias=True),
+    "bf16-in-passes": dual(32768),
+    "bf16-odd": dual(2521),
+}
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(arch, variant) -> (PTX, cubin), compiled once."""
+    dump: Path = tmp_path_factory.mktemp("dump")
+
+    @cache
+    def compiled(arch: str, variant: Variant) -> tuple[str, bytes]:
+        kernel = compile_variant(arch, variant, f"--keep-ptx --keep-cubin --dump-dir {dump}")
+        return kernel.__ptx__, kernel.__cubin__
+
+    return compiled
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and the bytes of its stack frame, where spills go, from an ELF's .nv.info section."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, names = struct.unpack_from("<HH", cubin, 0x3C)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * 64) for i in range(count)]
+    strings = sections[names][4]
+    found: dict[str, int] = {}
+    for name, _, _, _, offset, size in sections:
+        start = strings + name
+        if cubin[start : cubin.index(b"\0", start)] == b".nv.info":
+            found |= attributes(cubin[offset : offset + size])
+    return found
+
+
+def attributes(info: bytes) -> dict[str, int]:
+    wanted = {0x11: "frame", 0x2F: "registers"}
+    found, at = {}, 0
+    while at < len(info):
+        form, attribute, size = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form == 4:  # the value follows: (symbol, number); in the other formats `size` is the value
+            if attribute in wanted:
+                found[wanted[attribute]] = struct.unpack_from("<I", info, at + 4)[0]
+            at += size
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_spills(code: Any, arch: str, name: str) -> None:
+    ptx, cubin = code(arch, VARIANTS[name])
+    used = resources(cubin)
+    assert ".local" not in ptx
+    assert used["frame"] == 0
+    assert used["registers"] * VARIANTS[name].tiling.threads <= 65536
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("name", "loads"), [("bf16", 8), ("bf16-per-token", 6)])
+def test_aligned_rows_are_read_and_written_in_pieces_of_16_bytes_only(
+    code: Any, arch: str, name: str, loads: int
+) -> None:
+    ptx, _ = code(arch, VARIANTS[name])
+    reads = re.findall(r"ld\.global\S*", ptx)
+    writes = re.findall(r"st\.global\S*", ptx)
+    assert len(reads) == loads  # x, residual, gate, scale and two weights; persistent, x and residual of the next row
+    assert len(writes) == 2  # y and z
+    assert all(access.endswith((".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64")) for access in reads + writes)
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16-per-token"])
+def test_every_load_is_issued_before_the_first_barrier(code: Any, name: str) -> None:
+    ptx, _ = code("sm_90a", VARIANTS[name])
+    before, *_ = ptx.split("bar.sync")
+    assert before.count("ld.global") == ptx.count("ld.global")
+
+
+def test_a_sum_over_the_row_costs_one_barrier(code: Any) -> None:
+    assert code("sm_90a", VARIANTS["bf16"])[0].count("bar.sync") == 2
+    assert code("sm_90a", VARIANTS["bf16-layer-bias"])[0].count("bar.sync") == 4
+
+
+def test_a_misaligned_operand_narrows_its_own_accesses_only(code: Any) -> None:
+    aligned = VARIANTS["bf16"]
+    operands = replace(aligned.operands, gate=replace(aligned.operands.gate, access=2))
+    ptx, _ = code("sm_90a", replace(aligned, operands=operands))
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == 7
+    assert len(re.findall(r"ld\.global\S*\.[bu]16", ptx)) == 8
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["bf16", "fp16-native", "fp32"])
+def test_tanh_and_rsqrt_are_those_of_eager(code: Any, arch: str, name: str) -> None:
+    ptx, _ = code(arch, VARIANTS[name])
+    assert "tanh.approx" not in ptx
+    assert "rsqrt.approx.f32" in ptx  # what CUDA's rsqrtf is
+    assert "rsqrt.approx.ftz" not in ptx
+    assert not re.search(r"\b(add|sub|mul|fma|cvt)\S*\.ftz", ptx)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_rounding_form_approximates_tanh(code: Any, form: str) -> None:
+    assert "tanh.approx" not in code("sm_90a", dual(3840, form=form))[0]
+
+
+def test_no_product_contracts_with_the_sum_that_eager_does_after_it(code: Any) -> None:
+    fp32, _ = code("sm_90a", VARIANTS["fp32"])
+    vectors = VARIANTS["fp32"].tiling.vectors * VARIANTS["fp32"].tiling.vector
+    # residual + p of each element, and mean + eps of both norms
+    assert len(re.findall(r"add\.rn\.f32", fp32)) == vectors + 2
+    # In 16 bits LLVM leaves the contraction to ptxas, which is told not to.
+    for arch in ARCHS:
+        bf16, _ = code(arch, VARIANTS["bf16"])
+        contracted = re.findall(r"fma\.rn\.bf16x2\s+%\w+, (%\w+), (%\w+), (%\w+)", bf16)
+        constants = set(re.findall(r"mov\.b32\s+(%\w+), -?\d+;", bf16))
+        assert all({factor, addend} & constants for _, factor, addend in contracted)  # a * b - 0, or a * 1 + b
+
+
+@pytest.mark.parametrize("d", [1, 7, 333, 2304, 2520, 2521, 3072, 3840, 4608, 8192, 12288, 16384, 32768, 65536])
+@pytest.mark.parametrize("widths", [(2, 2), (4, 4), (2, 4)])
+def test_a_tiling_covers_every_element_of_a_row_once(d: int, widths: tuple[int, int]) -> None:
+    tiling = row_tiling(d, widths, (2, 2))
+    assert d % tiling.vector == 0
+    covered = tiling.threads * tiling.vectors * tiling.vector
+    assert covered >= d
+    assert tiling.tail == (covered > d)
+    assert tiling.threads % 32 == 0
+    assert tiling.threads <= 512
+    assert covered - d < tiling.threads * tiling.vector  # no thread's last vector is outside for all threads

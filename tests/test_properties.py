@@ -1,0 +1,126 @@
+"""Hypothesis: the rewritten graph computes what the original did, for every site that can be spelled, bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from graph_backend import GraphBackend, run
+from hypothesis import given
+from hypothesis import strategies as st
+from site_modules import EPS, NEVER_FUSED, TWO_SINGLES, SiteModule, Spec, inputs, specs
+
+
+def assert_bit_equal(got: object, expected: object) -> None:
+    got = got if isinstance(got, tuple) else (got,)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for ours, eager in zip(got, expected, strict=True):
+        assert ours.dtype == eager.dtype
+        torch.testing.assert_close(ours, eager, rtol=0, atol=0, equal_nan=True)
+
+
+@given(spec=specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
+def test_a_fused_site_is_bit_equal_to_eager_and_is_the_expected_op(spec: Spec, dynamic: bool, seed: int) -> None:
+    args = inputs(spec, seed)
+    module = SiteModule(spec)
+    with torch.no_grad():
+        expected = module(*args)
+    got, backend = run(module, *args, dynamic=dynamic)
+    assert_bit_equal(got, expected)
+    kinds = [site.kind for site in backend.report.fused]
+    assert kinds == ([] if spec.kind() is None else [spec.kind()]), backend.report
+    for site in backend.report.fused:
+        gated = site.kind.startswith("norm_tanh_mul_add")
+        assert site.gate == (spec.gate if gated else None)
+        assert site.scale == (spec.scale if site.kind.endswith("norm_scale") else None)
+        assert site.rounding == spec.form()
+        assert site.dtype == spec.dtype
+
+
+def _exact_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """rmsnorm in fp64."""
+    wide = x.double()
+    n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return n if weight is None else n * weight.double()
+
+
+def _assert_rounded_once(got: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> None:
+    """Half a unit in the last place of the result, and the noise of fp32 arithmetic on values of this magnitude."""
+    noise = 16 * torch.finfo(torch.float32).eps * magnitude
+    step = torch.finfo(got.dtype).eps / 2 * (exact.abs() + noise) + torch.finfo(got.dtype).smallest_normal
+    excess = (got.double() - exact).abs() - (step + noise)
+    assert excess.max() <= 0, f"{excess.max()} beyond one rounding to {got.dtype}"
+
+
+@given(spec=specs(), seed=st.integers(0, 2**16))
+def test_fp32_rounding_rounds_each_output_once(spec: Spec, seed: int) -> None:
+    spec = replace(spec, extra_user=None)
+    x, residual, gate, scale = args = inputs(spec, seed)
+    module = SiteModule(spec)
+    got, backend = run(module, *args, rounding="fp32")
+    assert [site.rounding for site in backend.report.fused] == ["fp32"] * (spec.kind() is not None)
+    y, rest = x, list(got)
+    if spec.gate is not None:
+        y = rest.pop(0)
+        t = gate.double().tanh() if spec.gate == "tanh" else gate.double()
+        p = t * _exact_norm(x, module.weight)
+        _assert_rounded_once(y, residual.double() + p, residual.double().abs() + p.abs())
+    if spec.scale is not None:
+        weight = module.weight if spec.gate is None else module.weight2
+        s = 1 + scale.double() if spec.scale == "one_plus" else scale.double()
+        n = _exact_norm(y, weight)  # the second norm reads the y that is stored
+        _assert_rounded_once(rest[0], n * s, n.abs() * (1 + scale.double().abs()))
+
+
+MUTANT_ARGS = inputs(Spec(batch=2, tokens=4, width=16))
+
+
+@pytest.mark.parametrize("mutant", NEVER_FUSED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_what_is_no_site_is_not_fused_and_its_result_is_right(mutant, dynamic, dtype) -> None:
+    args = tuple(a.to(dtype) for a in MUTANT_ARGS)
+    got, backend = run(mutant, *args, dynamic=dynamic)
+    assert backend.report.fused == []
+    assert_bit_equal(got, mutant(*args))
+
+
+@pytest.mark.parametrize("mutant", TWO_SINGLES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_what_is_no_two_output_site_becomes_two_single_ones(mutant, dynamic) -> None:
+    got, backend = run(mutant, *MUTANT_ARGS, dynamic=dynamic)
+    assert [site.kind for site in backend.report.fused] == ["norm_tanh_mul_add", "norm_scale"], backend.report
+    assert_bit_equal(got, mutant(*MUTANT_ARGS))
+
+
+@given(seed=st.integers(0, 2**16), order=st.permutations(("gated", "scaled", "used", "mutated")))
+def test_the_order_of_independent_statements_does_not_matter(seed: int, order: tuple[str, ...]) -> None:
+    """Between the two halves of a dual stand others that read y, and the 1 + scale; none of it changes the result."""
+    x, residual, gate, scale = inputs(Spec(), seed)
+    from site_modules import diffusers_norm
+
+    def model(x, residual, gate, scale):
+        y = residual + gate.tanh() * diffusers_norm(x, None)
+        parts = {}
+        for part in order:
+            if part == "used":
+                parts["used"] = (y * 3).relu()
+            elif part == "scaled":
+                parts["s"] = 1 + scale.exp()
+            elif part == "mutated":
+                parts["other"] = residual.cos()
+        z = diffusers_norm(y, None) * parts["s"]
+        return y, z, parts["used"], parts["other"]
+
+    got, backend = run(model, x, residual, gate, scale)
+    assert_bit_equal(got, model(x, residual, gate, scale))
+    assert backend.report.counts() == {"norm_tanh_mul_add_norm_scale": 1}
+
+
+def test_the_test_backend_itself_compares_with_unfused_graphs() -> None:
+    spec = Spec()
+    _, backend = run(SiteModule(spec), *inputs(spec), fuse=False)
+    assert isinstance(backend, GraphBackend)
+    assert backend.report.graphs == 0
+    assert backend.count(torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale.default) == 0

@@ -1,0 +1,113 @@
+"""Z-Image through the pass: counts as functions of the layers, results equal to eager's."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import zimage
+from graph_backend import GraphBackend
+
+import fusion_pass
+
+BATCHES = {"one": (12,), "two equal captions": (12, 12), "two unequal captions": (12, 40)}
+
+
+def compiled(transformer: torch.nn.Module, args: tuple, **options) -> tuple[torch.Tensor, GraphBackend]:
+    zimage.run(transformer, args)  # builds the rope cache, so that the model is one graph
+    backend = GraphBackend()
+    return zimage.run(torch.compile(transformer, backend=backend, **options), args), backend
+
+
+@pytest.mark.parametrize("captions", BATCHES.values(), ids=BATCHES)
+def test_the_whole_model_is_bit_equal_to_eager_and_every_site_is_fused(captions) -> None:
+    transformer, args = zimage.model(), zimage.inputs(captions)
+    got, backend = compiled(transformer, args, fullgraph=True)
+    assert torch.equal(got, zimage.run(transformer, args))
+    assert backend.report.counts() == zimage.expected_counts()
+    assert all(site.gate in ("tanh", None) and site.scale in ("one_plus", None) for site in backend.report.fused)
+    assert all(site.rounding == "cast_then_weight" for site in backend.report.fused)
+
+
+@pytest.mark.parametrize(("layers", "refiners"), ((1, 1), (3, 2)))
+def test_the_counts_follow_the_number_of_layers(layers: int, refiners: int) -> None:
+    _, backend = compiled(zimage.model(layers=layers, refiners=refiners), zimage.inputs())
+    assert backend.report.counts() == zimage.expected_counts(layers, refiners)
+
+
+def test_an_fp32_model_is_fused_and_equal_to_its_own_unfused_graph() -> None:
+    transformer, args = zimage.model(torch.float32), zimage.inputs(dtype=torch.float32)
+    got, backend = compiled(transformer, args)
+    torch._dynamo.reset()
+    plain = zimage.run(torch.compile(transformer, backend=GraphBackend(fuse=False)), args)
+    assert torch.equal(got, plain)
+    assert backend.report.counts() == zimage.expected_counts()
+
+
+def test_dynamic_shapes_take_eps_as_a_tensor_and_fuse_the_same_sites() -> None:
+    transformer, args = zimage.model(layers=1), zimage.inputs()
+    got, backend = compiled(transformer, args, dynamic=True)
+    assert torch.equal(got, zimage.run(transformer, args))
+    assert backend.report.counts() == zimage.expected_counts(layers=1)
+    op = torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale
+    assert backend.count(op.eps_tensor) == backend.report.counts()["norm_tanh_mul_add_norm_scale"]
+    assert any(isinstance(size, str) for site in backend.report.fused for size in site.shape)
+
+
+def test_a_second_prompt_length_runs_on_one_dynamic_graph() -> None:
+    transformer = zimage.model(layers=1)
+    zimage.run(transformer, zimage.inputs())
+    backend = GraphBackend()
+    fused = torch.compile(transformer, backend=backend)
+    for captions in ((12,), (40,), (70,)):
+        args = zimage.inputs(captions)
+        assert torch.equal(zimage.run(fused, args), zimage.run(transformer, args))
+    assert backend.report.graphs == 2  # static, then dynamic
+    assert backend.report.counts() == {k: 2 * n for k, n in zimage.expected_counts(layers=1).items()}
+
+
+def test_regional_compilation_fuses_one_of_each_kind_in_a_modulated_block() -> None:
+    transformer, args = zimage.model(), zimage.inputs()
+    expected = zimage.run(transformer, args)
+    backend = GraphBackend()
+    transformer.compile_repeated_blocks(backend=backend)
+    assert torch.equal(zimage.run(transformer, args), expected)
+    counts = backend.report.counts()
+    blocks = counts["norm_scale"]
+    assert counts == dict.fromkeys(zimage.expected_counts(), blocks)
+    assert backend.report.graphs > blocks  # the context refiner's blocks have no gates
+
+
+def test_explain_tells_what_was_missed_and_where() -> None:
+    transformer, args = zimage.model(layers=1), zimage.inputs()
+    zimage.run(transformer, args)
+    report = fusion_pass.explain(
+        transformer, *args, backend=fusion_pass.Backend(kernels="reference"), return_dict=False
+    )
+    assert report.counts() == zimage.expected_counts(layers=1)
+    assert report.graphs == 1
+    fused = {site.module: site for site in report.fused}
+    assert fused["layers.0.attention_norm2"].kind == "norm_tanh_mul_add_norm_scale"
+    assert "transformer_z_image.py:" in fused["layers.0.attention_norm2"].source
+    missed = {site.module: site for site in report.missed}
+    assert missed["layers.0.attention.norm_q"].reason_name == "ALONE"
+    assert missed["context_refiner.0.ffn_norm2"].reason_name == "UNGATED"
+    assert missed["all_final_layer.2-1.norm_final"].reason_name == "LAYER_NORM"
+    assert all(site.source and site.reason for site in report.missed)
+    assert "layers.0.attention_norm2" in str(report)
+
+
+def test_a_real_inductor_compilation_by_name_is_as_near_to_eager_as_plain_inductor(caplog) -> None:
+    """The entry point, on a machine without a kernel for it: nothing fused, said so, and Inductor's result."""
+    transformer, args = zimage.model(layers=1), zimage.inputs()
+    eager = zimage.run(transformer, args)
+    with caplog.at_level(logging.INFO, logger="fusion_pass"):
+        fused = zimage.run(
+            torch.compile(transformer, backend=fusion_pass.Backend(kernels="reference"), fullgraph=True), args
+        )
+    assert any("fused 6" in record.getMessage() for record in caplog.records)
+    torch._dynamo.reset()
+    plain = zimage.run(torch.compile(transformer), args)
+    distance, bound = ((out - eager).float().norm() / eager.float().norm() for out in (fused, plain))
+    assert distance <= 1.2 * bound
