@@ -139,13 +139,13 @@ class FusionReport:
 
         fused = Table(title=f"Fused: {len(self.fused)}", title_justify="left")
         for name in ("op", "gate", "scale", "rounding", "shape", "dtype", "norm", "source"):
-            fused.add_column(name, overflow="fold")
+            fused.add_column(name, overflow="fold", no_wrap=name == "norm")
         for s in self.fused:
             cells = (s.kind, s.gate or "-", s.scale or "-", s.rounding or "-", _shape_text(s), _dtype_name(s.dtype))
             fused.add_row(*cells, s.module, _short(s.source))
         missed = Table(title=f"Missed: {len(self.missed)}", title_justify="left")
         for name in ("norm", "shape", "reason", "source"):
-            missed.add_column(name, overflow="fold")
+            missed.add_column(name, overflow="fold", no_wrap=name == "norm")
         for s in self.missed:
             missed.add_row(s.module, _shape_text(s), s.reason, _short(s.source))
         return Group(fused, missed, f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled")
@@ -153,7 +153,7 @@ class FusionReport:
 
 def _table_width() -> int:
     """Wide enough that no column wraps to one letter a line, also where there is no terminal."""
-    return max(140, int(os.environ.get("COLUMNS", "0") or 0))
+    return max(160, int(os.environ.get("COLUMNS", "0") or 0))
 
 
 def _listing(counts: Iterable[tuple[str, int]]) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
+import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,3 +33,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.gpu)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU that the kernels run on: {reason}"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, metavar="PATH", help="write what the GPU tests did, and where, as json")
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    path = config.getoption("--record")
+    if path is None or not torch.cuda.is_available():
+        return
+    stats = terminalreporter.stats
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda}
+        | {name: _version(name) for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi", "diffusers")},
+        "exit_status": int(exitstatus),
+        "tests": {outcome: len(stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")},
+        "skipped": sorted({f"{r.nodeid}: {r.longrepr[2]}" for r in stats.get("skipped", [])}),
+        "failed": sorted(r.nodeid for r in stats.get("failed", [])),
+        "seconds": {r.nodeid: round(r.duration, 2) for r in stats.get("passed", []) if r.duration > 5},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
