@@ -206,7 +206,7 @@ def _with_hook(config: dict[str, Any], fusion_pass: FusionPass) -> dict[str, Any
 
 @contextmanager
 def _log_of_cached_graphs(fusion_pass: FusionPass) -> Iterator[None]:
-    """One INFO line, also where the graph comes from a warm cache and the pass is not called."""
+    """The INFO line and the counts, also where the graph comes from a warm cache and the pass is not called."""
     from torch._dynamo.utils import counters
 
     from fusion_pass.graph_pass import COUNTER_PREFIX
@@ -220,5 +220,6 @@ def _log_of_cached_graphs(fusion_pass: FusionPass) -> Iterator[None]:
         for key, count in counters["inductor"].items()
         if key.startswith(COUNTER_PREFIX) and count > before.get(key, 0)
     }
+    counters["fusion_pass"].update(loaded)
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(loaded.items()))
     log.info("graph from a warm cache: fused ops in it: %d%s", sum(loaded.values()), f" ({kinds})" if kinds else "")

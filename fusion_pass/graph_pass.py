@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -202,10 +203,16 @@ class _Rewriter:
         site = self.proven.pop(anchor)
         self.report.fused.append(_fused(site, self.options.rounding))
         call = rewrite(site, self.graph, self.options.rounding)
-        if any(reader < user for user in call.users for reader in user.users) or any(u < call for u in call.users):
+        if reads_too_early(call):
             stable_topological_sort(self.graph)
         args, kwargs = call.meta["eager_input_vals"]
         dit_kernels.ops.prepare(call.target, *args, **kwargs)
+
+
+def reads_too_early(call: Node) -> bool:
+    """Does anything that reads a result stand before the call, because an operand of the call stands behind it?"""
+    results = [user for user in call.users if user.target is operator.getitem] or [call]
+    return any(reader < call for result in results for reader in result.users)
 
 
 class StrictError(RuntimeError):

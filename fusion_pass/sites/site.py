@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,8 +217,6 @@ def _fresh(node: Node) -> torch.Tensor:
 
 
 def _insert_getitems(site: Site, graph: Graph, call: Node) -> list[Node]:
-    import operator
-
     results = []
     for index, nodes in enumerate(site.outputs):
         item = graph.call_function(operator.getitem, (call, index))

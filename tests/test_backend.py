@@ -1,0 +1,365 @@
+"""The backend through torch.compile: options, other people's passes, caches, strictness, equality, explain."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from site_modules import SiteModule, Spec, inputs
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import fresh_cache
+
+import fusion_pass
+from fusion_pass import Backend, graph_pass
+from fusion_pass.backend import fusion_pass_backend
+from fusion_pass.graph_pass import FusionPass
+
+REFERENCE = Backend(kernels="reference")
+DUAL = "norm_tanh_mul_add_norm_scale"
+
+
+@pytest.fixture
+def module() -> SiteModule:
+    torch.manual_seed(0)
+    return SiteModule(Spec()).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def args() -> tuple[torch.Tensor, ...]:
+    return inputs(Spec())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process():
+    """Each test starts as a new process would: warnings that are given once, counters, Inductor's caches."""
+    graph_pass._warn_once.cache_clear()
+    counters.clear()
+    with fresh_cache():
+        yield
+
+
+def assert_equal(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+class Recorder(CustomGraphPass):
+    """A user's own pass."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.graphs += 1
+
+    def uuid(self) -> str:
+        return "recorder"
+
+
+# --- torch.compile's own arguments -----------------------------------------------------------------------------------
+
+
+def test_the_backend_is_found_by_name_and_leaves_alone_what_has_no_kernel_here(module, args) -> None:
+    if "fusion_pass" not in torch._dynamo.list_backends():
+        pytest.skip("fusion-pass is on the path, but not installed: its entry point is not there")
+    plain = torch.compile(module)(*args)
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="no kernel for device type cpu"):
+        got = torch.compile(module, backend="fusion_pass", fullgraph=True)(*args)
+    assert_equal(got, plain)
+    assert counters["fusion_pass"]["missed"] == 2
+    assert counters["fusion_pass"][DUAL] == 0
+
+
+@pytest.mark.parametrize("dynamic", (None, False, True))
+def test_a_site_through_inductor_is_bit_equal_to_eager(module, args, dynamic) -> None:
+    """All of this module is one op: nothing is left to Inductor's own rounding."""
+    got = torch.compile(module, backend=REFERENCE, dynamic=dynamic, fullgraph=True)(*args)
+    assert_equal(got, module(*args))
+    assert counters["fusion_pass"][DUAL] == 1
+    assert counters["inductor"][graph_pass.COUNTER_PREFIX + DUAL] == 1
+
+
+def test_modes_and_options_are_inductors(module, args) -> None:
+    for keywords in ({"mode": "max-autotune"}, {"options": {"max_autotune": True, "fx_graph_cache": False}}):
+        torch._dynamo.reset()
+        assert_equal(torch.compile(module, backend=REFERENCE, **keywords)(*args), module(*args))
+    for backend in (REFERENCE, "inductor"):
+        for bad in ({"no_such_option": 1}, {"max_autotune": "yes"}):
+            torch._dynamo.reset()
+            with pytest.raises(Exception, match=r"Unexpected (optimization option|type of attr)"):
+                torch.compile(module, backend=backend, options=bad)(*args)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="Unrecognized mode"):
+            torch.compile(module, backend=backend, mode="fastest")(*args)
+
+
+def test_a_name_for_the_region_is_accepted_as_torch_2_15_passes_it(module, args) -> None:
+    def named(gm, example_inputs):
+        return REFERENCE(gm, example_inputs, name="block")
+
+    assert_equal(torch.compile(module, backend=named)(*args), module(*args))
+
+
+@pytest.mark.parametrize("where", ("options", "config"))
+def test_a_users_own_pass_keeps_running_before_ours(module, args, where) -> None:
+    recorder = Recorder()
+    hook = {"post_grad_custom_pre_pass": recorder}
+    if where == "options":
+        got = torch.compile(module, backend=REFERENCE, options=hook)(*args)
+    else:
+        with torch._inductor.config.patch(hook):
+            got = torch.compile(module, backend=REFERENCE)(*args)
+    assert_equal(got, module(*args))
+    assert recorder.graphs == 1
+    assert counters["fusion_pass"][DUAL] == 1
+
+
+def test_a_users_plain_function_keeps_running_too(module, args) -> None:
+    seen = []
+    hook = {"post_grad_custom_pre_pass": lambda graph: seen.append(len(graph.nodes))}
+    assert_equal(torch.compile(module, backend=REFERENCE, options=hook)(*args), module(*args))
+    assert len(seen) == 1
+
+
+def test_the_stock_backend_runs_the_pass_with_our_options(module, args) -> None:
+    options = fusion_pass.inductor_options(kernels="reference", mode="max-autotune-no-cudagraphs")
+    assert options["max_autotune"] is True
+    assert_equal(torch.compile(module, options=options)(*args), module(*args))
+    assert counters["fusion_pass"][DUAL] == 1
+
+
+# --- Backend as a value ----------------------------------------------------------------------------------------------
+
+
+def test_backends_with_equal_options_are_equal_and_share_compiled_code(module, args) -> None:
+    assert Backend() == Backend()
+    assert hash(Backend(strict=True)) == hash(Backend(strict=True))
+    assert len({Backend(), Backend(rounding="fp32"), Backend(kernels="reference"), Backend(strict=True)}) == 4
+    torch.compile(module, backend=Backend(kernels="reference"))(*args)
+    torch.compile(module, backend=Backend(kernels="reference"))(*args)
+    assert counters["fusion_pass"]["graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), (("rounding", "bf16"), ("kernels", "cuda"), ("strict", "no"), ("rounding", None))
+)
+def test_a_bad_argument_to_backend_is_a_value_error_that_names_it(argument, value) -> None:
+    with pytest.raises(ValueError, match=rf"Backend: {argument} is {value!r}, expected"):
+        Backend(**{argument: value})
+    with pytest.raises(ValueError, match=argument):
+        fusion_pass.inductor_options(**{argument: value})
+
+
+def test_explain_refuses_what_is_no_backend(module, args) -> None:
+    with pytest.raises(ValueError, match="explain: backend is 'inductor', expected"):
+        fusion_pass.explain(module, *args, backend="inductor")
+
+
+def test_the_entry_point_has_what_dynamo_asks_of_a_backend() -> None:
+    fusion_pass_backend.reset()
+    assert "post_grad_custom_pre_pass" in fusion_pass_backend.get_compiler_config()
+    assert "post_grad_custom_pre_pass" in Backend().get_compiler_config()
+
+
+# --- the uuid and the caches -----------------------------------------------------------------------------------------
+
+
+def test_the_uuid_tells_options_apart_and_nothing_else() -> None:
+    passes = [FusionPass(), FusionPass("fp32"), FusionPass("model", "reference"), FusionPass(strict=True)]
+    assert len({p.uuid() for p in passes}) == len(passes)
+    assert FusionPass().uuid() == FusionPass().uuid()
+
+
+WARM = """
+    import json, logging, sys
+    import torch
+    from torch._dynamo.utils import counters
+    sys.path.insert(0, {tests!r})
+    import fusion_pass
+    from site_modules import SiteModule, Spec, inputs
+
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    torch._logging.set_logs(modules={{"fusion_pass": logging.INFO}})
+    logging.getLogger("fusion_pass").addHandler(handler)
+    torch.manual_seed(0)
+    module = SiteModule(Spec())
+    with torch.no_grad():
+        got = torch.compile(module, backend=fusion_pass.Backend(kernels="reference"))(*inputs(Spec()))
+        equal = all(map(torch.equal, got, module(*inputs(Spec()))))
+    called = counters["fusion_pass"]["graphs"]
+    counted = counters["fusion_pass"]["norm_tanh_mul_add_norm_scale"]
+    hits = {{key: counters["inductor"][key] + counters["aot_autograd"][key] for key in ("fxgraph_cache_hit",
+            "fxgraph_cache_miss", "autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass")}}
+    print(json.dumps({{"equal": equal, "called": called, "counted": counted, "hits": hits, "lines": lines}}))
+"""
+
+
+@pytest.mark.parametrize("autograd_cache", ("0", "1"), ids=("fx graph cache", "autograd cache"))
+def test_a_second_process_compiles_nothing_and_still_tells_what_is_fused(tmp_path: Path, autograd_cache: str) -> None:
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": autograd_cache,
+    }
+    script = textwrap.dedent(WARM).format(tests=str(Path(__file__).parent))
+    cold, warm = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+            ).stdout.splitlines()[-1]
+        )
+        for _ in range(2)
+    )
+    assert cold["equal"]
+    assert warm["equal"]
+    assert cold["counted"] == warm["counted"] == 1
+    assert cold["called"] == 1
+    assert warm["called"] == 0
+    assert warm["hits"]["fxgraph_cache_miss"] == 0
+    assert warm["hits"]["autograd_cache_hit" if autograd_cache == "1" else "fxgraph_cache_hit"] == 1, warm["hits"]
+    assert cold["lines"] == [f"graph: fused 1 ({DUAL} 1), missed 0"]
+    assert warm["lines"] == [f"graph from a warm cache: fused ops in it: 1 ({DUAL} 1)"]
+
+
+# --- strict, and errors of our own -----------------------------------------------------------------------------------
+
+
+def test_strict_raises_where_a_site_cannot_be_fused(module, args) -> None:
+    with pytest.raises(Exception, match=r"fusion_pass \(strict\): .*no kernel can run here"):
+        torch.compile(module, backend=Backend(strict=True))(*args)
+    torch._dynamo.reset()
+    torch.compile(module, backend=Backend(strict=True, kernels="reference"))(*args)
+
+
+STEPS = ("norm.find", "prove", "rewrite", "eligibility.check", "stable_topological_sort", "dit_kernels.ops.prepare")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(module, args, step, monkeypatch) -> None:
+    plain = torch.compile(module)(*args)
+    torch._dynamo.reset()
+    owner, _, name = step.rpartition(".")
+    target = graph_pass
+    for part in owner.split(".") if owner else ():
+        target = getattr(target, part)
+    original = getattr(target, name)
+
+    def failing(*positional, **named):
+        original(*positional, **named)
+        raise ZeroDivisionError("seeded")
+
+    monkeypatch.setattr(target, name, failing)
+    if step == "stable_topological_sort":  # called only where a reader stands too early: make it so
+        monkeypatch.setattr(graph_pass, "reads_too_early", lambda call: True)
+    if step == "eligibility.check":
+        monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)
+    backend = Backend(kernels="auto" if step == "eligibility.check" else "reference")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = torch.compile(module, backend=backend, options={"fx_graph_cache": False})(*args)
+        torch._dynamo.reset()
+        torch.compile(module, backend=backend, options={"fx_graph_cache": False})(*args)
+    assert_equal(got, plain)
+    ours = [str(w.message) for w in caught if "fusion_pass" in str(w.message)]
+    assert len(ours) == 1
+    assert "ZeroDivisionError: seeded" in ours[0]
+    assert counters["fusion_pass"][DUAL] == 0
+    torch._dynamo.reset()
+    strict = Backend(kernels=backend.kernels, strict=True)
+    with pytest.raises(Exception, match="seeded"):
+        torch.compile(module, backend=strict, options={"fx_graph_cache": False})(*args)
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_tells_the_truth_of_a_model_that_is_compiled_already(module, args) -> None:
+    compiled = torch.compile(module, backend=REFERENCE)
+    compiled(*args)
+    first, second = (fusion_pass.explain(compiled, *args, backend=REFERENCE) for _ in range(2))
+    assert first.counts() == second.counts() == {DUAL: 1}
+    assert first.graphs == second.graphs == 1
+
+
+def test_explain_looks_at_parts_that_are_compiled_already_as_parts(args) -> None:
+    model = torch.nn.ModuleDict({"a": SiteModule(Spec()), "b": SiteModule(Spec())}).eval()
+    model.forward = lambda x, r, g, s: model["b"](*model["a"](x, r, g, s), g, s)
+    for part in model.values():
+        part.compile()
+    before = [part._compiled_call_impl for part in model.values()]
+    report = fusion_pass.explain(model, *args, backend=REFERENCE)
+    assert report.counts() == {DUAL: report.graphs}
+    assert [part._compiled_call_impl for part in model.values()] == before
+
+
+def test_explain_reads_and_writes_no_cache(module, args, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for _ in range(2):
+        counters.clear()
+        assert fusion_pass.explain(module, *args, backend=REFERENCE).counts() == {DUAL: 1}
+        assert counters["inductor"]["fxgraph_cache_hit"] == counters["inductor"]["fxgraph_cache_miss"] == 0
+        assert counters["aot_autograd"]["autograd_cache_hit"] == counters["aot_autograd"]["autograd_cache_miss"] == 0
+
+
+def test_explain_calls_the_model_once_with_the_given_arguments(args) -> None:
+    calls = []
+
+    class Model(SiteModule):
+        def forward(self, *positional, named=None):
+            calls.append(named)
+            return super().forward(*positional)
+
+    report = fusion_pass.explain(Model(Spec()).eval(), *args, backend=REFERENCE, named="x")
+    assert report.counts() == {DUAL: 1}
+    assert len(calls) == 1
+
+
+def test_a_model_in_training_is_not_fused_and_the_report_says_why(args) -> None:
+    report = fusion_pass.explain(SiteModule(Spec()).train(), *args, backend=REFERENCE)
+    assert report.fused == []
+    assert {site.reason_name for site in report.missed} == {"TRAINING"}
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_one_info_line_a_graph_and_the_detail_at_debug(module, args, caplog) -> None:
+    with caplog.at_level(logging.DEBUG, logger="fusion_pass"):
+        fusion_pass.explain(module, *args, backend=REFERENCE)
+    infos = [r.getMessage() for r in caplog.records if r.name == "fusion_pass" and r.levelno == logging.INFO]
+    debugs = [r.getMessage() for r in caplog.records if r.name == "fusion_pass" and r.levelno == logging.DEBUG]
+    assert infos == [f"graph: fused 1 ({DUAL} 1), missed 0"]
+    assert len(debugs) == 1
+    assert "site_modules.py:" in debugs[0]
+
+
+def test_the_report_is_an_artifact_of_torchs_structured_trace(module, args, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        graph_pass, "trace_structured", lambda kind, metadata_fn, payload_fn: seen.append((metadata_fn(), payload_fn()))
+    )
+    fusion_pass.explain(module, *args, backend=REFERENCE)
+    ((metadata, payload),) = seen
+    assert metadata == {"name": "fusion_pass_report", "encoding": "json"}
+    assert json.loads(payload)["fused"][0]["kind"] == DUAL
+
+
+def test_the_report_is_a_table_and_json(module, args) -> None:
+    report = fusion_pass.explain(module, *args, backend=REFERENCE)
+    (site,) = json.loads(report.to_json())["fused"]
+    assert site["kind"] == DUAL
+    assert (site["gate"], site["scale"], site["rounding"]) == ("tanh", "one_plus", "cast_then_weight")
+    assert (site["shape"], site["dtype"]) == ([2, 6, 32], "bfloat16")
+    assert "site_modules.py" in site["source"]
+    assert DUAL in str(report)
+    assert "Missed: 0" in str(report)
