@@ -1,0 +1,213 @@
+"""The pass on graphs: what it leaves behind, and graphs that are built by hand because models seldom make them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graph_backend import run
+from site_modules import EPS, SiteModule, Spec, diffusers_norm, inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dit_kernels import reference
+from fusion_pass import Backend
+from fusion_pass.graph_pass import FusionPass
+from fusion_pass.report import FusionReport
+
+DUAL = torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale.default
+SINGLE = torch.ops.dit_kernels.norm_tanh_mul_add.default
+B, S, D = 2, 4, 16
+
+
+def traced(function, *args: torch.Tensor) -> Graph:
+    """The ATen graph of a function, with fake tensors for metadata."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make_fx(function, tracing_mode="fake")(*args).graph
+
+
+def rewritten(graph: Graph) -> FusionReport:
+    report = FusionReport()
+    FusionPass(kernels="reference", collector=report)(graph)
+    return report
+
+
+def tensors(count: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(B, S, D) for _ in range(count)]
+
+
+def gated(x, residual, gate):
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+    return residual + gate.tanh() * (x * rstd)
+
+
+def assert_computes(graph: Graph, function, args: list[torch.Tensor]) -> None:
+    graph.lint()
+    module = GraphModule(torch.nn.Module(), graph)
+    expected, got = function(*(a.clone() for a in args)), module(*(a.clone() for a in args))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+# --- mutation and streams --------------------------------------------------------------------------------------------
+
+
+def test_a_mutation_between_the_nodes_of_a_site_keeps_it_from_being_fused() -> None:
+    def function(x, residual, gate):
+        n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+        residual.copy_(gate)
+        return residual + gate.tanh() * n
+
+    args = tensors(3)
+    graph = traced(function, *args)
+    report = rewritten(graph)
+    assert [site.reason_name for site in report.missed] == ["MUTATION"]
+    assert_computes(graph, function, args)
+
+
+@pytest.mark.parametrize("position", ("before", "after"))
+def test_a_mutation_outside_a_site_stays_on_its_side_of_the_op(position) -> None:
+    def function(x, residual, gate):
+        if position == "before":
+            x.mul_(2)
+        y = gated(x, residual, gate)
+        if position == "after":
+            x.mul_(2)
+            residual.zero_()
+        return y, x + residual
+
+    args = tensors(3)
+    graph = traced(function, *args)
+    assert rewritten(graph).counts() == {"norm_tanh_mul_add": 1}
+    assert_computes(graph, function, args)
+
+
+def test_a_mutation_between_the_two_halves_leaves_two_single_sites() -> None:
+    def function(x, residual, gate):
+        y = gated(x, residual, gate)
+        x.zero_()
+        z = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * (1 + gate)
+        return y, z, x
+
+    args = tensors(3)
+    graph = traced(function, *args)
+    assert rewritten(graph).counts() == {"norm_scale": 1, "norm_tanh_mul_add": 1}
+    assert_computes(graph, function, args)
+
+
+def test_a_switch_of_streams_inside_a_site_keeps_it_from_being_fused() -> None:
+    graph = traced(gated, *tensors(3))
+    (add,) = [n for n in graph.nodes if n.name == "add_1"]
+    add.meta["custom"] = {"stream": 1}
+    assert [site.reason_name for site in rewritten(graph).missed] == ["MUTATION"]
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_of_y_that_stands_before_the_scale_is_moved_behind_the_op() -> None:
+    def function(x, residual, gate, scale):
+        y = gated(x, residual, gate)
+        used = y.relu() * 3
+        s = 1 + scale.exp()
+        return used, y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * s
+
+    args = tensors(4)
+    graph = traced(function, *args)
+    assert rewritten(graph).counts() == {"norm_tanh_mul_add_norm_scale": 1}
+    assert_computes(graph, function, args)
+
+
+def test_two_sites_that_would_wait_for_each_other_are_not_both_two_output_sites() -> None:
+    """y1 makes the gate of the second site, whose y makes the scale of the first one."""
+
+    def norm(v):
+        return v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + EPS)
+
+    def function(x, residual, gate):
+        y1 = gated(x, residual, gate)
+        y2 = gated(residual, x, y1.sin())
+        return y1, y2, norm(y1) * (1 + y2.cos()), norm(y2) * (1 + gate)
+
+    args = tensors(3)
+    graph = traced(function, *args)
+    report = rewritten(graph)
+    assert report.counts() == {"norm_scale": 1, "norm_tanh_mul_add": 1, "norm_tanh_mul_add_norm_scale": 1}
+    assert_computes(graph, function, args)
+
+
+# --- what stands in the graph afterwards ------------------------------------------------------------------------------
+
+
+def test_the_inserted_node_carries_what_inductor_and_its_tools_read() -> None:
+    spec = Spec(gate_shape="chunk", scale_shape="chunk")
+    _, backend = run(SiteModule(spec), *inputs(spec))
+    (graph_module,) = backend.graphs
+    (call,) = graph_module.graph.find_nodes(op="call_function", target=DUAL)
+    y, z = call.meta["val"]
+    assert y.shape == z.shape == spec.shape()
+    assert y.is_contiguous() and z.is_contiguous()
+    vals, _ = call.meta["eager_input_vals"]
+    for argument, val in zip(call.args, vals, strict=True):
+        assert (argument.meta["val"] is val) if isinstance(argument, Node) else argument == val
+    assert vals[3].stride() == (4 * spec.width, 4 * spec.width, 1)  # the gate as the model has it: a chunk
+    assert "site_modules.py" in call.meta["stack_trace"]
+
+
+def test_nothing_of_the_site_is_left_in_the_graph() -> None:
+    spec = Spec()
+    _, backend = run(SiteModule(spec), *inputs(spec))
+    (graph_module,) = backend.graphs
+    left = [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target is not DUAL]
+    assert [n.name for n in left if "getitem" not in n.name] == []
+
+
+def test_the_op_gets_the_strides_that_the_graph_has_through_a_real_inductor_compilation(monkeypatch) -> None:
+    """Inductor must not copy a gate that is a view, nor hand the op another layout than the pass saw."""
+    seen = []
+    definition = reference.gated
+
+    def recording(*args):
+        seen.append(args)
+        return definition(*args)
+
+    monkeypatch.setattr(reference, "gated", recording)
+
+    def model(v, residual, projection):
+        gate = projection.unsqueeze(1).chunk(4, dim=2)[3]
+        return residual + gate.tanh() * diffusers_norm(v.transpose(1, 2), None)
+
+    v = torch.randn(B, D, S).bfloat16()
+    residual, projection = torch.randn(B, S, D).bfloat16(), torch.randn(B, 4 * D).bfloat16()
+    with torch.no_grad():
+        got = torch.compile(model, backend=Backend(kernels="reference"))(v, residual, projection)
+    assert torch.equal(got, model(v, residual, projection))
+    ((x, _, _, gate, *_),) = seen
+    assert x.stride() == v.transpose(1, 2).stride()
+    assert gate.stride()[::2] == (4 * D, 1)
+
+
+def test_slices_instead_of_split_make_no_difference() -> None:
+    """From torch 2.14 on, chunk arrives as slices."""
+
+    def function(x, residual, projection):
+        gate = torch.ops.aten.slice.Tensor(projection, 2, 3 * D, 4 * D)
+        return gated(x, residual, gate)
+
+    args = [*tensors(2), torch.randn(B, 1, 4 * D)]
+    graph = traced(function, *args)
+    assert rewritten(graph).counts() == {"norm_tanh_mul_add": 1}
+    assert_computes(graph, function, args)
+
+
+def test_a_norm_is_always_reported_as_fused_or_as_missed() -> None:
+    def function(x, residual, gate):
+        alone = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+        ungated = residual + residual * torch.rsqrt(residual.pow(2).mean(-1, keepdim=True) + EPS)
+        return alone.sin(), ungated, gated(gate, x, residual), torch.layer_norm(x, (D,))
+
+    graph = traced(function, *tensors(3))
+    report = rewritten(graph)
+    assert report.counts() == {"norm_tanh_mul_add": 1}
+    assert sorted(site.reason_name or "" for site in report.missed)[:2] == ["ALONE", "UNGATED"]
+    assert all(site.shape == (B, S, D) for site in (*report.fused, *report.missed))
