@@ -70,13 +70,13 @@ class Backend:
         return FusionPass(self.rounding, self.kernels, self.strict)
 
     def reset(self) -> None:
-        """Called by torch.compiler.reset(): drops CUDA graphs, as the stock backend does."""
+        """Called by torch.compiler.reset(): drops what CUDA graphs were recorded."""
         trees = sys.modules.get("torch._inductor.cudagraph_trees")
         if trees is not None:
             trees.reset_cudagraph_trees()
 
     def get_compiler_config(self) -> Any:
-        """Inductor's configuration as this backend patches it."""
+        """Inductor's configuration with the pass in it."""
         from torch._inductor.compile_fx import get_patched_config_dict
 
         return get_patched_config_dict(config_patches=_with_hook({}, self._make_pass()))
@@ -144,8 +144,13 @@ def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = Non
     A model that is compiled already, as a whole or block by block, is looked at as the model that it was made from, in
     the same parts. A module in eval mode is looked at as it runs in inference, without gradients; anything else as the
     caller's grad mode says. Dynamo's caches are reset before and after; nothing is read from, or written to, Inductor's
-    caches. backend: a Backend whose options count; None for the default one. Raises ValueError for any other.
+    caches. Shapes are static, as in a first call, also where the compiled model has them dynamic.
+
+    backend: a Backend whose options count; None for the default one. Raises ValueError for any other, and for a model
+    that cannot be called.
     """
+    if not callable(model):
+        raise ValueError(f"explain: model is {model!r}, expected a module or a function")
     if backend is None:
         backend = _DEFAULT
     if not isinstance(backend, Backend):
@@ -161,26 +166,48 @@ def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = Non
 
 
 def _grad_mode_of(model: Callable[..., Any]) -> torch.set_grad_enabled:
-    inference = isinstance(model, torch.nn.Module) and not model.training
+    module = getattr(model, "__self__", model)  # a method of a module
+    inference = isinstance(module, torch.nn.Module) and not module.training
     return torch.set_grad_enabled(torch.is_grad_enabled() and not inference)
+
+
+def _uncompiled(function: Any) -> Any:
+    """What torch.compile was given, where this is what it gave; else the same."""
+    return getattr(function, "_orig_mod", getattr(function, "_torchdynamo_orig_callable", function))
 
 
 @contextmanager
 def _compiled_with(backend: Backend, model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """The model, or each of the parts that are compiled already, compiled with `backend` for the time being."""
-    model = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
-    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    parts = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    model = _uncompiled(model)
+    parts = list(_compiled_parts(model)) if isinstance(model, torch.nn.Module) else []
     if not parts:
         yield torch.compile(model, backend=backend)
         return
+    before = [holder[name] for holder, name, _ in parts]
     try:
-        for module, _ in parts:
-            module._compiled_call_impl = torch.compile(module._call_impl, backend=backend)
+        for holder, name, original in parts:
+            holder[name] = torch.compile(original, backend=backend)
         yield model
     finally:
-        for module, compiled in parts:
-            module._compiled_call_impl = compiled
+        for (holder, name, _), compiled in zip(parts, before, strict=True):
+            holder[name] = compiled
+
+
+def _compiled_parts(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
+    """Where, inside a model, something compiled is kept, and what it was made from: module.compile(), a submodule or a
+    forward that torch.compile has wrapped."""
+    for module in model.modules():
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            continue
+        if module._compiled_call_impl is not None:
+            yield module.__dict__, "_compiled_call_impl", module._call_impl
+        forward = module.__dict__.get("forward")
+        if _uncompiled(forward) is not forward:
+            yield module.__dict__, "forward", _uncompiled(forward)
+        for name, child in module._modules.items():
+            if isinstance(child, torch._dynamo.OptimizedModule):
+                yield module._modules, name, child._orig_mod
 
 
 def _parameters(function: Callable[..., Any]) -> Any:
@@ -189,9 +216,7 @@ def _parameters(function: Callable[..., Any]) -> Any:
 
 def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
     """mode and options as Inductor's configuration, checked as the stock backend checks them."""
-    wrapper = torch._TorchCompileInductorWrapper(mode, None, None)
-    wrapper.apply_options(options)
-    return dict(wrapper.config)
+    return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
 
 
 def _with_hook(config: dict[str, Any], fusion_pass: FusionPass) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from torch.fx import Graph, Node
 
 import dit_kernels.ops
 from fusion_pass import eligibility, sites
+from fusion_pass.dataflow import dtype
 from fusion_pass.report import (
     BY_DESIGN,
     FusionReport,
@@ -73,17 +74,18 @@ class FusionPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         self.calls += 1
         report = FusionReport(graphs=1)
-        saved = _copy(graph)
+        saved = None
         try:
+            saved = _copied(graph, Graph())
             _Rewriter(self, graph, report).run()
             graph.lint()
         except Exception as error:
-            _restore(graph, saved)
+            if saved is not None:
+                _restore(graph, saved)
             if self.strict:
                 raise
             report = FusionReport(graphs=1, missed=[_failure(error)])
-            _warn_once(f"fusion_pass: {Reason.ERROR.value}: {type(error).__name__}: {error}")
-            log.warning("internal error; the graph is left as it was", exc_info=True)
+            _warn_of(error)
         self._publish(report)
 
     def uuid(self) -> Any | None:
@@ -149,7 +151,7 @@ class _Rewriter:
         try:
             found = norm.find(anchor)
             upper = None if found is None else gated.grow(found)
-        except Refused:
+        except Exception:  # a refusal or an error of ours: told when the anchor is looked at for itself
             return
         if upper is not None:
             self.survey.gated[upper.y] = anchor
@@ -170,6 +172,12 @@ class _Rewriter:
                     raise StrictError(self.report.missed[-1]) from refusal
                 _warn_missed(refusal)
             return False
+        except Exception as error:  # reading went wrong, and nothing is rewritten yet: the other norms need not suffer
+            if self.options.strict:
+                raise
+            self.report.missed.append(_failure(error, anchor))
+            _warn_of(error)
+            return False
 
     def _find_norm(self, anchor: Node) -> Norm | None:
         try:
@@ -186,6 +194,7 @@ class _Rewriter:
         """The largest provable site around a norm. Raises Refused with what stood in the way of the largest."""
         first_refusal = None
         for kind in sites.KINDS:
+            site = None
             try:
                 site = kind.find(found, self.survey)
                 if site is None:
@@ -195,6 +204,7 @@ class _Rewriter:
                     eligibility.check(site)
                 return site
             except Refused as refusal:
+                refusal.site = site
                 first_refusal = first_refusal or refusal
         raise first_refusal or Refused(Reason.ALONE)
 
@@ -240,23 +250,32 @@ def _fused(site: Site, rounding: str) -> ReportedSite:
 
 def _missed(anchor: Node, refusal: Refused) -> ReportedSite:
     x = norm.measured(anchor)
+    site: Site | None = refusal.site
     return ReportedSite(
         kind=refusal.kind or "norm",
-        gate=None,
-        scale=None,
+        gate=None if site is None else site.gate(),
+        scale=None if site is None else site.scale(),
         module=module_path(anchor),
         source=source_line(anchor),
         shape=symbolic_shape(x),
-        dtype=x.meta["val"].dtype,
-        rounding=None,
+        dtype=dtype(x),
+        rounding=None if site is None else site.options["rounding"],
         reason=refusal.text(),
         reason_name=refusal.reason.name,
     )
 
 
-def _failure(error: Exception) -> ReportedSite:
+def _failure(error: Exception, anchor: Node | None = None) -> ReportedSite:
+    """An error of our own, for the norm that it happened at, or for the whole graph."""
+    module, source, shape = ("", "", ()) if anchor is None else (module_path(anchor), source_line(anchor), ())
+    kind = "graph" if anchor is None else "norm"
     reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}"
-    return ReportedSite("graph", None, None, "", "", (), None, None, reason, Reason.ERROR.name)
+    return ReportedSite(kind, None, None, module, source, shape, None, None, reason, Reason.ERROR.name)
+
+
+def _warn_of(error: Exception) -> None:
+    _warn_once(f"fusion_pass: {Reason.ERROR.value}: {type(error).__name__}: {error}")
+    log.debug("internal error", exc_info=error)
 
 
 @cache
@@ -273,13 +292,11 @@ def _warn_missed(refusal: Refused) -> None:
 # --- the transaction --------------------------------------------------------------------------------------------------
 
 
-def _copy(graph: Graph) -> Graph:
-    saved = Graph()
-    values: dict[Node, Node] = {}
-    output = saved.graph_copy(graph, values)
-    node = saved.output(output)
+def _copied(graph: Graph, into: Graph) -> Graph:
+    """Copies every node of `graph`, with its metadata, into an empty graph."""
+    node = into.output(into.graph_copy(graph, {}))
     node.meta = dict(graph.output_node().meta)
-    return saved
+    return into
 
 
 def _restore(graph: Graph, saved: Graph) -> None:
@@ -288,8 +305,7 @@ def _restore(graph: Graph, saved: Graph) -> None:
         node.args, node.kwargs = (), {}
     for node in list(graph.nodes):
         graph.erase_node(node)
-    node = graph.output(graph.graph_copy(saved, {}))
-    node.meta = dict(saved.output_node().meta)
+    _copied(saved, graph)
 
 
 def _is_training(graph: Graph) -> bool:

@@ -20,7 +20,7 @@ class Reason(str, Enum):
 
     ALONE = "neither `residual + gate * norm` nor `norm * scale` stands around the norm"
     UNGATED = "the norm is added to a residual without a gate"
-    SHIFTED = "a shift follows the scale: another pattern, left to Inductor"
+    FOLLOWED = "a shift or a product follows the scale, which Inductor computes in the same kernel"
     LAYER_NORM = "it is a LayerNorm, and only RMSNorm sites are matched"
     DIMENSION = "the mean does not run over the last dimension only"
     NOT_NORMALISED = "what is squared is not what is normalised"
@@ -33,11 +33,12 @@ class Reason(str, Enum):
     DEVICE = "its operands are on different devices"
     EPS = "eps is neither a constant nor a one-element CPU tensor"
     ORDER = "an operand of the site is computed from its result"
+    LAYOUT = "its result has another layout than the op's, and the graph reads memory by strides"
     MUTATION = "a mutation or a stream switch stands between its nodes"
     TRAINING = "a training graph, whose backward reads the values inside the site"
     PER_TOKEN = "a per-token gate or scale that Inductor computes inside its own kernel"
     NO_KERNEL = "no kernel can run here"
-    ERROR = "an internal error of the pass; the graph was left as it was"
+    ERROR = "an internal error of the pass; nothing was changed"
 
 
 # What is no site of ours, or is left to Inductor on purpose: nothing to warn of, nothing to raise for.
@@ -45,7 +46,7 @@ BY_DESIGN = frozenset(
     {
         Reason.ALONE,
         Reason.UNGATED,
-        Reason.SHIFTED,
+        Reason.FOLLOWED,
         Reason.LAYER_NORM,
         Reason.DIMENSION,
         Reason.NOT_NORMALISED,
@@ -60,6 +61,7 @@ class Refused(Exception):
 
     def __init__(self, reason: Reason, node: Node | None = None, detail: str = "", kind: str | None = None) -> None:
         self.reason, self.node, self.detail, self.kind = reason, node, detail, kind
+        self.site: Any = None  # the sites.site.Site, where one was found, and then not proven or not eligible
         super().__init__(self.text())
 
     def text(self) -> str:

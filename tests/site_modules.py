@@ -81,6 +81,7 @@ class Spec:
     rank: int = 3
     layout: str = "contiguous"
     dtype: torch.dtype = torch.bfloat16
+    expanded: bool = False  # gate and scale are expanded to the shape of x
     extra_user: str | None = None  # y, z or n: who else is read
 
     def kind(self) -> str | None:
@@ -122,6 +123,7 @@ class SiteModule(nn.Module):
         if spec.gate is not None:
             n = spec.norm(x, self.weight, self.eps)
             t = gate.tanh() if spec.gate == "tanh" else gate
+            t = t.expand_as(x) if spec.expanded else t
             p = n * t if spec.swapped[0] else t * n
             y = p + residual if spec.swapped[1] else residual + p
             results.append(y)
@@ -135,6 +137,7 @@ class SiteModule(nn.Module):
             s = scale
             if spec.scale == "one_plus":
                 s = 1 + scale if spec.swapped[3] else scale + 1.0
+            s = s.expand_as(x) if spec.expanded else s
             z = s * n2 if spec.swapped[2] else n2 * s
             results.append(z)
             if spec.extra_user == "z":
@@ -154,6 +157,7 @@ def _operand(shape: tuple[int, ...], like: str, dtype: torch.dtype) -> Tensor:
         "batch": (*lead, width),
         "token": shape,
         "element": (1,),
+        "0-d": (),
     }
     return torch.randn(shapes[like]).to(dtype)
 
@@ -170,11 +174,12 @@ def inputs(spec: Spec, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
     operands = (x, residual, _operand(shape, spec.gate_shape, dtype), _operand(shape, spec.scale_shape, dtype))
     for operand in operands:  # the model's width is static, whatever else is dynamic
-        torch._dynamo.mark_static(operand, operand.ndim - 1)
+        if operand.ndim:
+            torch._dynamo.mark_static(operand, operand.ndim - 1)
     return operands
 
 
-SHAPES = ("row", "ones", "batch", "token", "element", "chunk")
+SHAPES = ("row", "ones", "batch", "token", "element", "0-d", "chunk")
 
 
 @st.composite
@@ -194,6 +199,7 @@ def specs(draw: st.DrawFn) -> Spec:
         rank=draw(st.sampled_from((2, 3, 3, 3, 4))),
         layout=draw(st.sampled_from(("contiguous", "transposed", "sliced", "strided"))),
         dtype=draw(st.sampled_from((torch.bfloat16, torch.float16, torch.float32))),
+        expanded=draw(st.booleans()),
         extra_user=draw(st.sampled_from((None, None, "y", "z", "n"))),
     )
     # A [D] operand that multiplies a norm without a weight is its weight.
@@ -224,6 +230,42 @@ def mean_over_two_dimensions(x: Tensor, residual: Tensor, gate: Tensor, scale: T
 def sum_for_mean(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
     wide = x.float()
     return _gated((wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+def a_root_that_broadcasts_over_the_columns(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    square = x[0, :, : x.shape[1]].float()  # as many rows as columns: without keepdim, the shapes still fit
+    n = square * torch.rsqrt(square.pow(2).mean(-1) + EPS)
+    return _gated(n, residual[0, :, : x.shape[1]].float(), gate[0, :, : x.shape[1]].float())
+
+
+def a_root_of_one_dimension_more(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x[:1, :1].float()
+    n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS).unsqueeze(-1)
+    return _gated(n, residual[:1, :1].float(), gate[:1].float())
+
+
+def the_root_is_rounded(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+    return _gated(x * rstd.to(torch.float16).to(x.dtype), residual, gate)
+
+
+def the_norm_is_a_division(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+
+
+def a_0d_gate_of_another_dtype(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return residual + gate[0, 0, 0].double().tanh() * diffusers_norm(x, None)
+
+
+def all_of_x_is_measured(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x.float(), correction=0)
+    return _gated(((x.float() - mean) * torch.rsqrt(variance + EPS)).to(x.dtype), residual, gate)
+
+
+def a_vector_is_normalised(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    scalar = x[0, 0, 0].float()
+    return residual + (scalar * torch.rsqrt(scalar.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype) * gate
 
 
 def cube_for_square(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
@@ -329,6 +371,13 @@ NEVER_FUSED = (
     mean_over_another_dimension,
     mean_over_two_dimensions,
     sum_for_mean,
+    a_root_that_broadcasts_over_the_columns,
+    a_root_of_one_dimension_more,
+    the_root_is_rounded,
+    the_norm_is_a_division,
+    a_0d_gate_of_another_dtype,
+    all_of_x_is_measured,
+    a_vector_is_normalised,
     cube_for_square,
     eps_outside_the_root,
     eps_scaled,

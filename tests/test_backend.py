@@ -77,6 +77,8 @@ def test_the_backend_is_found_by_name_and_leaves_alone_what_has_no_kernel_here(m
     assert_equal(got, plain)
     assert counters["fusion_pass"]["missed"] == 2
     assert counters["fusion_pass"][DUAL] == 0
+    (site, _) = fusion_pass.explain(module, *args).missed
+    assert (site.gate, site.scale, site.rounding, site.reason_name) == ("tanh", None, "cast_then_weight", "NO_KERNEL")
 
 
 @pytest.mark.parametrize("dynamic", (None, False, True))
@@ -159,7 +161,9 @@ def test_a_bad_argument_to_backend_is_a_value_error_that_names_it(argument, valu
         fusion_pass.inductor_options(**{argument: value})
 
 
-def test_explain_refuses_what_is_no_backend(module, args) -> None:
+def test_explain_refuses_what_is_no_model_or_no_backend(module, args) -> None:
+    with pytest.raises(ValueError, match="explain: model is 5, expected"):
+        fusion_pass.explain(5)
     with pytest.raises(ValueError, match="explain: backend is 'inductor', expected"):
         fusion_pass.explain(module, *args, backend="inductor")
 
@@ -291,15 +295,30 @@ def test_explain_tells_the_truth_of_a_model_that_is_compiled_already(module, arg
     assert first.graphs == second.graphs == 1
 
 
-def test_explain_looks_at_parts_that_are_compiled_already_as_parts(args) -> None:
-    model = torch.nn.ModuleDict({"a": SiteModule(Spec()), "b": SiteModule(Spec())}).eval()
-    model.forward = lambda x, r, g, s: model["b"](*model["a"](x, r, g, s), g, s)
-    for part in model.values():
-        part.compile()
-    before = [part._compiled_call_impl for part in model.values()]
+@pytest.mark.parametrize("how", ("module.compile()", "a wrapped submodule", "a wrapped forward"))
+def test_explain_looks_at_parts_that_are_compiled_already_as_parts(args, how) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = SiteModule(Spec(scale=None)), SiteModule(Spec(gate=None))
+
+        def forward(self, x, residual, gate, scale):
+            (y,) = self.a(x, residual, gate, scale)
+            return y, *self.b(y, residual, gate, scale)
+
+    model = Model().eval()
+    assert fusion_pass.explain(model, *args, backend=REFERENCE).counts() == {DUAL: 1}
+    if how == "module.compile()":
+        model.a.compile()
+    elif how == "a wrapped submodule":
+        model.a = torch.compile(model.a)
+    else:
+        model.a.forward = torch.compile(model.a.forward)
+    before = (model.a, model.a._compiled_call_impl, model.a.__dict__.get("forward"))
     report = fusion_pass.explain(model, *args, backend=REFERENCE)
-    assert report.counts() == {DUAL: report.graphs}
-    assert [part._compiled_call_impl for part in model.values()] == before
+    assert report.counts() == {"norm_tanh_mul_add": 1}
+    assert report.graphs == 1
+    assert (model.a, model.a._compiled_call_impl, model.a.__dict__.get("forward")) == before
 
 
 def test_explain_reads_and_writes_no_cache(module, args, tmp_path, monkeypatch) -> None:

@@ -65,6 +65,27 @@ def test_a_mutation_between_the_nodes_of_a_site_keeps_it_from_being_fused() -> N
     assert_computes(graph, function, args)
 
 
+def test_a_mutation_between_a_cast_of_x_and_the_site_keeps_it_from_being_fused() -> None:
+    """The op would read x itself, where the graph reads what x was when it was cast."""
+
+    def function(x, residual, gate):
+        wide = x.float()
+        x.add_(2)
+        n = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(residual.dtype)
+        return residual + gate.tanh() * n, x
+
+    args = [t.bfloat16() for t in tensors(3)]
+    graph = make_fx(function, decomposition_table={torch.ops.aten._to_copy.default: _cast}, tracing_mode="fake")(
+        *args
+    ).graph
+    assert [site.reason_name for site in rewritten(graph).missed] == ["MUTATION"]
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """As Inductor decomposes a cast."""
+    return torch.ops.prims.convert_element_type.default(x, dtype)
+
+
 @pytest.mark.parametrize("position", ("before", "after"))
 def test_a_mutation_outside_a_site_stays_on_its_side_of_the_op(position) -> None:
     def function(x, residual, gate):
@@ -136,6 +157,17 @@ def test_two_sites_that_would_wait_for_each_other_are_not_both_two_output_sites(
     assert_computes(graph, function, args)
 
 
+def test_a_result_of_another_layout_is_left_alone_where_memory_is_read_by_strides() -> None:
+    def function(x, residual, gate):
+        y = gated(x.transpose(0, 1), residual.transpose(0, 1), gate.transpose(0, 1))
+        return (y * 2).as_strided((3, 2), (1, 5))
+
+    args = tensors(3)
+    graph = traced(function, *args)
+    assert [site.reason_name for site in rewritten(graph).missed] == ["LAYOUT"]
+    assert_computes(graph, function, args)
+
+
 # --- what stands in the graph afterwards ------------------------------------------------------------------------------
 
 
@@ -197,6 +229,31 @@ def test_slices_instead_of_split_make_no_difference() -> None:
     args = [*tensors(2), torch.randn(B, 1, 4 * D)]
     graph = traced(function, *args)
     assert rewritten(graph).counts() == {"norm_tanh_mul_add": 1}
+    assert_computes(graph, function, args)
+
+
+def test_one_norm_that_cannot_be_read_does_not_cost_the_others(monkeypatch) -> None:
+    from fusion_pass.sites import norm
+
+    find = norm.find
+    calls = []
+
+    def failing(anchor):
+        calls.append(anchor)
+        if anchor.name == "rsqrt":
+            raise ZeroDivisionError("seeded")
+        return find(anchor)
+
+    monkeypatch.setattr(norm, "find", failing)
+
+    def function(x, residual, gate):
+        return gated(x, residual, gate), gated(residual, gate, x)
+
+    args = tensors(3)
+    graph = traced(function, *args)
+    report = rewritten(graph)
+    assert report.counts() == {"norm_tanh_mul_add": 1}
+    assert [site.reason_name for site in report.missed] == ["ERROR"]
     assert_computes(graph, function, args)
 
 

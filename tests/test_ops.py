@@ -87,6 +87,17 @@ def test_gradients_flow_to_every_operand_that_broadcasts() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_gradients_flow_too(name: str) -> None:
+    op = getattr(ops, name)
+    args = arguments(name, torch.float64, (B, 1, D))
+    x, tangent = args[0], torch.randn(B, S, D, dtype=torch.float64)
+    _, got = torch.func.jvp(lambda v: _tuple(op(v, *args[1:]))[-1], (x,), (tangent,))
+    step = 1e-6
+    up, down = (_tuple(op(x + sign * step * tangent, *args[1:]))[-1] for sign in (1, -1))
+    torch.testing.assert_close(got, (up - down) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_results_are_fresh_contiguous_and_of_the_shape_of_x_whatever_the_strides(name: str) -> None:
     op = getattr(ops, name)
     plain = arguments(name, torch.bfloat16, (B, 1, D))
@@ -226,6 +237,8 @@ def test_eps_as_a_tensor_is_eps_as_a_number() -> None:
 X = torch.zeros(B, S, D)
 W = torch.zeros(D)
 BAD = {
+    "x": lambda: ops.norm_scale(None, None, None, None, 1e-5),
+    "x.layout": lambda: ops.norm_scale(X.to_sparse(), None, None, None, 1e-5),
     "x.shape": lambda: ops.norm_scale(W, None, None, None, 1e-5),
     "x.dtype": lambda: ops.norm_scale(X.int(), None, None, None, 1e-5),
     "weight.shape": lambda: ops.norm_scale(X, W[:3], None, None, 1e-5),

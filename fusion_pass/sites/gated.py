@@ -111,7 +111,9 @@ def _is_residual(node: object, norm: Norm) -> bool:
 
 def _steps(norm: Norm, gate: Operand, rounded: Node, y: Node) -> GatedSteps:
     activated = gate.absorbed[0] if gate.activated else gate.source
-    gate_dtype = dtype(activated) if promoting_dtype(gate) is not None else norm.steps.out
+    gate_dtype = dtype(activated)
+    if promoting_dtype(gate) is None and gate_dtype != norm.steps.out:
+        raise Refused(Reason.ROUNDING, activated, "a 0-d operand of another dtype", KIND)
     product_dtype, y_dtype = dtype(rounded), dtype(y)
     if gate_dtype is None or product_dtype is None or y_dtype is None:
         raise Refused(Reason.ROUNDING, y, kind=KIND)

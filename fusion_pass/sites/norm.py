@@ -4,8 +4,8 @@
     out  = cast?(cast?(x * rstd) * weight + bias)
 
 Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the root as
-rsqrt or pow(-0.5), which PyTorch computes alike; eps as a constant or a 0-d tensor; keepdim or a later unsqueeze. The
-reciprocal of a square root is recognised and refused: in fp32 it differs from rsqrt in the last bit.
+rsqrt or pow(-0.5), which PyTorch computes alike; eps as a constant or a 0-d tensor; keepdim or a later unsqueeze. A
+division by the square root is recognised and refused: in fp32 it differs from rsqrt in the last bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from fusion_pass.dataflow import (
     is_cast,
     is_narrowing,
     is_plain_add,
+    known_equal,
     other_operands,
+    same_shape,
     same_value,
     sole_user,
     through_casts,
@@ -33,7 +35,7 @@ from fusion_pass.dataflow import (
 )
 from fusion_pass.report import Reason, Refused
 
-ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.reciprocal.default)
+ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def find(anchor: Node) -> Norm | None:
 def measured(anchor: Node) -> Node:
     """The tensor whose rows an anchor measures, as far as it can be told; else the anchor."""
     node = anchor
-    while (val := value(node)) is None or val.ndim == 0 or val.shape[-1] == 1:
+    while (val := value(node)) is None or val.ndim == 0 or known_equal(val.shape[-1], 1):
         if not isinstance(node.args[0] if node.args else None, Node):
             return anchor
         node = node.args[0]
@@ -94,14 +96,14 @@ def _statistic(anchor: Node) -> _Statistic | None:
     squared = _squared(mean, nodes)
     if squared is None:
         return None
-    if is_call(anchor, aten.reciprocal.default):
+    if is_call(anchor, aten.sqrt.default):
         raise Refused(Reason.ROOT, anchor)
     _check_eps(eps)
     return _Statistic(squared, eps, _raise_keepdim(anchor, nodes), tuple(nodes))
 
 
 def _under_root(anchor: Node) -> tuple[Node, list[Node]] | None:
-    """v where the anchor is v ** -0.5, with the nodes that make the root."""
+    """v where the anchor is v ** -0.5, or a square root that something is divided by; and the nodes of the root."""
     under = anchor.args[0]
     if not isinstance(under, Node):
         return None
@@ -109,10 +111,8 @@ def _under_root(anchor: Node) -> tuple[Node, list[Node]] | None:
         return under, [anchor]
     if is_call(anchor, aten.pow.Tensor_Scalar) and anchor.args[1] == -0.5:
         return under, [anchor]
-    if is_call(anchor, aten.reciprocal.default) and is_call(under, aten.sqrt.default):
-        variance = under.args[0]
-        return (variance, [anchor, under]) if isinstance(variance, Node) else None
-    return None
+    divides = any(is_call(user, aten.reciprocal.default, aten.div.Tensor) for user in anchor.users)
+    return (under, [anchor]) if is_call(anchor, aten.sqrt.default) and divides else None
 
 
 def _split_eps(variance: Node) -> tuple[Node, float | Node]:
@@ -132,7 +132,7 @@ def _check_eps(eps: float | Node) -> None:
     if isinstance(eps, float):
         return
     val = value(eps)
-    if val is None or val.numel() != 1 or val.device.type != "cpu" or not val.is_floating_point():
+    if val is None or val.ndim != 0 or val.device.type != "cpu" or not val.is_floating_point():
         raise Refused(Reason.EPS, eps)
 
 
@@ -174,10 +174,16 @@ def _squared(mean: Node, nodes: list[Node]) -> Node | None:
     val = value(square)
     if squared is None or val is None:
         return None
-    if [dim % val.ndim for dim in mean.args[1] or ()] != [val.ndim - 1]:
+    if not _over_last(mean, val):
         raise Refused(Reason.DIMENSION, mean)
     nodes += [mean, square]
     return squared
+
+
+def _over_last(reduction: Node, reduced: torch.Tensor) -> bool:
+    """Does it reduce the last dimension, and no other?"""
+    dims = reduction.args[1] if len(reduction.args) > 1 else None
+    return isinstance(dims, list | tuple) and len(dims) == 1 and dims[0] in (-1, reduced.ndim - 1) and reduced.ndim > 0
 
 
 def _square_root_of(square: Node) -> Node | None:
@@ -194,7 +200,7 @@ def _is_layer_norm_variance(node: Node) -> bool:
     if parent is None or not is_call(parent, aten.var_mean.correction):
         return False
     measured = value(parent.args[0])
-    return measured is not None and [d % measured.ndim for d in parent.args[1] or ()] == [measured.ndim - 1]
+    return measured is not None and _over_last(parent, measured)
 
 
 # --- down from the root: what is done with it ------------------------------------------------------------------------
@@ -204,16 +210,27 @@ def _norm(statistic: _Statistic, anchor: Node) -> Norm:
     product = sole_user(statistic.rstd)
     if product is None:
         raise Refused(Reason.ESCAPES, statistic.rstd)
+    if is_cast(product):
+        raise Refused(Reason.ROUNDING, product)
     if not is_call(product, aten.mul.Tensor):
         raise Refused(Reason.NOT_NORMALISED, product)
     operand = next(other_operands(product, statistic.rstd))
     if not same_value(operand, statistic.squared):
         raise Refused(Reason.NOT_NORMALISED, product)
     x = through_widening(statistic.squared)
-    val = value(x)
-    if val is None or not isinstance(val.shape[-1], int):
-        raise Refused(Reason.WIDTH, x)
+    _check_shapes(x, statistic.rstd, product)
     return _affine(statistic, anchor, x, product)
+
+
+def _check_shapes(x: Node, rstd: Node, product: Node) -> None:
+    """[..., D] * [..., 1] -> [..., D]: without keepdim, the same operations divide each row by another row's root."""
+    rows, root, normed = value(x), value(rstd), value(product)
+    if rows is None or root is None or normed is None or rows.ndim == 0:
+        raise Refused(Reason.SHAPE, product)
+    if not isinstance(rows.shape[-1], int):
+        raise Refused(Reason.WIDTH, x)
+    if root.ndim == 0 or not known_equal(root.shape[-1], 1) or not same_shape(normed, rows):
+        raise Refused(Reason.DIMENSION, product)
 
 
 def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node) -> Norm:

@@ -45,27 +45,31 @@ def scale(node: Node, x: Node) -> Operand:
 
 
 def _operand(node: Node, x: Node, inner: Callable[[Node], Node | None]) -> Operand:
-    given = _unexpanded(node, x)
+    given, expands = _unexpanded(node, x)
     views: list[Node] = []
     current = given
     while is_call(current, aten.unsqueeze.default) and sole_user(current) is not None:
         views.insert(0, current)
         current = current.args[0]
     source = inner(current)
-    if source is None or sole_user(current) is None or value(source) is None:
+    read_once = all(sole_user(n) is not None for n in (current, *expands))
+    if source is None or not read_once or value(source) is None:
         return Operand(given, (), ())
-    return Operand(source, tuple(views), (current, *views))
+    return Operand(source, tuple(views), (current, *views, *expands))
 
 
-def _unexpanded(node: Node, x: Node) -> Node:
-    """The operand before it was expanded: broadcasting is the kernel's, and an expanded input would be written out."""
+def _unexpanded(node: Node, x: Node) -> tuple[Node, list[Node]]:
+    """The operand before it was expanded, and the expansions: broadcasting is the kernel's, and Inductor would write an
+    expanded input out."""
     like = value(x)
+    expands: list[Node] = []
     while is_call(node, aten.expand.default):
         val = value(node.args[0])
         if val is None or like is None or not broadcasts_to(val, like):
             break
+        expands.append(node)
         node = node.args[0]
     val = value(node)
     if val is None or like is None or not broadcasts_to(val, like):
         raise Refused(Reason.SHAPE, node)
-    return node
+    return node, expands

@@ -83,9 +83,9 @@ def grow(norm: Norm) -> Scaled | None:
     like, val = value(norm.x), value(product)
     if not isinstance(scale, Node) or scale is norm.out or like is None or val is None or not same_shape(val, like):
         return None
-    shift = next((user for user in product.users if _is_shift(user, product)), None)
-    if shift is not None:
-        raise Refused(Reason.SHIFTED, shift, kind=KIND)
+    follows = sole_user(product)
+    if follows is not None and (is_plain_add(follows) or is_call(follows, aten.mul.Tensor)):
+        raise Refused(Reason.FOLLOWED, follows, kind=KIND)
     if operand.gate(scale, norm.x).activated:
         return None  # a gate, and the residual add that it belongs to is not there
     resolved = operand.scale(scale, norm.x)
@@ -93,13 +93,6 @@ def grow(norm: Norm) -> Scaled | None:
     steps = _steps(norm, resolved, product, z[0])
     inside = norm.interior if z == (product,) else (*norm.interior, product)
     return Scaled(norm, resolved, z, steps, (*inside, *resolved.absorbed))
-
-
-def _is_shift(user: Node, product: Node) -> bool:
-    """Is the product only added to something that broadcasts, as in norm * (1 + scale) + shift?"""
-    shift = next(other_operands(user, product), None) if is_plain_add(user) else None
-    val, like = value(shift) if isinstance(shift, Node) else None, value(product)
-    return val is not None and like is not None and not same_shape(val, like)
 
 
 def _stored(product: Node) -> tuple[Node, ...]:
@@ -111,7 +104,9 @@ def _stored(product: Node) -> tuple[Node, ...]:
 
 def _steps(norm: Norm, scale: Operand, product: Node, z: Node) -> ScaledSteps:
     applied = scale.absorbed[0] if scale.activated else scale.source
-    scale_dtype = dtype(applied) if promoting_dtype(scale) is not None else norm.steps.out
+    scale_dtype = dtype(applied)
+    if promoting_dtype(scale) is None and scale_dtype != norm.steps.out:
+        raise Refused(Reason.ROUNDING, applied, "a 0-d operand of another dtype", KIND)
     product_dtype, z_dtype = dtype(product), dtype(z)
     if scale_dtype is None or product_dtype is None or z_dtype is None:
         raise Refused(Reason.ROUNDING, product, kind=KIND)

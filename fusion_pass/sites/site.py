@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import FORMS
-from fusion_pass.dataflow import depends_on, is_call, value
+from fusion_pass.dataflow import depends_on, is_call, known_equal, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import Operand
 
@@ -118,6 +118,7 @@ def promoting_dtype(operand: Operand) -> torch.dtype | None:
 def prove(site: Site, graph: Graph) -> None:
     """Raises Refused unless the op computes what the site's nodes compute, wherever they are read."""
     _prove_operands(site)
+    _prove_layout(site, graph)
     _prove_closed(site)
     _prove_order(site)
     _prove_undisturbed(site, graph)
@@ -137,6 +138,25 @@ def _prove_operands(site: Site) -> None:
             raise Refused(Reason.DTYPE, node, str(val.dtype), site.kind)
         if val.device != x.device:
             raise Refused(Reason.DEVICE, node, f"{val.device}, x on {x.device}", site.kind)
+
+
+def _prove_layout(site: Site, graph: Graph) -> None:
+    """The results are contiguous. Where the graph's were not, all that reads them may have another layout now, which
+    nothing but as_strided can tell."""
+    by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
+    strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
+    if strided and not all(_is_contiguous(node) for node in site.results()):
+        raise Refused(Reason.LAYOUT, strided[0], kind=site.kind)
+
+
+def _is_contiguous(node: Node) -> bool:
+    val = value(node)
+    expected: Any = 1
+    for size, stride in reversed(list(zip(val.shape, val.stride(), strict=True)) if val is not None else []):
+        if not known_equal(size, 1) and not known_equal(stride, expected):
+            return False
+        expected = expected * size
+    return val is not None
 
 
 def _prove_closed(site: Site) -> None:
@@ -160,9 +180,23 @@ def _prove_undisturbed(site: Site, graph: Graph) -> None:
 
     first, *rest = site.nodes()
     where = (get_mutation_region_id(graph, first), _stream(first))
-    for node in rest:
+    for node in (*rest, *_looked_through(site)):
         if (get_mutation_region_id(graph, node), _stream(node)) != where:
             raise Refused(Reason.MUTATION, node, kind=site.kind)
+
+
+def _looked_through(site: Site) -> list[Node]:
+    """The nodes between the op's inputs and the site's own: casts and views that the op reads past."""
+    known = {*site.nodes(), *site.inputs()}
+    between: list[Node] = []
+    pending = [source for node in site.nodes() for source in node.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if node not in known and node.op == "call_function":
+            known.add(node)
+            between.append(node)
+            pending.extend(node.all_input_nodes)
+    return between
 
 
 def _stream(node: Node) -> Any:

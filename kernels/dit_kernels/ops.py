@@ -86,6 +86,8 @@ def _reject(op: str, name: str, got: object, expected: str) -> None:
 
 
 def _check_operand(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    if t.layout != torch.strided:
+        _reject(op, f"{name}.layout", t.layout, "torch.strided")
     if t.dtype not in DTYPES:
         _reject(op, f"{name}.dtype", t.dtype, "bfloat16, float16, float32 or float64")
     if t.device != x.device:
@@ -113,6 +115,8 @@ def _check_broadcast(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
 
 
 def _check_eps(op: str, name: str, eps: float | Tensor) -> None:
+    if eps is None:
+        _reject(op, name, eps, "a number, or one floating-point element on the CPU")
     if isinstance(eps, Tensor) and (eps.device.type != "cpu" or eps.numel() != 1 or not eps.is_floating_point()):
         got = f"a {eps.dtype} tensor of shape {list(eps.shape)} on {eps.device}"
         _reject(op, name, got, "one floating-point element on the CPU")
@@ -129,12 +133,16 @@ def _check_words(op: str, norm: str, rounding: str, **dtypes: torch.dtype | None
 
 
 def _check_x(op: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        _reject(op, "x", x, "a tensor [..., S, D]")
     if x.ndim < 2:
         _reject(op, "x.shape", list(x.shape), "[..., S, D]")
     _check_operand(op, "x", x, x)
 
 
 def _check_residual(op: str, residual: Tensor, x: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        _reject(op, "residual", residual, "a tensor of the shape of x")
     _check_operand(op, "residual", residual, x)
     if residual.shape != x.shape:
         _reject(op, "residual.shape", list(residual.shape), f"{list(x.shape)}, the shape of x")
@@ -321,7 +329,7 @@ def _kernel_takes(call: Call) -> bool:
     """Can the CuTeDSL kernel run this call?"""
     if kernels_missing(call.x.device) is not None:
         return False
-    # A 0-d operand of a wider dtype is rounded by PyTorch's promotion to the narrower one, before the arithmetic.
+    # A 0-d operand does not promote: of another dtype than x, it makes a chain of its own, seen in no model.
     scalars = [t for t in (call.gate, call.scale) if t is not None and t.ndim == 0]
     same = all(t.dtype == call.x.dtype for t in scalars)
     return same and all(t.dtype in KERNEL_DTYPES for t in call.tensors())
@@ -430,7 +438,8 @@ def _autograd(op: torch._ops.OpOverload, definition: Callable[..., Any]) -> Call
     """Runs the definition, which differentiates, where a gradient is wanted; else what the device has."""
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if wanted or torch.autograd.forward_ad._current_level >= 0:
             return definition(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
