@@ -72,3 +72,19 @@ def test_the_fused_module_runs_one_kernel_and_copies_nothing() -> None:
         torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert len(kernels) == 1, kernels
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("shape", ((64,), (1, 1, 64), (2, 1, 64), (2, 3, 64), (1,)), ids=str)
+def test_opcheck_passes_on_the_gpu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def tensor(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, device="cuda").to(dtype)
+
+    ops = torch.ops.dit_kernels
+    x, residual, weight, gate = tensor(2, 3, 64), tensor(2, 3, 64), tensor(64), tensor(*shape)
+    torch.library.opcheck(ops.norm_tanh_mul_add.default, (x, weight, None, gate, residual, 1e-5))
+    torch.library.opcheck(ops.norm_scale.default, (x, weight, weight, gate, 1e-5))
+    dual = (x, weight, None, gate, residual, 1e-5, None, None, gate, 1e-6)
+    torch.library.opcheck(ops.norm_tanh_mul_add_norm_scale.default, dual)
+    with_gradients = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in dual]
+    torch.library.opcheck(ops.norm_tanh_mul_add_norm_scale.default, with_gradients)
