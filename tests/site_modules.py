@@ -400,6 +400,8 @@ NEVER_FUSED = (
     residual_with_a_factor,
 )
 
+MUTANTS_BY_A_CAST = (a_rounded_copy_is_squared, the_root_is_rounded)
+
 
 def the_scale_depends_on_y(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     y = _gated(diffusers_norm(x, None), residual, gate)

@@ -91,7 +91,7 @@ def test_a_site_through_inductor_is_bit_equal_to_eager(module, args, dynamic) ->
 
 
 def test_modes_and_options_are_inductors(module, args) -> None:
-    for keywords in ({"mode": "max-autotune"}, {"options": {"max_autotune": True, "fx_graph_cache": False}}):
+    for keywords in ({"mode": "max-autotune"}, {"options": {"max_autotune": True}}, {"options": {"freezing": True}}):
         torch._dynamo.reset()
         assert_equal(torch.compile(module, backend=REFERENCE, **keywords)(*args), module(*args))
     for backend in (REFERENCE, "inductor"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from dit_kernels.ops import KERNEL_DTYPES
@@ -16,6 +17,7 @@ from fusion_pass.dataflow import depends_on, is_call, known_equal, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import Operand
 
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # real ones are constants that Inductor has folded
 MODEL_FORMS = tuple(form for form in FORMS if form != "fp32")
 
 
@@ -130,7 +132,7 @@ def _prove_operands(site: Site) -> None:
         raise Refused(Reason.SHAPE, site.x, kind=site.kind)
     for node in site.inputs():
         val = value(node)
-        if val is None or type(val) is not type(x) or val.layout != torch.strided:
+        if val is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
             raise Refused(Reason.DTYPE, node, "not a plain tensor", site.kind)
         if node is site.operands["eps"] or node is site.operands.get("eps2"):
             continue
