@@ -45,6 +45,14 @@ def test_an_fp32_model_is_fused_and_equal_to_its_own_unfused_graph() -> None:
     assert backend.report.counts() == zimage.expected_counts()
 
 
+def test_autocast_over_fp32_weights_is_fused_with_its_fp32_residual_stream() -> None:
+    transformer, args = zimage.model(torch.float32), zimage.inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, backend = compiled(transformer, args)
+        assert torch.equal(got, zimage.run(transformer, args))
+    assert backend.report.counts() == zimage.expected_counts()
+
+
 def test_dynamic_shapes_take_eps_as_a_tensor_and_fuse_the_same_sites() -> None:
     transformer, args = zimage.model(layers=1), zimage.inputs()
     got, backend = compiled(transformer, args, dynamic=True)
