@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from io import StringIO
 from typing import Any
@@ -18,7 +18,7 @@ from torch.fx import Node
 class Reason(str, Enum):
     """Why a norm in the graph was not fused; the list is closed."""
 
-    ALONE = "neither `residual + gate * norm` nor `norm * scale` stands around the norm"
+    ALONE = "neither a gated residual add nor a scale stands around it"
     UNGATED = "the norm is added to a residual without a gate"
     FOLLOWED = "a shift or a product follows the scale, which Inductor computes in the same kernel"
     LAYER_NORM = "it is a LayerNorm, and only RMSNorm sites are matched"
@@ -97,7 +97,7 @@ class ReportedSite:
 
 @dataclass
 class FusionReport:
-    """What a compilation fused and what it missed. `print(report)` is a table.
+    """What a compilation fused and what it missed. `print(report)` is a table, with one row for layers that are alike.
 
     fused, missed: lists of ReportedSite. graphs: how many graphs were compiled. A model that is compiled block by
     block has one graph for each kind of block, however often it is used.
@@ -140,22 +140,34 @@ class FusionReport:
         from rich.table import Table
 
         fused = Table(title=f"Fused: {len(self.fused)}", title_justify="left")
-        for name in ("op", "gate", "scale", "rounding", "shape", "dtype", "norm", "source"):
-            fused.add_column(name, overflow="fold", no_wrap=name == "norm")
-        for s in self.fused:
+        for name in ("op", "gate", "scale", "rounding", "shape", "dtype", "norm", "", "source"):
+            fused.add_column(name, overflow="fold", no_wrap=name in ("op", "norm"))
+        for s, module, count in _alike(self.fused):
             cells = (s.kind, s.gate or "-", s.scale or "-", s.rounding or "-", _shape_text(s), _dtype_name(s.dtype))
-            fused.add_row(*cells, s.module, _short(s.source))
+            fused.add_row(*cells, module, count, _short(s.source))
         missed = Table(title=f"Missed: {len(self.missed)}", title_justify="left")
-        for name in ("norm", "shape", "reason", "source"):
-            missed.add_column(name, overflow="fold", no_wrap=name == "norm")
-        for s in self.missed:
-            missed.add_row(s.module, _shape_text(s), s.reason, _short(s.source))
+        for name in ("norm", "", "shape", "reason", "source"):
+            missed.add_column(name, overflow="fold", no_wrap=name in ("op", "norm"))
+        for s, module, count in _alike(self.missed):
+            missed.add_row(module, count, _shape_text(s), s.reason, _short(s.source))
         return Group(fused, missed, f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled")
+
+
+def _alike(sites: list[ReportedSite]) -> Iterable[tuple[ReportedSite, str, str]]:
+    """One row for the layers of a stack whose sites differ in nothing but the number: the first of them, its module
+    with `*` for the number, and how many they are."""
+    groups: dict[Any, list[ReportedSite]] = {}
+    for site in sites:
+        reason = re.sub(r", at \w+$", "", site.reason or "")
+        key = replace(site, module=re.sub(r"\.\d+\b", ".*", site.module), reason=reason)
+        groups.setdefault(key, []).append(site)
+    for pattern, group in groups.items():
+        yield (group[0], group[0].module, "") if len(group) == 1 else (pattern, pattern.module, f"×{len(group)}")
 
 
 def _table_width() -> int:
     """Wide enough that no column wraps to one letter a line, also where there is no terminal."""
-    return max(160, int(os.environ.get("COLUMNS", "0") or 0))
+    return max(170, int(os.environ.get("COLUMNS", "0") or 0))
 
 
 def _listing(counts: Iterable[tuple[str, int]]) -> str:
