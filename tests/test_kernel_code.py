@@ -17,7 +17,7 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 from dit_kernels.chain import Chain
 from dit_kernels.compile import Variant, compile_variant
 from dit_kernels.cute.norm_gate import Operand, Operands, Walk
-from dit_kernels.cute.tiling import row_tiling
+from dit_kernels.cute.tiling import machine, row_tiling
 from dit_kernels.rounding import FORMS, gated_steps, scaled_steps
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
@@ -114,20 +114,43 @@ def test_nothing_spills(code: Any, arch: str, name: str) -> None:
     used = resources(cubin)
     assert ".local" not in ptx
     assert used["frame"] == 0
-    assert used["registers"] * VARIANTS[name].tiling.threads <= 65536
+    assert used["registers"] * VARIANTS[name].tiling(arch).threads <= 65536
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("name", "loads"), [("bf16", 8), ("bf16-per-token", 6)])
+WIDE = (".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64")
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "loads"),
+    [
+        ("bf16", "sm_80", 8),  # x, residual, gate, scale and two weights; x and residual of the next row
+        *(("bf16", arch, 4) for arch in ARCHS[1:]),  # x and residual come by bulk copies
+        *(("bf16-per-token", arch, 6) for arch in ARCHS),
+    ],
+)
 def test_aligned_rows_are_read_and_written_in_pieces_of_16_bytes_only(
-    code: Any, arch: str, name: str, loads: int
+    code: Any, name: str, arch: str, loads: int
 ) -> None:
     ptx, _ = code(arch, VARIANTS[name])
     reads = re.findall(r"ld\.global\S*", ptx)
     writes = re.findall(r"st\.global\S*", ptx)
-    assert len(reads) == loads  # x, residual, gate, scale and two weights; persistent, x and residual of the next row
+    assert len(reads) == loads
     assert len(writes) == 2  # y and z
-    assert all(access.endswith((".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64")) for access in reads + writes)
+    assert all(access.endswith(WIDE) for access in reads + writes)
+
+
+@pytest.mark.parametrize("arch", ARCHS[1:])
+def test_bulk_copies_keep_the_memory_busy_from_a_room_that_all_ctas_fit(code: Any, arch: str) -> None:
+    ptx, cubin = code(arch, VARIANTS["bf16"])
+    tiling = VARIANTS["bf16"].tiling(arch)
+    assert tiling.schedule is not None
+    rows = 2 * (tiling.schedule.stages + 1)  # x and residual, of the first rows and in the loop
+    assert len(re.findall(r"cp\.async\.bulk\.shared", ptx)) == rows
+    vectors = [access for access in re.findall(r"ld\.shared\S*", ptx) if access.endswith(WIDE)]
+    assert len(vectors) >= 2 * tiling.vectors
+    registers = -(-resources(cubin)["registers"] // 8) * 8
+    assert registers * tiling.threads * tiling.schedule.ctas <= 65536
+    assert (tiling.schedule.stages * 2 * 3840 * 2 + 1024) * tiling.schedule.ctas <= machine(arch).shared_bytes
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16-per-token"])
@@ -138,14 +161,15 @@ def test_every_load_is_issued_before_the_first_barrier(code: Any, name: str) -> 
 
 
 def test_a_sum_over_the_row_costs_one_barrier(code: Any) -> None:
-    assert code("sm_90a", VARIANTS["bf16"])[0].count("bar.sync") == 2
-    assert code("sm_90a", VARIANTS["bf16-layer-bias"])[0].count("bar.sync") == 4
+    for arch, others in (("sm_80", 0), ("sm_90a", 2)):  # the start, and the end of a row's stay in shared memory
+        assert code(arch, VARIANTS["bf16"])[0].count("bar.sync") == 2 + others
+        assert code(arch, VARIANTS["bf16-layer-bias"])[0].count("bar.sync") == 4 + others
 
 
 def test_a_misaligned_operand_narrows_its_own_accesses_only(code: Any) -> None:
     aligned = VARIANTS["bf16"]
     operands = replace(aligned.operands, gate=replace(aligned.operands.gate, access=2))
-    ptx, _ = code("sm_90a", replace(aligned, operands=operands))
+    ptx, _ = code("sm_80", replace(aligned, operands=operands))
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == 7
     assert len(re.findall(r"ld\.global\S*\.[bu]16", ptx)) == 8
 
@@ -167,7 +191,7 @@ def test_no_rounding_form_approximates_tanh(code: Any, form: str) -> None:
 
 def test_no_product_contracts_with_the_sum_that_eager_does_after_it(code: Any) -> None:
     fp32, _ = code("sm_90a", VARIANTS["fp32"])
-    vectors = VARIANTS["fp32"].tiling.vectors * VARIANTS["fp32"].tiling.vector
+    vectors = VARIANTS["fp32"].tiling("sm_90a").vectors * VARIANTS["fp32"].tiling("sm_90a").vector
     # residual + p of each element, and mean + eps of both norms
     assert len(re.findall(r"add\.rn\.f32", fp32)) == vectors + 2
     # In 16 bits LLVM leaves the contraction to ptxas, which is told not to.
@@ -180,12 +204,13 @@ def test_no_product_contracts_with_the_sum_that_eager_does_after_it(code: Any) -
 
 @pytest.mark.parametrize("d", [1, 7, 333, 2304, 2520, 2521, 3072, 3840, 4608, 8192, 12288, 16384, 32768, 65536])
 @pytest.mark.parametrize("widths", [(2, 2), (4, 4), (2, 4)])
-def test_a_tiling_covers_every_element_of_a_row_once(d: int, widths: tuple[int, int]) -> None:
-    tiling = row_tiling(d, widths, (2, 2))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_tiling_covers_every_element_of_a_row_once(d: int, widths: tuple[int, int], arch: str) -> None:
+    tiling = row_tiling(d, widths, (2, 2), arch)
     assert d % tiling.vector == 0
     covered = tiling.threads * tiling.vectors * tiling.vector
     assert covered >= d
     assert tiling.tail == (covered > d)
     assert tiling.threads % 32 == 0
-    assert tiling.threads <= 512
+    assert tiling.threads <= (512 if tiling.vectors > 1 else 640)
     assert covered - d < tiling.threads * tiling.vector  # no thread's last vector is outside for all threads

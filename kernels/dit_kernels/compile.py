@@ -1,8 +1,8 @@
 """Compiled kernels: which one a call needs, the table of those in this process, and the cache of those on disk.
 
-`launch` runs a chain on tensors; `prepare` compiles ahead what a launch with such operands will need. A kernel is
-compiled for an architecture and a Variant: the chain, D, and of each operand its dtype, how it broadcasts and what its
-addresses are multiples of. B, S, strides and eps are run-time arguments.
+`launch` runs a chain on tensors, `bound` finds the kernel that does; `prepare` compiles ahead what a launch with such
+operands will need. A kernel is compiled for an architecture and a Variant: the chain, D, and of each operand its dtype,
+how it broadcasts and what its addresses are multiples of. B, S, strides and eps are run-time arguments.
 
 The disk cache is $DIT_KERNELS_CACHE_DIR, or dit_kernels in $XDG_CACHE_HOME or ~/.cache. What it holds is machine code,
 so it is used only where nobody but the user can write. The name of an entry is a hash of all that shapes it: versions,
@@ -32,7 +32,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from dit_kernels.chain import Chain
-from dit_kernels.cute.norm_gate import CUTE_DTYPES, NormGate, Operand, Operands
+from dit_kernels.cute.norm_gate import CUTE_DTYPES, NormGate, Operand, Operands, held_dtype
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling, row_tiling
 
 Function = Callable[..., None]
@@ -47,12 +47,22 @@ class Variant:
     d: int
     operands: Operands
 
-    @property
-    def tiling(self) -> RowTiling:
-        o = self.operands
-        rows = [t.dtype.itemsize for t in (o.x, o.residual) if t is not None]
-        others = (o.weight, o.bias, o.gate, o.weight2, o.bias2, o.scale)
-        return row_tiling(self.d, rows, [t.dtype.itemsize for t in others if t is not None and t.walk != "element"])
+    def tiling(self, arch: str) -> RowTiling:
+        o, chain = self.operands, self.chain
+        rows = [t for t in (o.x, o.residual) if t is not None]
+        others = {n: getattr(o, n) for n in ("weight", "bias", "gate", "weight2", "bias2", "scale")}
+        held = [held_dtype(chain, o, n) for n, t in others.items() if t is not None and t.walk != "element"]
+        walks = all(t is None or t.walk != "token" for t in others.values())
+        aligned = all(t.access == ACCESS_BYTES and self.d * t.dtype.itemsize % ACCESS_BYTES == 0 for t in rows)
+        return row_tiling(
+            self.d,
+            [t.dtype.itemsize for t in rows],
+            [dtype.itemsize for dtype in held if dtype is not None],
+            arch,
+            walks,
+            aligned,
+            packed=all(steps is None or steps.product == torch.bfloat16 for steps in (chain.gated, chain.scaled)),
+        )
 
 
 # --- what a call needs ----------------------------------------------------------------------------------------------
@@ -62,7 +72,7 @@ _functions: dict[tuple[str, Variant], Function] = {}
 _compiling = threading.Lock()
 
 
-def launch(
+def bound(
     chain: Chain,
     x: Tensor,  # (B, S, D)
     weight: Tensor | None,  # (D,)
@@ -76,8 +86,10 @@ def launch(
     eps2: float,
     y: Tensor | None,  # (B, S, D)
     z: Tensor | None,  # (B, S, D)
-) -> None:
-    """Runs a chain on the device of x and on torch's current stream there; never waits for the GPU.
+) -> tuple[Function, int]:
+    """The kernel that runs a chain on these tensors, and its last argument: function(x, ..., z, last) launches it, on
+    the device of x and on torch's current stream there, and never waits for the GPU. It takes all tensors that agree
+    with these in dtype, D, which dimensions are 1, and in what pointers and strides are multiples of.
 
     bf16, fp16 or fp32, each tensor its own; the last stride is 1, the others are any. A kernel that is not compiled yet
     is compiled here, except under CUDA graph capture: RuntimeError.
@@ -101,7 +113,13 @@ def launch(
     function = _launchers.get(key)
     if function is None:
         function = _launchers[key] = _function(_arch(key[1]), _variant(chain, d, *key[3:]))
-    function(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z, _processors(key[1]))
+    return function, _processors(key[1])
+
+
+def launch(chain: Chain, *operands: Any) -> None:
+    """Runs a chain: the operands of `bound`."""
+    function, last = bound(chain, *operands)
+    function(*operands, last)
 
 
 def prepare(
@@ -219,7 +237,7 @@ _PTXAS = "--ptxas-options -fmad=false"
 
 def compile_variant(arch: str, variant: Variant, options: str = "") -> Any:
     """Compiles for `arch` (sm_80, sm_90a, ...); needs neither a GPU nor a driver."""
-    kernel = NormGate(variant.chain, variant.d, variant.operands, variant.tiling)
+    kernel = NormGate(variant.chain, variant.d, variant.operands, variant.tiling(arch))
     batches, tokens = cute.sym_int(), cute.sym_int()
     fakes = {name: _fake_tensor(getattr(variant.operands, name), variant.d, batches, tokens) for name in _NAMES}
     o = fakes.get

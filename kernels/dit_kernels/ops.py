@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 
 from dit_kernels import reference
 from dit_kernels.chain import Chain
@@ -305,7 +307,9 @@ def _run_cuda(call: Call) -> tuple[Tensor, ...]:
         return _run_definition(call)
     results = _empty_results(call)
     if call.x.numel():
-        _launcher()(call.chain, *_kernel_operands(call, results))
+        operands = _kernel_operands(call, results)
+        function, last = _binder()(call.chain, *operands)
+        function(*operands, last)
     return results
 
 
@@ -341,10 +345,10 @@ def _warn_once(message: str) -> None:
 
 
 @cache
-def _launcher() -> Callable[..., None]:
+def _binder() -> Callable[..., tuple[Callable[..., None], int]]:
     from dit_kernels import compile  # imports cutlass: only now, at the first call on a GPU
 
-    return compile.launch
+    return compile.bound
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -400,6 +404,100 @@ def _kernel_operands(call: Call, results: tuple[Tensor, ...], read_eps: bool = T
     )
 
 
+# --- plans: what was checked and found out for one call is not again for the next like it ---------------------------
+
+_Key = tuple[Any, ...]
+_Plan = Callable[[tuple[Any, ...]], Any]
+_plans: dict[_Key, _Plan] = {}
+_MOST_PLANS = 4096  # shapes that change with every call must not fill the memory
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _plan_key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Key | None:
+    """All that checking and the choice of a kernel depend on; None for arguments that no plan is made for."""
+    key: list[Any] = [name, *kwargs.items()]
+    pointers = 0
+    for a in args:
+        if a.__class__ in _PLAIN:
+            pointer = a.data_ptr()
+            if not pointer or a.is_neg():
+                return None
+            pointers |= pointer
+            key += (a.dtype, a.shape, a.stride(), a.get_device())
+        elif a is None or a.__class__ is float:
+            key.append(a is None)
+        else:
+            return None
+    return None if pointers % 16 else tuple(key)
+
+
+def _make_plan(name: str, args: tuple[Any, ...], call: Call) -> _Plan | None:
+    """Runs calls with the key of this one. None where x is not [B, S, D] already."""
+    c, results = call, _empty_results(call)
+    operands = _kernel_operands(call, results)
+    if operands[0] is not c.x or operands[4] is not c.residual:
+        return None
+    function, last = _binder()(c.chain, *operands)
+    dual, scaled = c.chain.gated is not None and c.chain.scaled is not None, c.chain.gated is None
+    # Where an argument stands in the kernel's order, if not in its own, and what it becomes on the way.
+    order = (0, 1, 2, 8, 5) if scaled else tuple(range(len(args)))
+    conversions = []
+    for i, at in enumerate(order):
+        if args[i].__class__ is not float and operands[at] is not args[i]:
+            convert = _number if at in (5, 9) else _row if at in (1, 2, 6, 7) else _broadcast_to(c.x.shape)
+            conversions.append((i, convert))
+    like = [c.x.is_contiguous() and r.dtype == c.x.dtype for r in results]
+    first_like, last_like = like[0], like[-1]
+    dtypes = [r.dtype for r in results]
+    first_dtype, last_dtype = dtypes[0], dtypes[-1]
+
+    def plan(args: tuple[Any, ...]) -> Any:
+        x = args[0]
+        first = empty_like(x) if first_like else x.new_empty(x.shape, dtype=first_dtype)
+        if conversions:
+            converted = list(args)
+            for i, convert in conversions:
+                converted[i] = convert(args[i])
+            args = tuple(converted)
+        if dual:
+            second = empty_like(x) if last_like else x.new_empty(x.shape, dtype=last_dtype)
+            function(*args, first, second, last)
+            return first, second
+        if scaled:
+            x, weight, bias, scale, eps = args
+            function(x, weight, bias, None, None, eps, None, None, scale, 0.0, None, first, last)
+        else:
+            function(*args, None, None, None, 0.0, first, None, last)
+        return first
+
+    empty_like = torch.empty_like
+    return plan
+
+
+def _broadcast_to(shape: torch.Size) -> Callable[[Tensor], Tensor | None]:
+    x = torch.empty(shape, device="meta")
+    return lambda t: _broadcast(t, x)
+
+
+def _cuda(name: str, make_call: Callable[..., Call]) -> Callable[..., Any]:
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        key = _plan_key(name, args, kwargs)
+        plan = None if key is None else _plans.get(key)
+        if plan is not None:
+            return plan(args)
+        call = make_call(*args, **kwargs)
+        results = _run_cuda(call)
+        if key is not None and _kernel_takes(call):
+            plan = _make_plan(name, args, call)
+            if plan is not None:
+                if len(_plans) >= _MOST_PLANS:
+                    _plans.clear()
+                _plans[key] = plan
+        return results if len(results) > 1 else results[0]
+
+    return implementation
+
+
 # --- registration ---------------------------------------------------------------------------------------------------
 
 _CALLS: dict[str, Callable[..., Call]] = {
@@ -434,13 +532,23 @@ def _results(run: Callable[[Call], tuple[Tensor, ...]], make_call: Callable[...,
     return implementation
 
 
-def _autograd(op: torch._ops.OpOverload, definition: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs the definition, which differentiates, where a gradient is wanted; else what the device has."""
+def _autograd(op: torch._ops.OpOverload, name: str, definition: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs the definition, which differentiates, where a gradient is wanted; else what the device has.
+
+    A plan is run from here, where nothing between autograd and the device is there to see the call: that saves a second
+    way through the dispatcher.
+    """
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if wanted or torch.autograd.forward_ad._current_level >= 0:
             return definition(*args, **kwargs)
+        x = args[0]
+        if x is not None and x.is_cuda and not _len_torch_dispatch_stack() and peek_interpreter_stack() is None:
+            key = _plan_key(name, args, kwargs)
+            plan = None if key is None else _plans.get(key)
+            if plan is not None:
+                return plan(args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 
@@ -455,12 +563,12 @@ def _register(library: torch.library.Library) -> None:
         for overload, eps in (("", "float"), (".eps_tensor", "Tensor")):
             library.define(name + overload + schema.format(eps=eps), tags=tags)
             library.impl(name + overload, definition, "CompositeExplicitAutograd")
-            library.impl(name + overload, _results(_run_cuda, make_call), "CUDA")
+            library.impl(name + overload, _cuda(name, make_call), "CUDA")
             torch.library.register_fake(
                 f"{library.ns}::{name}{overload}", _results(_empty_results, make_call), lib=library
             )
             op = getattr(getattr(torch.ops.dit_kernels, name), overload[1:] or "default")
-            library.impl(name + overload, _autograd(op, definition), "Autograd")
+            library.impl(name + overload, _autograd(op, name, definition), "Autograd")
 
 
 _LIBRARY = torch.library.Library("dit_kernels", "DEF")

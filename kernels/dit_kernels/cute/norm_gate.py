@@ -7,9 +7,10 @@ A row that fits in registers (`RowTiling.resident`) is read once: every load is 
 stays in registers in its stored dtype, and the second norm reads it from there. A wider row is walked in passes that
 read it again, from L2 for the most part.
 
-Where gate and scale are the same for every row of a batch item, the kernel is persistent: a CTA walks rows of one item,
-keeps tanh(gate), 1 + scale and the weights in registers, and loads the next row while it works on one. Elsewhere a CTA
-takes one row.
+Where gate and scale are the same for every row of a batch item, a CTA walks rows of one item and keeps tanh(gate),
+1 + scale and the weights in registers; while it works on a row the next ones come in, into registers
+(`persistent_kernel`) or by bulk copies into shared memory (`staged_kernel`, sm_90 and newer). Elsewhere a CTA takes one
+row (`row_kernel`). Which of them, and how the rows are shared out, is the tiling's to say.
 
 All arithmetic is fp32. Where it is rounded in between is not decided here: `rounding.py` gives the dtype of each step,
 and a step is a conversion to that dtype and back.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import cutlass
@@ -26,15 +28,18 @@ import cutlass.cute as cute
 import torch
 from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
 from cutlass.cute.arch.nvvm_wrappers import inline_ptx
+from cutlass.cute.nvgpu.cpasync import CopyBulkG2SOp
 from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.memory import SmemAllocator
 
 from dit_kernels.chain import Chain
 from dit_kernels.cute.reduce import cta_sum
-from dit_kernels.cute.tiling import RowTiling
+from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling
 from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps
 
 CUTE_DTYPES = {torch.bfloat16: BFloat16, torch.float16: Float16, torch.float32: Float32}
+
+MAX_GRID_Y = 32768  # the hardware's limit is 65535
 
 Walk = Literal["token", "batch", "column", "element"]
 
@@ -216,18 +221,18 @@ class _Place:
 class _Reader:
     """This thread's vectors of one operand as fp32: loaded ahead and kept packed, or loaded when asked for."""
 
-    def __init__(self, tensor: cute.Tensor | None, operand: Operand | None, place: _Place, ahead: bool):
-        self.place = place
-        self.row = self.element = None
-        self.fragments: list[cute.Tensor] = []
+    def __init__(self, place: _Place, row: cute.Tensor | None, element: Float32 | None = None, ahead: bool = False):
+        self.place, self.row, self.element = place, row, element
+        self.fragments = [self._load(i) for i in range(place.tiling.vectors)] if ahead and row is not None else []
+
+    @classmethod
+    def of(cls, tensor: cute.Tensor | None, operand: Operand | None, place: _Place, ahead: bool = False):
+        """A reader of a tensor in global memory."""
         if operand is None:
-            return
+            return cls(place, None)
         if operand.walk == "element":
-            self.element = tensor[0, 0, 0].to(Float32)
-            return
-        self.row = _row_of(tensor, operand, place.batch, place.token, place.tiling.vector)
-        if ahead:
-            self.fragments = [self._load(i) for i in range(place.tiling.vectors)]
+            return cls(place, None, tensor[0, 0, 0].to(Float32))
+        return cls(place, _row_of(tensor, operand, place.batch, place.token, place.tiling.vector), None, ahead)
 
     def _load(self, i) -> cute.Tensor:
         return _load(self.row, self.place.index(i), self.place.inside(i))
@@ -239,6 +244,18 @@ class _Reader:
         return _wide(self.fragments[i] if self.fragments else self._load(i))
 
 
+def held_dtype(chain: Chain, operands: Operands, name: str) -> torch.dtype | None:
+    """The dtype that a parameter is kept in for many rows: a gate and a scale are kept as they enter the product."""
+    operand = getattr(operands, name)
+    if operand is None:
+        return None
+    if name == "gate" and chain.tanh:
+        return chain.gated.gate
+    if name == "scale" and chain.add_one:
+        return chain.scaled.scale
+    return operand.dtype
+
+
 def _identity(value):
     return value
 
@@ -246,9 +263,7 @@ def _identity(value):
 class _Modulation(_Reader):
     """A gate or scale as it enters the product: activated when read, or once and for all by `hold`."""
 
-    def __init__(self, tensor, operand: Operand | None, place: _Place, ahead: bool, activate: Callable[[Any], Any]):
-        super().__init__(tensor, operand, place, ahead)
-        self.activate = activate
+    activate: Callable[[Any], Any] = staticmethod(_identity)
 
     def __call__(self, i):
         value = super().__call__(i)
@@ -266,7 +281,7 @@ class _Writer(_Reader):
     """This thread's vectors of a result: stored, and kept packed where the row is resident, so that they read back."""
 
     def __init__(self, tensor: cute.Tensor, operand: Operand, place: _Place):
-        super().__init__(tensor, operand, place, ahead=False)
+        super().__init__(place, _row_of(tensor, operand, place.batch, place.token, place.tiling.vector))
 
     def store(self, i, value) -> cute.Tensor:
         fragment = _store(value, self.row, self.place.index(i), self.place.inside(i))
@@ -332,11 +347,6 @@ class NormGate:
     def __init__(self, chain: Chain, d: int, operands: Operands, tiling: RowTiling):
         self.chain, self.d, self.operands, self.tiling = chain, d, operands, tiling
 
-    @property
-    def persistent(self) -> bool:
-        per_row = any(o is not None and o.walk == "token" for o in (self.operands.gate, self.operands.scale))
-        return self.tiling.ahead and not per_row
-
     @cute.jit
     def __call__(
         self,
@@ -356,17 +366,24 @@ class NormGate:
         stream,
     ):
         batches, tokens = x.shape[0], x.shape[1]
-        block = [self.tiling.threads, 1, 1]
-        if const_expr(self.persistent):
-            # CTAs for one batch item: no more than run at once, or the last ones would run alone.
-            walkers = cutlass.max(processors * self.tiling.ctas // batches, 1)
-            grid = [batches, cutlass.min(walkers, tokens), 1]
-            self.persistent_kernel(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z).launch(
-                grid=grid, block=block, stream=stream
-            )
-        else:
+        block, schedule = [self.tiling.threads, 1, 1], self.tiling.schedule
+        if const_expr(schedule is None):
             self.row_kernel(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z).launch(
                 grid=[batches * tokens, 1, 1], block=block, stream=stream
+            )
+        else:
+            # For each batch item `walkers` CTAs, as many as run at once, take `rounds` rows each. Those left go to CTAs
+            # of `chunk` rows, which start wherever one has ended, since multiprocessors are not equally fast.
+            walkers = cutlass.min(cutlass.max(processors * schedule.ctas // batches, 1), tokens)
+            rounds = cute.ceil_div(tokens, walkers)
+            if rounds > schedule.short:
+                rounds = tokens * schedule.share // (walkers * 16)
+            rest = cutlass.max(tokens - walkers * rounds, 0)
+            ctas = walkers + cute.ceil_div(rest, schedule.chunk)
+            grid = [batches, cutlass.min(ctas, MAX_GRID_Y), cute.ceil_div(ctas, MAX_GRID_Y)]
+            kernel = self.staged_kernel if const_expr(schedule.stages) else self.persistent_kernel
+            kernel(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z, walkers, rounds).launch(
+                grid=grid, block=block, stream=stream
             )
 
     @cute.kernel
@@ -390,8 +407,8 @@ class NormGate:
         batch = row // x.shape[1]
         place = _Place(self.tiling, self.d, batch, row - batch * x.shape[1], cute.arch.thread_idx()[0])
         # Every load that can be is issued here, before the first sum waits.
-        values = _Reader(x, self.operands.x, place, self.tiling.resident)
-        residuals = _Reader(residual, self.operands.residual, place, self.tiling.resident)
+        values = _Reader.of(x, self.operands.x, place, self.tiling.resident)
+        residuals = _Reader.of(residual, self.operands.residual, place, self.tiling.resident)
         parameters = _Parameters(self, place, gate, scale, weight, bias, weight2, bias2)
         self.run(place, values, residuals, parameters, eps, eps2, y, z, self.partials(1)[None, None, None, 0])
 
@@ -410,28 +427,87 @@ class NormGate:
         eps2: Float32,
         y: cute.Tensor | None,
         z: cute.Tensor | None,
+        walkers: Int32,
+        rounds: Int32,
     ):
-        """CTAs (b, 0), (b, 1), ... share the rows of batch item b."""
-        batch, first, _ = cute.arch.block_idx()
-        walkers, tokens = cute.arch.grid_dim()[1], x.shape[1]
-        place = _Place(self.tiling, self.d, batch, first, cute.arch.thread_idx()[0])
-        next_values = _Reader(x, self.operands.x, place, True)
-        next_residuals = _Reader(residual, self.operands.residual, place, True)
+        """A CTA walks rows of one batch item and loads the next one into registers while it works on one."""
+        batch, cta, many = cute.arch.block_idx()
+        cta += many * MAX_GRID_Y
+        first, step, end = _rows_of(self.tiling.schedule, cta, walkers, rounds, x.shape[1])
+        some = cutlass.min(first, x.shape[1] - 1)  # there may be CTAs without a row
+        place = _Place(self.tiling, self.d, batch, some, cute.arch.thread_idx()[0])
+        next_values = _Reader.of(x, self.operands.x, place, True)
+        next_residuals = _Reader.of(residual, self.operands.residual, place, True)
         parameters = _Parameters(self, place, gate, scale, weight, bias, weight2, bias2)
         parameters.hold()
         # A row with one sum has one barrier: a fast warp may be at the next row's while a slow one reads this one's.
         partials = self.partials(2)
-        stage = Int32(0)
-        for token in cutlass.range(first, tokens, walkers):
+        parity = Int32(0)
+        for token in cutlass.range(first, end, step):
             here = replace(place, token=token)
             values = _taken(next_values, here)
             residuals = _taken(next_residuals, here)
-            ahead = replace(place, token=token + walkers)
-            wanted = ahead.token < tokens
-            _refill(next_values.fragments, _Reader(x, self.operands.x, ahead, False), wanted)
-            _refill(next_residuals.fragments, _Reader(residual, self.operands.residual, ahead, False), wanted)
-            self.run(here, values, residuals, parameters, eps, eps2, y, z, partials[None, None, None, stage])
-            stage = 1 - stage
+            ahead = replace(place, token=token + step)
+            wanted = ahead.token < end
+            _refill(next_values.fragments, _Reader.of(x, self.operands.x, ahead), wanted)
+            _refill(next_residuals.fragments, _Reader.of(residual, self.operands.residual, ahead), wanted)
+            self.run(here, values, residuals, parameters, eps, eps2, y, z, partials[None, None, None, parity])
+            parity = 1 - parity
+
+    @cute.kernel
+    def staged_kernel(
+        self,
+        x: cute.Tensor,
+        weight: cute.Tensor | None,
+        bias: cute.Tensor | None,
+        gate: cute.Tensor | None,
+        residual: cute.Tensor | None,
+        eps: Float32,
+        weight2: cute.Tensor | None,
+        bias2: cute.Tensor | None,
+        scale: cute.Tensor | None,
+        eps2: Float32,
+        y: cute.Tensor | None,
+        z: cute.Tensor | None,
+        walkers: Int32,
+        rounds: Int32,
+    ):
+        """A CTA walks rows of one batch item; bulk copies bring the next ones into shared memory."""
+        schedule, thread = self.tiling.schedule, cute.arch.thread_idx()[0]
+        batch, cta, many = cute.arch.block_idx()
+        cta += many * MAX_GRID_Y
+        first, step, end = _rows_of(schedule, cta, walkers, rounds, x.shape[1])
+        place = _Place(self.tiling, self.d, batch, first, thread)
+        allocator = SmemAllocator()
+        arrived = allocator.allocate_array(Int64, schedule.stages)
+        xs = _Ring(allocator, x, self.operands.x, self.tiling)
+        rs = _Ring(allocator, residual, self.operands.residual, self.tiling)
+        fetch, values_at, residuals_at = partial(_fetch, (xs, rs), arrived), xs.reader, rs.reader
+        if thread == 0:
+            for stage in cutlass.range_constexpr(schedule.stages):
+                cute.arch.mbarrier_init(arrived + stage, 1)
+            cute.arch.mbarrier_init_fence()
+        for stage in cutlass.range_constexpr(schedule.stages):
+            token = first + stage * step
+            fetch(batch, token, stage, (thread == 0) & (token < end))
+        parameters = _Parameters(self, place, gate, scale, weight, bias, weight2, bias2)
+        parameters.hold()
+        partials = self.partials(2)
+        cute.arch.sync_threads()  # the barriers are initialised
+        stage, phase, parity = Int32(0), Int32(0), Int32(0)
+        for token in cutlass.range(first, end, step):
+            here = replace(place, token=token)
+            cute.arch.mbarrier_wait(arrived + stage, phase)
+            values, residuals = values_at(here, stage), residuals_at(here, stage)
+            self.run(here, values, residuals, parameters, eps, eps2, y, z, partials[None, None, None, parity])
+            cute.arch.sync_threads()  # nobody reads this stage any more
+            ahead = token + schedule.stages * step
+            fetch(batch, ahead, stage, (thread == 0) & (ahead < end))
+            parity = 1 - parity
+            stage += 1
+            if stage == schedule.stages:
+                stage = Int32(0)
+                phase = 1 - phase
 
     def partials(self, stages: int) -> cute.Tensor:
         """The partial sums of the warps, (warps, moment, norm, stage)."""
@@ -462,12 +538,16 @@ class _Parameters:
     def __init__(self, kernel: NormGate, place: _Place, gate, scale, weight, bias, weight2, bias2):
         self.chain, self.operands = chain, operands = kernel.chain, kernel.operands
         ahead = kernel.tiling.ahead
-        self.gate = _Modulation(gate, operands.gate, place, ahead, self._tanh if chain.tanh else _identity)
-        self.scale = _Modulation(scale, operands.scale, place, ahead, self._add_one if chain.add_one else _identity)
-        self.weight = _Reader(weight, operands.weight, place, ahead)
-        self.bias = _Reader(bias, operands.bias, place, ahead)
-        self.weight2 = _Reader(weight2, operands.weight2, place, ahead)
-        self.bias2 = _Reader(bias2, operands.bias2, place, ahead)
+        self.gate = _Modulation.of(gate, operands.gate, place, ahead)
+        self.scale = _Modulation.of(scale, operands.scale, place, ahead)
+        if chain.tanh:
+            self.gate.activate = self._tanh
+        if chain.add_one:
+            self.scale.activate = self._add_one
+        self.weight = _Reader.of(weight, operands.weight, place, ahead)
+        self.bias = _Reader.of(bias, operands.bias, place, ahead)
+        self.weight2 = _Reader.of(weight2, operands.weight2, place, ahead)
+        self.bias2 = _Reader.of(bias2, operands.bias2, place, ahead)
 
     def _tanh(self, gate):
         return _round_any(cute.math.tanh(gate), self.chain.gated.gate)
@@ -477,17 +557,72 @@ class _Parameters:
 
     def hold(self) -> None:
         """Activates gate and scale once, for all the rows to come."""
-        chain, operands = self.chain, self.operands
-        if operands.gate is not None:
-            self.gate.hold(chain.gated.gate if chain.tanh else operands.gate.dtype)
-        if operands.scale is not None:
-            self.scale.hold(chain.scaled.scale if chain.add_one else operands.scale.dtype)
+        for name in ("gate", "scale"):
+            dtype = held_dtype(self.chain, self.operands, name)
+            if dtype is not None:
+                getattr(self, name).hold(dtype)
+
+
+@cute.jit
+def _rows_of(schedule: cutlass.Constexpr, cta: Int32, walkers: Int32, rounds: Int32, tokens: Int32):
+    """(first, step, end) of the rows that a CTA walks."""
+    walked = walkers * rounds
+    first, step, end = cta, walkers, cutlass.min(walked, tokens)
+    if cta >= walkers:
+        first, step = walked + (cta - walkers) * schedule.chunk, Int32(1)
+        end = cutlass.min(first + schedule.chunk, tokens)
+    return first, step, end
+
+
+class _Ring:
+    """The next rows of one operand in shared memory; nothing where the operand is absent."""
+
+    def __init__(
+        self, allocator: SmemAllocator, tensor: cute.Tensor | None, operand: Operand | None, tiling: RowTiling
+    ):
+        self.tensor, self.operand, self.tiling = tensor, operand, tiling
+        if operand is not None:
+            self.d = tensor.shape[2]
+            layout = cute.make_layout((self.d, tiling.schedule.stages))
+            self.rows = allocator.allocate_tensor(tensor.element_type, layout, byte_alignment=128)
+
+    def row(self, stage: Int32 | int, vector: int) -> cute.Tensor:
+        dtype = self.rows.element_type
+        address = self.rows.iterator.toint() + stage * (self.d * dtype.width // 8)
+        pointer = cute.make_ptr(dtype, address, cute.AddressSpace.smem, assumed_align=ACCESS_BYTES)
+        return cute.make_tensor(pointer, cute.make_layout((self.d // vector, vector), stride=(vector, 1)))
+
+    def reader(self, place: _Place, stage: Int32) -> _Reader:
+        return _Reader(place, None if self.operand is None else self.row(stage, place.tiling.vector))
+
+
+def _fetch(rings: tuple[_Ring, ...], arrived: cute.Pointer, batch: Int32, token: Int32, stage, wanted: Boolean) -> None:
+    """Starts the copies of a token's rows; `wanted` in one thread at most."""
+    present = [ring for ring in rings if ring.operand is not None]
+    sources = [_row_of(ring.tensor, ring.operand, batch, token, ring.d) for ring in present]
+    size = sum(ring.d * ring.operand.dtype.itemsize for ring in present)
+    _copy_rows(sources, [ring.row(stage, ring.d) for ring in present], arrived + stage, size, wanted)
+
+
+@cute.jit
+def _copy_rows(
+    sources: list[cute.Tensor],
+    targets: list[cute.Tensor],
+    arrived: cute.Pointer,
+    size: cutlass.Constexpr,
+    wanted: Boolean,
+):
+    if wanted:
+        cute.arch.mbarrier_arrive_and_expect_tx(arrived, size)
+        for source, target in zip(sources, targets, strict=True):
+            bits = cute.size(source) * source.element_type.width
+            atom = cute.make_copy_atom(CopyBulkG2SOp(), source.element_type, num_bits_per_copy=bits)
+            cute.copy(atom, source[0, None], target[0, None], mbar_ptr=arrived)
 
 
 def _taken(ahead: _Reader, place: _Place) -> _Reader:
     """A reader of the row that was loaded ahead, whose registers may be filled again."""
-    reader = _Reader(None, None, place, False)
-    reader.row = ahead.row
+    reader = _Reader(place, ahead.row)
     for fragment in ahead.fragments:
         copy = cute.make_rmem_tensor(fragment.shape, fragment.element_type)
         copy.store(fragment.load())
