@@ -60,7 +60,9 @@ class Backend:
 
         fusion_pass = self._make_pass()
         patches = _with_hook(_inductor_config(mode, options), fusion_pass)
-        region = {"compile_region_name": name} if "compile_region_name" in _parameters(compile_fx) else {}
+        region = (
+            {"compile_region_name": name} if "compile_region_name" in inspect.signature(compile_fx).parameters else {}
+        )
         with _log_of_cached_graphs(fusion_pass):
             return compile_fx(gm, example_inputs, config_patches=patches, **region)
 
@@ -208,10 +210,6 @@ def _compiled_parts(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], st
         for name, child in module._modules.items():
             if isinstance(child, torch._dynamo.OptimizedModule):
                 yield module._modules, name, child._orig_mod
-
-
-def _parameters(function: Callable[..., Any]) -> Any:
-    return inspect.signature(function).parameters
 
 
 def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:

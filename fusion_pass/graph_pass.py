@@ -98,8 +98,9 @@ class FusionPass(CustomGraphPass):
         return (self.rounding, self.kernels, self.strict)
 
     def __eq__(self, other: object) -> bool:
-        same_kind = isinstance(other, FusionPass) and self.collector is None and other.collector is None
-        return self is other or (same_kind and isinstance(other, FusionPass) and self.options() == other.options())
+        if not isinstance(other, FusionPass) or self.collector is not None or other.collector is not None:
+            return self is other
+        return self.options() == other.options()
 
     def __hash__(self) -> int:
         return hash(self.options())

@@ -23,7 +23,7 @@ from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.operand import Operand
-from fusion_pass.sites.site import Site, Survey, choose_form, operand_dtype, promoting_dtype
+from fusion_pass.sites.site import Site, Survey, applied_dtype, choose_form, operand_dtype, promoting_dtype
 
 KIND = "norm_tanh_mul_add"
 
@@ -110,11 +110,7 @@ def _is_residual(node: object, norm: Norm) -> bool:
 
 
 def _steps(norm: Norm, gate: Operand, rounded: Node, y: Node) -> GatedSteps:
-    activated = gate.absorbed[0] if gate.activated else gate.source
-    gate_dtype = dtype(activated)
-    if promoting_dtype(gate) is None and gate_dtype != norm.steps.out:
-        raise Refused(Reason.ROUNDING, activated, "a 0-d operand of another dtype", KIND)
     product_dtype, y_dtype = dtype(rounded), dtype(y)
-    if gate_dtype is None or product_dtype is None or y_dtype is None:
+    if product_dtype is None or y_dtype is None:
         raise Refused(Reason.ROUNDING, y, kind=KIND)
-    return GatedSteps(norm.steps, gate_dtype, product_dtype, y_dtype, y_dtype)
+    return GatedSteps(norm.steps, applied_dtype(gate, norm.steps.out, KIND), product_dtype, y_dtype, y_dtype)

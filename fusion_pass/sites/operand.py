@@ -24,6 +24,11 @@ class Operand:
         """Is the tanh, or the 1, left to the op?"""
         return bool(self.absorbed)
 
+    @property
+    def applied(self) -> Node:
+        """The node whose value enters the product: after the tanh, or the 1, whoever computes it."""
+        return self.absorbed[0] if self.absorbed else self.source
+
     def materialise(self, graph: Graph) -> Node:
         """The node that the op reads, made where the graph inserts now."""
         node = self.source

@@ -23,7 +23,7 @@ from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.operand import Operand
-from fusion_pass.sites.site import Site, Survey, choose_form, operand_dtype, promoting_dtype
+from fusion_pass.sites.site import Site, Survey, applied_dtype, choose_form, operand_dtype, promoting_dtype
 
 KIND = "norm_scale"
 
@@ -103,11 +103,7 @@ def _stored(product: Node) -> tuple[Node, ...]:
 
 
 def _steps(norm: Norm, scale: Operand, product: Node, z: Node) -> ScaledSteps:
-    applied = scale.absorbed[0] if scale.activated else scale.source
-    scale_dtype = dtype(applied)
-    if promoting_dtype(scale) is None and scale_dtype != norm.steps.out:
-        raise Refused(Reason.ROUNDING, applied, "a 0-d operand of another dtype", KIND)
     product_dtype, z_dtype = dtype(product), dtype(z)
-    if scale_dtype is None or product_dtype is None or z_dtype is None:
+    if product_dtype is None or z_dtype is None:
         raise Refused(Reason.ROUNDING, product, kind=KIND)
-    return ScaledSteps(norm.steps, scale_dtype, product_dtype, z_dtype)
+    return ScaledSteps(norm.steps, applied_dtype(scale, norm.steps.out, KIND), product_dtype, z_dtype)

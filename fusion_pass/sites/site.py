@@ -114,6 +114,17 @@ def promoting_dtype(operand: Operand) -> torch.dtype | None:
     return None if val is None or val.ndim == 0 else val.dtype
 
 
+def applied_dtype(operand: Operand, out: torch.dtype, kind: str) -> torch.dtype:
+    """The dtype that a gate or a scale is rounded to where it enters the product with a norm of dtype `out`.
+
+    A 0-d one does not promote, and of another dtype it is a chain of its own: Refused.
+    """
+    applied = operand_dtype(operand.applied)
+    if applied is None or (promoting_dtype(operand) is None and applied != out):
+        raise Refused(Reason.ROUNDING, operand.applied, "no tensor, or a 0-d operand of another dtype", kind)
+    return applied
+
+
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
