@@ -1,8 +1,9 @@
 """Compiled kernels: which one a call needs, the table of those in this process, and the cache of those on disk.
 
-`launch` runs a chain on tensors, `bound` finds the kernel that does; `prepare` compiles ahead what a launch with such
-operands will need. A kernel is compiled for an architecture and a Variant: the chain, D, and of each operand its dtype,
-how it broadcasts and what its addresses are multiples of. B, S, strides and eps are run-time arguments.
+`bound` finds the kernel that runs a chain on tensors; `prepare` compiles ahead what such operands will need.
+
+A kernel is compiled for an architecture and a Variant: the chain, D, and of each operand its dtype, how it broadcasts
+and what its addresses are multiples of. B, S, strides and eps are run-time arguments.
 
 The disk cache is $DIT_KERNELS_CACHE_DIR, or dit_kernels in $XDG_CACHE_HOME or ~/.cache. What it holds is machine code,
 so it is used only where nobody but the user can write. The name of an entry is a hash of all that shapes it: versions,
@@ -67,7 +68,7 @@ class Variant:
 
 # --- what a call needs ----------------------------------------------------------------------------------------------
 
-_launchers: dict[tuple[Any, ...], Function] = {}  # by what `launch` can read off its arguments cheaply
+_launchers: dict[tuple[Any, ...], Function] = {}  # by what `bound` can read off its arguments cheaply
 _functions: dict[tuple[str, Variant], Function] = {}
 _compiling = threading.Lock()
 
@@ -116,12 +117,6 @@ def bound(
     return function, _processors(key[1])
 
 
-def launch(chain: Chain, *operands: Any) -> None:
-    """Runs a chain: the operands of `bound`."""
-    function, last = bound(chain, *operands)
-    function(*operands, last)
-
-
 def prepare(
     chain: Chain,
     x: Tensor,
@@ -137,7 +132,7 @@ def prepare(
     y: Tensor | None,
     z: Tensor | None,
 ) -> None:
-    """Compiles what `launch` with these arguments will need: fake CUDA tensors with symbolic B and S will do.
+    """Compiles what `bound` with these arguments will ask for: fake CUDA tensors with symbolic B and S will do.
 
     Pointers are taken to be multiples of 16 bytes, as torch's allocator makes them; no guard is added.
     """

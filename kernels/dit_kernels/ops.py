@@ -384,7 +384,7 @@ def _number(eps: float | Tensor) -> float:
 
 
 def _kernel_operands(call: Call, results: tuple[Tensor, ...], read_eps: bool = True) -> tuple[Any, ...]:
-    """x .. z in the order and the forms of dit_kernels.compile.launch."""
+    """x .. z in the order and the forms of dit_kernels.compile.bound."""
     c = call
     y = results[0] if c.chain.gated is not None else None
     z = results[-1] if c.chain.scaled is not None else None
