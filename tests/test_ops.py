@@ -232,6 +232,14 @@ def test_eps_as_a_tensor_is_eps_as_a_number() -> None:
             assert all(map(torch.equal, number, as_tensor))
 
 
+def test_inductor_keeps_an_eps_tensor_out_of_its_cuda_graphs() -> None:
+    """A graph would replay the eps of its capture; and Inductor's CUDA graphs cannot take a CPU tensor as an input."""
+    for name in NAMES:
+        op = getattr(ops, name)
+        assert torch.Tag.cudagraph_unsafe in op.eps_tensor.tags
+        assert torch.Tag.cudagraph_unsafe not in op.default.tags
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 X = torch.zeros(B, S, D)

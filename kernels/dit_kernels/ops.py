@@ -561,7 +561,9 @@ def _register(library: torch.library.Library) -> None:
         make_call = _CALLS[name]
         definition = _results(_run_definition, make_call)
         for overload, eps in (("", "float"), (".eps_tensor", "Tensor")):
-            library.define(name + overload + schema.format(eps=eps), tags=tags)
+            # A CUDA graph would keep the eps of its capture, and Inductor's graphs take no CPU tensor into their pool.
+            unsafe = (torch.Tag.cudagraph_unsafe,) if overload else ()
+            library.define(name + overload + schema.format(eps=eps), tags=tags + unsafe)
             library.impl(name + overload, definition, "CompositeExplicitAutograd")
             library.impl(name + overload, _cuda(name, make_call), "CUDA")
             torch.library.register_fake(
