@@ -139,45 +139,62 @@ def time_step(step: Callable[..., Any], inputs: Inputs, cuda: bool) -> float:
     return before.elapsed_time(after)
 
 
-def measure(
-    variants: dict[str, Callable[..., Any]], inputs: tuple[Any, ...], steps: int, mode: str
-) -> dict[str, Result]:
-    """Runs every variant: first output, peak memory, then times, the variants taking turns step by step.
+def first_look(name: str, step: Callable[..., Any], inputs: Inputs, mode: str) -> tuple[Result, Tensor]:
+    """Runs a variant for the first times: what its first call costs, its peak memory, and its output."""
+    console.print(f"running {name} ...")
+    cuda = inputs[1].is_cuda
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    output = run_step(step, inputs)
+    if cuda:
+        torch.cuda.synchronize()
+    result = Result(first_call_s=time.perf_counter() - start, step_ms=[])
+    if cuda and mode not in GRAPH_MODES:
+        # Compiling takes memory of its own. A replayed CUDA graph allocates nothing: there the capture counts.
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3 if cuda else 1):
+        output = run_step(step, inputs).float()
+    if cuda:
+        result.peak_bytes = torch.cuda.max_memory_allocated()
+    return result, output
 
-    Turns, because a GPU's clocks drift by more than the difference that is looked for.
+
+def alternate(first: Callable[..., Any], second: Callable[..., Any], inputs: Inputs, pairs: int) -> list[list[float]]:
+    """Milliseconds of each of the two, in turns: first, second, second, first, and so on.
+
+    A GPU at its power limit gives a step the clocks that the steps before it have left, which differ by more than
+    what is looked for. So the two take turns, nothing else runs between them, and each follows each equally often.
     """
     cuda = inputs[1].is_cuda
+    times: list[list[float]] = [[], []]
+    for step in (first, second) * (3 if cuda else 0):  # to the clocks of the long run
+        run_step(step, inputs)
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[which].append(time_step((first, second)[which], inputs, cuda))
+    return times
+
+
+def measure(variants: dict[str, Callable[..., Any]], inputs: Inputs, steps: int, mode: str) -> dict[str, Result]:
+    """First outputs and peak memory of eager, plain and fused, then eager's times, then those of the other two."""
     results: dict[str, Result] = {}
-    reference = None
+    outputs: list[Tensor] = []
     for name, step in variants.items():
-        console.print(f"running {name} ...")
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        output = run_step(step, inputs)
-        if cuda:
-            torch.cuda.synchronize()
-        result = results[name] = Result(first_call_s=time.perf_counter() - start, step_ms=[])
-        if cuda and mode not in GRAPH_MODES:
-            # Compiling takes memory of its own. A replayed CUDA graph allocates nothing: there the capture counts.
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(3 if cuda else 1):
-            output = run_step(step, inputs).float()
-        if cuda:
-            result.peak_bytes = torch.cuda.max_memory_allocated()
-        if reference is None:
-            reference = output
-        else:
-            result.distance = float((output - reference).norm() / reference.norm())
-            result.equal = float((output == reference).float().mean())
-    names = list(variants)
+        result, output = first_look(name, step, inputs, mode)
+        results[name] = result
+        outputs.append(output)
+        if len(outputs) > 1:
+            result.distance = float((output - outputs[0]).norm() / outputs[0].norm())
+            result.equal = float((output == outputs[0]).float().mean())
+    eager, *compiled = variants.values()
     console.print(f"timing {steps} steps of each ...")
-    for turn in range(steps):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            results[name].step_ms.append(time_step(variants[name], inputs, cuda))
-    for result in results.values():
+    cuda = inputs[1].is_cuda
+    times = [[time_step(eager, inputs, cuda) for _ in range(min(steps, 10))]]
+    times += alternate(compiled[0], compiled[1], inputs, steps)
+    for result, result.step_ms in zip(results.values(), times, strict=True):
         result.median_ms = statistics.median(result.step_ms)
         result.interval_ms = median_interval(result.step_ms)
     return results

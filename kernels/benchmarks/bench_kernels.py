@@ -2,10 +2,11 @@
 
     python kernels/benchmarks/bench_kernels.py [--only dual] [--modes default,max-autotune] [--json FILE]
 
-Per row of the table, in microseconds: a copy of the same number of bytes (one clone), this package's op, Inductor's
-kernels for the same PyTorch code (default, max-autotune, emulate_precision_casts), and eager. Each is a CUDA graph over
-operands that rotate through more memory than L2 holds, outputs kept apart; all variants of a row are replayed in turn
-in one process, and the median of the rounds counts. Last, the time of a call on the host.
+Per row of the table, in microseconds: a copy of the same number of bytes (one clone; and two of half the size each),
+this package's op, Inductor's kernels for the same PyTorch code (default, max-autotune, emulate_precision_casts), a
+Triton kernel with one program a row, and eager. Each is a CUDA graph over operands that rotate through more memory than
+L2 holds, outputs kept apart; all variants of a row are replayed in turn in one process, and the median of the rounds
+counts. Last, the time of a call on the host.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton_row
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -168,11 +170,15 @@ def measure(case: Case, modes: tuple[str, ...]) -> dict[str, float]:
     half = case.bytes // case.dtype.itemsize // 2
     copied = [torch.randn(half, device="cuda").to(case.dtype) for _ in sets]
     graphs = {"copy": graph_of([lambda t=t: t.clone() for t in copied])}
+    # The clone of two tensors, where as many are read and written: one launch more than an op has.
+    graphs["copy of two"] = graph_of([lambda t=t: [part.clone() for part in t.chunk(2)] for t in copied])
     graphs["ours"] = graph_of([lambda t=t: ours(case, *t) for t in sets])
     for mode in modes:
         compiled = inductor(case, mode)
         with torch.no_grad():
             graphs[mode] = graph_of([lambda t=t, f=compiled: f(*t) for t in sets])
+    if case.rounding != "fp32":
+        graphs["triton"] = graph_of([lambda t=t: triton_row.run(case.op, *t) for t in sets])
     graphs["eager"] = graph_of([lambda t=t: EAGER[case.op](*t) for t in sets])
     return interleaved(graphs)
 
@@ -207,7 +213,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     result = Table("case", *names, "ours / copy", "fastest other / ours")
     for row in rows:
         us = row["us"]
-        others = [value for name, value in us.items() if name not in ("copy", "ours")]
+        others = [value for name, value in us.items() if name not in ("copy", "copy of two", "ours")]
         cells = [f"{us[name]:.2f}" if name in us else "" for name in names]
         result.add_row(row["case"], *cells, f"{us['ours'] / us['copy']:.3f}", f"{min(others) / us['ours']:.2f}")
     return result
