@@ -1,6 +1,7 @@
 # make demo    the demo program: eager, torch.compile and the fusion_pass backend on Z-Image (DEMO_ARGS="--size small ...")
 # make test    everything that CI checks: lint, types, packaging, CPU tests
 # make lint    ruff and mypy only
+# make bench   on a GPU: the kernels, then the whole model; json and plots in out/bench
 # Each sets up what it needs in $(VENV). Another Python (3.10 or newer): make PYTHON=python3.12 ...
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,9 +10,11 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 STAMP = $(VENV)/.installed
 
-.PHONY: help demo test lint preflight clean
+BENCH = out/bench
+
+.PHONY: help demo test lint bench preflight clean
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 demo: $(STAMP) | preflight
 	$(VENV)/bin/python examples/zimage.py $(DEMO_ARGS)
@@ -24,6 +27,13 @@ lint: $(STAMP) | preflight
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: $(STAMP) | preflight
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	mkdir -p $(BENCH)
+	$(VENV)/bin/python kernels/benchmarks/bench_kernels.py --json $(BENCH)/kernels.json
+	$(VENV)/bin/python examples/bench_zimage.py --json $(BENCH)/zimage.json
+	$(VENV)/bin/python kernels/benchmarks/plot.py --kernels $(BENCH)/kernels.json --model $(BENCH)/zimage.json --to $(BENCH)
 
 preflight:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on this machine: Python 3.10 or newer is needed, or make PYTHON=..." >&2; exit 1; }
