@@ -1,0 +1,126 @@
+"""A GPU as the ops would see it, that runs their compiled kernels in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dit_kernels import compile, ops
+from dit_kernels.compile import Variant, compile_variant
+from dit_kernels.cute.norm_gate import Operand
+from ptx.host import Argument, Launch, host_function, launch
+from ptx.machine import Machine
+from ptx.memory import GlobalMemory
+from ptx.program import parse
+
+ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+NAMES = ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2", "y", "z")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as CuTeDSL compiled it."""
+
+    variant: Variant
+    ptx: str
+    host: tuple[str, ...]
+
+    def edited(self, edit: Callable[[str], str]) -> Compiled:
+        """With a change to the PTX, which must be one."""
+        ptx = edit(self.ptx)
+        assert ptx != self.ptx, "the edit changed nothing"
+        return replace(self, ptx=ptx)
+
+
+@cache
+def compiled(arch: str, variant: Variant) -> Compiled:
+    """Compiled once in a process, whoever asks."""
+    with TemporaryDirectory() as directory:
+        kernel = compile_variant(arch, variant, f"--keep-ptx --dump-dir {directory}")
+        return Compiled(variant, kernel.__ptx__, tuple(host_function(str(kernel.ir_module))))
+
+
+def run(kernel: Compiled, *operands: Any) -> Launch:
+    """Runs a kernel on the operands of `compile.bound` and the number of processors; y and z are written in place."""
+    *tensors, processors = operands
+    named = dict(zip(NAMES, tensors, strict=True))
+    program = parse(kernel.ptx)
+    memory = GlobalMemory()
+    arguments: list[Any] = []
+    for name in NAMES:
+        value = named[name]
+        if isinstance(value, Tensor):
+            operand = getattr(kernel.variant.operands, name)
+            arguments.append(_argument(value, operand, kernel.variant.d, _add(memory, name, value)))
+        elif value is not None:
+            arguments.append(value)
+    memory.freeze()
+    what = launch(kernel.host, program, [*arguments, processors])
+    assert what.threads == program.threads
+    Machine(program, what.grid, what.shared_bytes, memory, what.parameters).run()
+    for name in ("y", "z"):
+        if isinstance(named[name], Tensor):
+            content = torch.frombuffer(bytearray(memory.content(name)), dtype=named[name].dtype)
+            named[name].copy_(content.view(named[name].shape))
+    return what
+
+
+def _argument(t: Tensor, operand: Operand, d: int, address: int) -> Argument:
+    """What of a tensor is an argument at run time: see compile._fake_tensor."""
+    if operand.walk == "column":
+        return Argument(address, (), t.stride() if d == 1 else ())
+    sizes = {"token": t.shape[:2], "batch": t.shape[:1], "element": ()}[operand.walk]
+    return Argument(address, tuple(sizes), t.stride() if t.shape[2] == 1 else t.stride()[:2])
+
+
+def _add(memory: GlobalMemory, name: str, t: Tensor) -> int:
+    """Puts a tensor into global memory: only what its indices reach, at an address as aligned as its own."""
+    result = name in ("y", "z")
+    if t.ndim == 1:
+        indices: Any = [()]
+    else:
+        # A dimension of stride 0 has one row.
+        sizes = [size if stride else 1 for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True)]
+        indices = [(b, s) for b in range(sizes[0]) for s in range(sizes[1])]
+    rows = {}
+    for index in indices:
+        row = t[index].contiguous() if index else t.contiguous()
+        offset = sum(i * stride for i, stride in zip(index, t.stride(), strict=False)) * t.element_size()
+        size = row.numel() * t.element_size()
+        rows[offset] = index, size if result else row.view(torch.uint8).numpy().tobytes()
+    return memory.add(name, rows, t.element_size(), t.data_ptr() % 256, result)
+
+
+@contextmanager
+def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] = compiled) -> Iterator[None]:
+    """Makes `compile.bound` find kernels for `arch` and for CPU tensors, and the interpreter run them."""
+
+    def function(arch: str, variant: Variant) -> Callable[..., Launch]:
+        found = kernel(arch, variant)
+        return partial(run, found)
+
+    with (
+        mock.patch.object(compile, "_launchers", {}),
+        mock.patch.object(compile, "_function", function),
+        mock.patch.object(compile, "_arch", return_value=arch),
+        mock.patch.object(compile, "_processors", return_value=processors),
+    ):
+        yield
+
+
+def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, ...]:
+    """What torch.ops.dit_kernels.<op> does on a GPU, within `gpu`."""
+    checked = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
+    results = ops._empty_results(checked)
+    operands = ops._kernel_operands(checked, results)
+    function, last = compile.bound(checked.chain, *operands)
+    function(*operands, last)
+    return results

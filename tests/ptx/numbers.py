@@ -1,0 +1,107 @@
+"""The arithmetic of PTX on NumPy arrays: every result is rounded once, as the manual says.
+
+bf16 numbers are uint16 bit patterns, since NumPy has no such type. An instruction that the manual gives an error bound
+(ex2, rcp, rsqrt .approx) is computed in fp64 and rounded to fp32: closer than any bound, and the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = Any  # np.ndarray of one of many dtypes
+
+F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
+U16, U32, U64 = np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)
+SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+def _away_from_even(rounded: Array, error: Array, bits: np.dtype[Any]) -> Array:
+    """Rounding to odd of rounded + error, where `rounded` is the nearest: what is inexact gets an odd last bit.
+
+    A number so rounded can be rounded again, to at most two bits less, as if it had never been rounded before.
+    """
+    pattern = np.ascontiguousarray(rounded).view(bits)
+    moved = (error != 0) & ~np.isnan(error) & (pattern & bits.type(1) == 0)
+    if not moved.any():
+        return rounded
+    outwards = (error > 0) == (rounded > 0)
+    one = bits.type(1)
+    return np.where(moved, np.where(outwards, pattern + one, pattern - one), pattern).view(rounded.dtype)
+
+
+def _sum_to_odd(a: Array, b: Array) -> Array:
+    """a + b in fp64, rounded to odd."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)
+    return _away_from_even(total, error, U64)
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of fp32 (or narrower) numbers, as fp64: rounded to fp32, fp16 or bf16, as if rounded once."""
+    return _sum_to_odd(a.astype(F64) * b.astype(F64), c.astype(F64))
+
+
+def fma_f32(a: Array, b: Array, c: Array) -> Array:
+    return fma(a, b, c).astype(F32)
+
+
+def from_bf16(a: Array) -> Array:
+    return (a.astype(U32) << np.uint32(16)).view(F32)
+
+
+def from_f16(a: Array) -> Array:
+    return a.view(F16).astype(F32)
+
+
+def to_bf16(a: Array) -> Array:
+    """fp32 to bf16."""
+    bits = a.view(U32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(a), np.uint32(0x7FFF), rounded).astype(U16)
+
+
+def to_f16(a: Array) -> Array:
+    """fp32 or fp64 to fp16."""
+    return np.where(np.isnan(a), U16.type(0x7FFF), a.astype(F16).view(U16))
+
+
+def wide_to_bf16(a: Array) -> Array:
+    """fp64 to bf16."""
+    narrow = a.astype(F32)
+    return to_bf16(_away_from_even(narrow, a - narrow, U32))
+
+
+def arithmetic16(widen: Callable[[Array], Array], narrow: Callable[[Array], Array]) -> dict[str, Callable[..., Array]]:
+    """add, mul and fma of 16-bit patterns."""
+
+    def add(a: Array, b: Array) -> Array:
+        return narrow(_sum_to_odd(widen(a).astype(F64), widen(b).astype(F64)))
+
+    def mul(a: Array, b: Array) -> Array:
+        return narrow(widen(a).astype(F64) * widen(b).astype(F64))
+
+    def multiply_add(a: Array, b: Array, c: Array) -> Array:
+        return narrow(fma(widen(a), widen(b), widen(c)))
+
+    return {"add": add, "mul": mul, "fma": multiply_add}
+
+
+def flushed(a: Array) -> Array:
+    """.ftz: subnormal numbers are zeros of their sign."""
+    return np.where(np.abs(a) < SMALLEST_NORMAL, np.copysign(np.float32(0), a), a)
+
+
+def ex2_ftz(a: Array) -> Array:
+    return flushed(np.exp2(flushed(a).astype(F64)).astype(F32))
+
+
+def rcp_ftz(a: Array) -> Array:
+    return flushed((1.0 / flushed(a).astype(F64)).astype(F32))
+
+
+def rsqrt(a: Array) -> Array:
+    return (1.0 / np.sqrt(a.astype(F64))).astype(F32)

@@ -1,0 +1,83 @@
+"""The compiled kernels, run from their PTX, against the definition: the bounds are those of tests/gpu."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
+
+from dit_kernels.rounding import FORMS, NORMS
+from ptx.device import ARCHS, gpu
+from ptx.judging import bounds, check, random
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WIDTHS = (2304, 2520, 3840, 4608, 8192)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", bounds.OPS)
+@pytest.mark.parametrize("d", (*WIDTHS, 7, 2521))
+def test_every_op_follows_the_definition(arch: str, op: str, d: int) -> None:
+    with gpu(arch, 1):
+        check(op, bounds.operands(2, 3, d))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_dual_follows_the_definition_in_every_rounding_form(arch: str, form: str, norm: str) -> None:
+    with gpu(arch, 1):
+        check(bounds.DUAL, bounds.operands(1, 7, 3840), rounding=form, norm=norm)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("walk", ("token", "element"))
+def test_a_gate_per_token_and_one_of_one_element_follow_the_definition(arch: str, walk: str) -> None:
+    o = bounds.operands(2, 3, 2304)
+    shape = (2, 3, 2304) if walk == "token" else (1, 1, 1)
+    with gpu(arch, 1):
+        check(bounds.DUAL, replace(o, gate=random(*shape, seed=1), scale=random(*shape, seed=2)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_row_too_wide_for_the_registers_follows_the_definition(arch: str) -> None:
+    with gpu(arch, 1):
+        check(bounds.DUAL, bounds.operands(1, 2, 32768))
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90a"))
+def test_ctas_that_walk_many_rows_and_those_that_take_the_rest_cover_every_row(arch: str) -> None:
+    with gpu(arch, 1):
+        check(bounds.DUAL, bounds.operands(2, 29, 2304))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_offsets_pass_2_to_the_31_elements(arch: str) -> None:
+    o = bounds.operands(2, 3, 3840)
+    far = torch.empty_strided(o.x.shape, (2**31 + 64, 3840, 1), dtype=BF16)
+    with gpu(arch, 1):
+        check(bounds.DUAL, replace(o, x=far.copy_(o.x)))
+
+
+@settings(max_examples=40, derandomize=True)
+@given(data=st.data())
+def test_any_call_follows_the_definition(data: st.DataObject) -> None:
+    def pick(*choices):  # type: ignore[no-untyped-def]
+        return data.draw(st.sampled_from(choices))
+
+    dtype = pick(BF16, FP16, FP32)
+    batch, tokens, d = pick(1, 2), pick(1, 2, 5), pick(*WIDTHS)
+    norm = pick(*NORMS)
+    o = bounds.operands(batch, tokens, d, dtype, bias=norm == "layer" and pick(False, True))
+    shapes = ((d,), (1, 1, d), (batch, 1, d), (batch, tokens, d), (1, tokens, d), (1, 1, 1))
+    o = replace(o, gate=random(*pick(*shapes), dtype=dtype, seed=1), scale=random(*pick(*shapes), dtype=dtype, seed=2))
+    if pick(False, True):  # rows with something between them
+        o = replace(o, x=torch.cat((o.x, o.x), -1)[..., :d])
+    options = {"tanh": pick(True, False), "add_one": pick(True, False)}
+    with gpu(pick(*ARCHS), pick(1, 2)):
+        check(pick(*bounds.OPS), o, norm=norm, rounding=pick(*FORMS), **options)
