@@ -65,7 +65,8 @@ class Spec:
 
     norm: Norm = diffusers_norm
     weight: bool = True
-    gate: str | None = "tanh"  # tanh, given or None (no gated add at all)
+    add: bool = True  # is there a first norm, which is added to the residual?
+    gate: str | None = "tanh"  # tanh, given or None
     gate_shape: str = "batch"
     scale: str | None = "one_plus"  # one_plus, given or None (no norm behind the add)
     scale_shape: str = "batch"
@@ -86,8 +87,7 @@ class Spec:
 
     def kind(self) -> str | None:
         """The op that the site becomes. A first norm that is read elsewhere leaves only the second one to fuse."""
-        gated = self.gate is not None and self.extra_user != "n"
-        if gated:
+        if self.add and self.extra_user != "n":
             return "norm_tanh_mul_add" if self.scale is None else "norm_tanh_mul_add_norm_scale"
         return None if self.scale is None else "norm_scale"
 
@@ -120,11 +120,12 @@ class SiteModule(nn.Module):
         spec = self.spec
         results = []
         y = x
-        if spec.gate is not None:
-            n = spec.norm(x, self.weight, self.eps)
-            t = gate.tanh() if spec.gate == "tanh" else gate
-            t = t.expand_as(x) if spec.expanded else t
-            p = n * t if spec.swapped[0] else t * n
+        if spec.add:
+            p = n = spec.norm(x, self.weight, self.eps)
+            if spec.gate is not None:
+                t = gate.tanh() if spec.gate == "tanh" else gate
+                t = t.expand_as(x) if spec.expanded else t
+                p = n * t if spec.swapped[0] else t * n
             y = p + residual if spec.swapped[1] else residual + p
             results.append(y)
             if spec.extra_user == "n":
@@ -132,7 +133,7 @@ class SiteModule(nn.Module):
             if spec.extra_user == "y":
                 results.append(y * 2)
         if spec.scale is not None:
-            weight = self.weight2 if spec.gate is not None else self.weight
+            weight = self.weight2 if spec.add else self.weight
             n2 = spec.norm(y, weight, self.eps)
             s = scale
             if spec.scale == "one_plus":
@@ -188,6 +189,7 @@ def specs(draw: st.DrawFn) -> Spec:
     spec = Spec(
         norm=draw(st.sampled_from(NORMS)),
         weight=draw(st.booleans()),
+        add=draw(st.sampled_from((True, True, False))),
         gate=draw(st.sampled_from(("tanh", "given", None))),
         gate_shape=draw(st.sampled_from(SHAPES)),
         scale=draw(st.sampled_from(("one_plus", "given", None))),
@@ -266,6 +268,38 @@ def all_of_x_is_measured(x: Tensor, residual: Tensor, gate: Tensor, scale: Tenso
 def a_vector_is_normalised(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
     scalar = x[0, 0, 0].float()
     return residual + (scalar * torch.rsqrt(scalar.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype) * gate
+
+
+def an_ungated_residual_is_subtracted(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return residual - diffusers_norm(x, None)
+
+
+def an_ungated_norm_with_a_factor(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return torch.add(residual, diffusers_norm(x, None), alpha=2)
+
+
+def an_ungated_residual_that_broadcasts(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return residual[:, :1] + diffusers_norm(x, None)
+
+
+def an_ungated_residual_that_broadcasts_x(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return residual + diffusers_norm(x[:, :1], None)
+
+
+def the_norm_is_added_to_itself(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    n = diffusers_norm(x, None)
+    return n + n
+
+
+def an_ungated_norm_is_used_elsewhere(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    n = diffusers_norm(x, None)
+    return residual + n, n.sin()
+
+
+def an_ungated_residual_depends_on_the_root(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return residual * rstd + (wide * rstd).to(x.dtype)
 
 
 def cube_for_square(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
@@ -378,6 +412,13 @@ NEVER_FUSED = (
     a_0d_gate_of_another_dtype,
     all_of_x_is_measured,
     a_vector_is_normalised,
+    an_ungated_residual_is_subtracted,
+    an_ungated_norm_with_a_factor,
+    an_ungated_residual_that_broadcasts,
+    an_ungated_residual_that_broadcasts_x,
+    the_norm_is_added_to_itself,
+    an_ungated_norm_is_used_elsewhere,
+    an_ungated_residual_depends_on_the_root,
     cube_for_square,
     eps_outside_the_root,
     eps_scaled,

@@ -31,8 +31,8 @@ def test_a_fused_site_is_bit_equal_to_eager_and_is_the_expected_op(spec: Spec, d
     kinds = [site.kind for site in backend.report.fused]
     assert kinds == ([] if spec.kind() is None else [spec.kind()]), backend.report
     for site in backend.report.fused:
-        gated = site.kind.startswith("norm_tanh_mul_add")
-        assert site.gate == (spec.gate if gated else None)
+        added = site.kind.startswith("norm_tanh_mul_add")
+        assert site.gate == (spec.gate if added else None)
         assert site.scale == (spec.scale if site.kind.endswith("norm_scale") else None)
         assert site.rounding == spec.form()
         assert site.dtype == spec.dtype
@@ -61,13 +61,13 @@ def test_fp32_rounding_rounds_each_output_once(spec: Spec, seed: int) -> None:
     got, backend = run(module, *args, rounding="fp32")
     assert [site.rounding for site in backend.report.fused] == ["fp32"] * (spec.kind() is not None)
     y, rest = x, list(got)
-    if spec.gate is not None:
+    if spec.add:
         y = rest.pop(0)
-        t = gate.double().tanh() if spec.gate == "tanh" else gate.double()
+        t = {"tanh": gate.double().tanh(), "given": gate.double(), None: torch.ones(())}[spec.gate]
         p = t * _exact_norm(x, module.weight)
         _assert_rounded_once(y, residual.double() + p, residual.double().abs() + p.abs())
     if spec.scale is not None:
-        weight = module.weight if spec.gate is None else module.weight2
+        weight = module.weight2 if spec.add else module.weight
         s = 1 + scale.double() if spec.scale == "one_plus" else scale.double()
         n = _exact_norm(y, weight)  # the second norm reads the y that is stored
         _assert_rounded_once(rest[0], n * s, n.abs() * (1 + scale.double().abs()))

@@ -1,4 +1,4 @@
-"""y = residual + tanh(gate) * norm(x) and z = norm(y) * (1 + scale), the second norm reading y."""
+"""y = residual + tanh(gate) * norm(x), gated or not, and z = norm(y) * (1 + scale), the second norm reading y."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
             "eps2": eps2,
         },
         options={
-            "tanh": upper.gate.activated,
+            "tanh": upper.tanh,
             "add_one": lower.scale.activated,
             "rounding": form.rounding,
             "norm_dtype": form.norm_dtype,
