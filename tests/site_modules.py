@@ -68,7 +68,8 @@ class Spec:
     add: bool = True  # is there a first norm, which is added to the residual?
     gate: str | None = "tanh"  # tanh, given or None
     gate_shape: str = "batch"
-    scale: str | None = "one_plus"  # one_plus, given or None (no norm behind the add)
+    second: bool = True  # is there a second norm, of y?
+    scale: str | None = "one_plus"  # one_plus, given or None
     scale_shape: str = "batch"
     swapped: tuple[bool, bool, bool, bool] = (
         False,
@@ -88,8 +89,8 @@ class Spec:
     def kind(self) -> str | None:
         """The op that the site becomes. A first norm that is read elsewhere leaves only the second one to fuse."""
         if self.add and self.extra_user != "n":
-            return "norm_tanh_mul_add" if self.scale is None else "norm_tanh_mul_add_norm_scale"
-        return None if self.scale is None else "norm_scale"
+            return "norm_tanh_mul_add_norm_scale" if self.second else "norm_tanh_mul_add"
+        return "norm_scale" if self.second and self.scale is not None else None
 
     def form(self) -> str:
         """The rounding form that the report names."""
@@ -132,14 +133,15 @@ class SiteModule(nn.Module):
                 results.append(n * 2)
             if spec.extra_user == "y":
                 results.append(y * 2)
-        if spec.scale is not None:
+        if spec.second:
             weight = self.weight2 if spec.add else self.weight
-            n2 = spec.norm(y, weight, self.eps)
-            s = scale
-            if spec.scale == "one_plus":
-                s = 1 + scale if spec.swapped[3] else scale + 1.0
-            s = s.expand_as(x) if spec.expanded else s
-            z = s * n2 if spec.swapped[2] else n2 * s
+            z = n2 = spec.norm(y, weight, self.eps)
+            if spec.scale is not None:
+                s = scale
+                if spec.scale == "one_plus":
+                    s = 1 + scale if spec.swapped[3] else scale + 1.0
+                s = s.expand_as(x) if spec.expanded else s
+                z = s * n2 if spec.swapped[2] else n2 * s
             results.append(z)
             if spec.extra_user == "z":
                 results.append(z * 2)
@@ -192,6 +194,7 @@ def specs(draw: st.DrawFn) -> Spec:
         add=draw(st.sampled_from((True, True, False))),
         gate=draw(st.sampled_from(("tanh", "given", None))),
         gate_shape=draw(st.sampled_from(SHAPES)),
+        second=draw(st.sampled_from((True, True, False))),
         scale=draw(st.sampled_from(("one_plus", "given", None))),
         scale_shape=draw(st.sampled_from(SHAPES)),
         swapped=draw(st.tuples(*[st.booleans()] * 4)),
@@ -459,4 +462,16 @@ def the_norms_differ_in_form(x: Tensor, residual: Tensor, gate: Tensor, scale: T
     return y, native_norm(y, None) * (1 + scale)
 
 
+def the_second_norm_is_computed_on(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """Nothing reads the second norm from memory, so Inductor keeps it inside its kernel."""
+    y = _gated(diffusers_norm(x, None), residual, gate)
+    return y, diffusers_norm(y, None).sin().exp()
+
+
+def the_second_norm_is_shifted(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    y = residual + diffusers_norm(x, None)
+    return y, diffusers_norm(y, None) + scale
+
+
+ONE_SINGLE = (the_second_norm_is_computed_on, the_second_norm_is_shifted)
 TWO_SINGLES = (the_scale_depends_on_y, y_is_changed_before_the_second_norm, the_norms_differ_in_form)
