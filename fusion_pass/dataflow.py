@@ -12,6 +12,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 ADD = (aten.add.Tensor, aten.add.Scalar)
+VIEWS = (aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default)
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -92,6 +93,16 @@ def _is_number(arg: Any, number: float) -> bool:
 
 def sole_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def is_pointwise(node: Node) -> bool:
+    """Would Inductor compute this node where it is read, instead of storing it?"""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_cast(node)
+
+
+def is_stored(node: Node) -> bool:
+    """Does anything read the node from memory, instead of computing on in the kernel that makes it?"""
+    return any(is_stored(user) if is_call(user, *VIEWS) else not is_pointwise(user) for user in node.users)
 
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
 
 from dit_kernels.ops import kernels_missing
-from fusion_pass.dataflow import is_call, known_equal, value
+from fusion_pass.dataflow import is_pointwise, known_equal, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import Operand
 from fusion_pass.sites.site import Site
@@ -31,12 +30,6 @@ def _is_computed_per_token(operand: Operand, x: torch.Tensor) -> bool:
     at most, so the site is left to Inductor.
     """
     val = value(operand.source)
-    if val is None or val.ndim < x.ndim or not _is_pointwise(operand.source):
+    if val is None or val.ndim < x.ndim or not is_pointwise(operand.source):
         return False
     return not any(known_equal(size, 1) for size in val.shape[-2:])
-
-
-def _is_pointwise(node: Node) -> bool:
-    """Would Inductor compute this node where it is read, instead of storing it?"""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or is_call(node, torch.ops.prims.convert_element_type.default)

@@ -148,13 +148,13 @@ class _Rewriter:
         self.report.missed.reverse()
 
     def _look_at(self, anchor: Node) -> None:
-        """Notes which y a gated norm makes, so that the norm that reads it can find its site."""
+        """Notes which y a norm makes, so that the norm that reads it can find its site."""
         try:
             found = norm.find(anchor)
             upper = None if found is None else gated.grow(found)
         except Exception:  # a refusal or an error of ours: told when the anchor is looked at for itself
             return
-        if upper is not None:
+        if upper is not None and (upper.gate is not None or upper.y not in self.survey.gated):
             self.survey.gated[upper.y] = anchor
 
     def _check(self, match: Match) -> bool:

@@ -18,8 +18,7 @@ from torch.fx import Node
 class Reason(str, Enum):
     """Why a norm in the graph was not fused; the list is closed."""
 
-    ALONE = "neither a gated residual add nor a scale stands around it"
-    UNGATED = "the norm is added to a residual without a gate"
+    ALONE = "neither a residual add nor a scale stands around it"
     FOLLOWED = "a shift or a product follows the scale, which Inductor computes in the same kernel"
     LAYER_NORM = "it is a LayerNorm, and only RMSNorm sites are matched"
     DIMENSION = "the mean does not run over the last dimension only"
@@ -45,7 +44,6 @@ class Reason(str, Enum):
 BY_DESIGN = frozenset(
     {
         Reason.ALONE,
-        Reason.UNGATED,
         Reason.FOLLOWED,
         Reason.LAYER_NORM,
         Reason.DIMENSION,

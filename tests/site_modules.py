@@ -65,9 +65,11 @@ class Spec:
 
     norm: Norm = diffusers_norm
     weight: bool = True
-    gate: str | None = "tanh"  # tanh, given or None (no gated add at all)
+    add: bool = True  # is there a first norm, which is added to the residual?
+    gate: str | None = "tanh"  # tanh, given or None
     gate_shape: str = "batch"
-    scale: str | None = "one_plus"  # one_plus, given or None (no norm behind the add)
+    second: bool = True  # is there a second norm, of y?
+    scale: str | None = "one_plus"  # one_plus, given or None
     scale_shape: str = "batch"
     swapped: tuple[bool, bool, bool, bool] = (
         False,
@@ -86,10 +88,9 @@ class Spec:
 
     def kind(self) -> str | None:
         """The op that the site becomes. A first norm that is read elsewhere leaves only the second one to fuse."""
-        gated = self.gate is not None and self.extra_user != "n"
-        if gated:
-            return "norm_tanh_mul_add" if self.scale is None else "norm_tanh_mul_add_norm_scale"
-        return None if self.scale is None else "norm_scale"
+        if self.add and self.extra_user != "n":
+            return "norm_tanh_mul_add_norm_scale" if self.second else "norm_tanh_mul_add"
+        return "norm_scale" if self.second and self.scale is not None else None
 
     def form(self) -> str:
         """The rounding form that the report names."""
@@ -120,25 +121,27 @@ class SiteModule(nn.Module):
         spec = self.spec
         results = []
         y = x
-        if spec.gate is not None:
-            n = spec.norm(x, self.weight, self.eps)
-            t = gate.tanh() if spec.gate == "tanh" else gate
-            t = t.expand_as(x) if spec.expanded else t
-            p = n * t if spec.swapped[0] else t * n
+        if spec.add:
+            p = n = spec.norm(x, self.weight, self.eps)
+            if spec.gate is not None:
+                t = gate.tanh() if spec.gate == "tanh" else gate
+                t = t.expand_as(x) if spec.expanded else t
+                p = n * t if spec.swapped[0] else t * n
             y = p + residual if spec.swapped[1] else residual + p
             results.append(y)
             if spec.extra_user == "n":
                 results.append(n * 2)
             if spec.extra_user == "y":
                 results.append(y * 2)
-        if spec.scale is not None:
-            weight = self.weight2 if spec.gate is not None else self.weight
-            n2 = spec.norm(y, weight, self.eps)
-            s = scale
-            if spec.scale == "one_plus":
-                s = 1 + scale if spec.swapped[3] else scale + 1.0
-            s = s.expand_as(x) if spec.expanded else s
-            z = s * n2 if spec.swapped[2] else n2 * s
+        if spec.second:
+            weight = self.weight2 if spec.add else self.weight
+            z = n2 = spec.norm(y, weight, self.eps)
+            if spec.scale is not None:
+                s = scale
+                if spec.scale == "one_plus":
+                    s = 1 + scale if spec.swapped[3] else scale + 1.0
+                s = s.expand_as(x) if spec.expanded else s
+                z = s * n2 if spec.swapped[2] else n2 * s
             results.append(z)
             if spec.extra_user == "z":
                 results.append(z * 2)
@@ -188,8 +191,10 @@ def specs(draw: st.DrawFn) -> Spec:
     spec = Spec(
         norm=draw(st.sampled_from(NORMS)),
         weight=draw(st.booleans()),
+        add=draw(st.sampled_from((True, True, False))),
         gate=draw(st.sampled_from(("tanh", "given", None))),
         gate_shape=draw(st.sampled_from(SHAPES)),
+        second=draw(st.sampled_from((True, True, False))),
         scale=draw(st.sampled_from(("one_plus", "given", None))),
         scale_shape=draw(st.sampled_from(SHAPES)),
         swapped=draw(st.tuples(*[st.booleans()] * 4)),
@@ -266,6 +271,38 @@ def all_of_x_is_measured(x: Tensor, residual: Tensor, gate: Tensor, scale: Tenso
 def a_vector_is_normalised(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
     scalar = x[0, 0, 0].float()
     return residual + (scalar * torch.rsqrt(scalar.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype) * gate
+
+
+def an_ungated_residual_is_subtracted(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return residual - diffusers_norm(x, None)
+
+
+def an_ungated_norm_with_a_factor(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return torch.add(residual, diffusers_norm(x, None), alpha=2)
+
+
+def an_ungated_residual_that_broadcasts(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return residual[:, :1] + diffusers_norm(x, None)
+
+
+def an_ungated_residual_that_broadcasts_x(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return residual + diffusers_norm(x[:, :1], None)
+
+
+def the_norm_is_added_to_itself(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    n = diffusers_norm(x, None)
+    return n + n
+
+
+def an_ungated_norm_is_used_elsewhere(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    n = diffusers_norm(x, None)
+    return residual + n, n.sin()
+
+
+def an_ungated_residual_depends_on_the_root(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return residual * rstd + (wide * rstd).to(x.dtype)
 
 
 def cube_for_square(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
@@ -378,6 +415,13 @@ NEVER_FUSED = (
     a_0d_gate_of_another_dtype,
     all_of_x_is_measured,
     a_vector_is_normalised,
+    an_ungated_residual_is_subtracted,
+    an_ungated_norm_with_a_factor,
+    an_ungated_residual_that_broadcasts,
+    an_ungated_residual_that_broadcasts_x,
+    the_norm_is_added_to_itself,
+    an_ungated_norm_is_used_elsewhere,
+    an_ungated_residual_depends_on_the_root,
     cube_for_square,
     eps_outside_the_root,
     eps_scaled,
@@ -418,4 +462,16 @@ def the_norms_differ_in_form(x: Tensor, residual: Tensor, gate: Tensor, scale: T
     return y, native_norm(y, None) * (1 + scale)
 
 
+def the_second_norm_is_computed_on(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """Nothing reads the second norm from memory, so Inductor keeps it inside its kernel."""
+    y = _gated(diffusers_norm(x, None), residual, gate)
+    return y, diffusers_norm(y, None).sin().exp()
+
+
+def the_second_norm_is_shifted(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    y = residual + diffusers_norm(x, None)
+    return y, diffusers_norm(y, None) + scale
+
+
+ONE_SINGLE = (the_second_norm_is_computed_on, the_second_norm_is_shifted)
 TWO_SINGLES = (the_scale_depends_on_y, y_is_changed_before_the_second_norm, the_norms_differ_in_form)

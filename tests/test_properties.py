@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from graph_backend import GraphBackend, run
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from site_modules import EPS, MUTANTS_BY_A_CAST, NEVER_FUSED, TWO_SINGLES, SiteModule, Spec, inputs, specs
+from site_modules import EPS, MUTANTS_BY_A_CAST, NEVER_FUSED, ONE_SINGLE, TWO_SINGLES, SiteModule, Spec, inputs, specs
 
 
 def assert_bit_equal(got: object, expected: object) -> None:
@@ -31,8 +31,8 @@ def test_a_fused_site_is_bit_equal_to_eager_and_is_the_expected_op(spec: Spec, d
     kinds = [site.kind for site in backend.report.fused]
     assert kinds == ([] if spec.kind() is None else [spec.kind()]), backend.report
     for site in backend.report.fused:
-        gated = site.kind.startswith("norm_tanh_mul_add")
-        assert site.gate == (spec.gate if gated else None)
+        added = site.kind.startswith("norm_tanh_mul_add")
+        assert site.gate == (spec.gate if added else None)
         assert site.scale == (spec.scale if site.kind.endswith("norm_scale") else None)
         assert site.rounding == spec.form()
         assert site.dtype == spec.dtype
@@ -56,19 +56,20 @@ def _assert_rounded_once(got: torch.Tensor, exact: torch.Tensor, magnitude: torc
 @given(spec=specs(), seed=st.integers(0, 2**16))
 def test_fp32_rounding_rounds_each_output_once(spec: Spec, seed: int) -> None:
     spec = replace(spec, extra_user=None)
+    assume(spec.kind() is not None)
     x, residual, gate, scale = args = inputs(spec, seed)
     module = SiteModule(spec)
     got, backend = run(module, *args, rounding="fp32")
-    assert [site.rounding for site in backend.report.fused] == ["fp32"] * (spec.kind() is not None)
+    assert [site.rounding for site in backend.report.fused] == ["fp32"]
     y, rest = x, list(got)
-    if spec.gate is not None:
+    if spec.add:
         y = rest.pop(0)
-        t = gate.double().tanh() if spec.gate == "tanh" else gate.double()
+        t = {"tanh": gate.double().tanh(), "given": gate.double(), None: torch.ones(())}[spec.gate]
         p = t * _exact_norm(x, module.weight)
         _assert_rounded_once(y, residual.double() + p, residual.double().abs() + p.abs())
-    if spec.scale is not None:
-        weight = module.weight if spec.gate is None else module.weight2
-        s = 1 + scale.double() if spec.scale == "one_plus" else scale.double()
+    if spec.second:
+        weight = module.weight2 if spec.add else module.weight
+        s = {"one_plus": 1 + scale.double(), "given": scale.double(), None: torch.ones(())}[spec.scale]
         n = _exact_norm(y, weight)  # the second norm reads the y that is stored
         _assert_rounded_once(rest[0], n * s, n.abs() * (1 + scale.double().abs()))
 
@@ -94,6 +95,49 @@ def test_what_is_no_two_output_site_becomes_two_single_ones(mutant, dynamic) -> 
     got, backend = run(mutant, *MUTANT_ARGS, dynamic=dynamic)
     assert [site.kind for site in backend.report.fused] == ["norm_tanh_mul_add", "norm_scale"], backend.report
     assert_bit_equal(got, mutant(*MUTANT_ARGS))
+
+
+@pytest.mark.parametrize("mutant", ONE_SINGLE, ids=lambda f: f.__name__)
+def test_a_second_norm_that_nothing_reads_from_memory_is_left_to_inductor(mutant) -> None:
+    got, backend = run(mutant, *MUTANT_ARGS)
+    assert backend.report.counts() == {"norm_tanh_mul_add": 1}
+    assert [site.reason_name for site in backend.report.missed] == ["ALONE"]
+    assert_bit_equal(got, mutant(*MUTANT_ARGS))
+
+
+def test_the_second_norm_of_an_add_that_is_itself_added_is_the_next_sites_first_norm() -> None:
+    from site_modules import diffusers_norm
+
+    def model(x, residual, gate, scale):
+        y = residual + diffusers_norm(x, None)
+        y = y + diffusers_norm(y, None)
+        return y + gate.tanh() * diffusers_norm(y, None)
+
+    got, backend = run(model, *MUTANT_ARGS)
+    assert [(site.kind, site.gate) for site in backend.report.fused] == [
+        ("norm_tanh_mul_add", None),
+        ("norm_tanh_mul_add", None),
+        ("norm_tanh_mul_add", "tanh"),
+    ]
+    assert_bit_equal(got, model(*MUTANT_ARGS))
+
+
+@pytest.mark.parametrize("casts", (1, 3))
+def test_a_second_norm_with_an_fp32_weight_may_be_cast_once_for_each_matmul(casts: int) -> None:
+    from site_modules import diffusers_norm
+
+    x, residual, gate, _ = MUTANT_ARGS
+    weight = torch.randn(x.shape[-1])
+    project = torch.randn(x.shape[-1], 4).bfloat16()
+
+    def model(x, residual, gate, weight):
+        y = residual + gate.tanh() * diffusers_norm(x, weight)
+        z = diffusers_norm(y, weight)
+        return y, *(z.bfloat16() @ project[:, i:] for i in range(casts))
+
+    got, backend = run(model, x, residual.float(), gate, weight)
+    assert backend.report.counts() == {"norm_tanh_mul_add_norm_scale": 1}
+    assert_bit_equal(got, model(x, residual.float(), gate, weight))
 
 
 @given(seed=st.integers(0, 2**16), order=st.permutations(("gated", "scaled", "used", "mutated")))

@@ -1,4 +1,7 @@
-"""y = residual + tanh(gate) * norm(x) and z = norm(y) * (1 + scale), the second norm reading y."""
+"""y = residual + tanh(gate) * norm(x) and z = norm(y) * (1 + scale), the second norm reading y.
+
+Either of gate and scale may be absent.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ def find(second: Norm, survey: Survey) -> Site | None:
     anchor = survey.gated.get(second.x)
     first = None if anchor is None or anchor._erased else norm.find(anchor)
     upper = None if first is None else gated.grow(first)
-    lower = None if upper is None or upper.y is not second.x else scaled.grow(second)
-    if upper is None or lower is None:
+    if upper is None or upper.y is not second.x:
+        return None
+    lower = scaled.grow(second) or scaled.unscaled(second)
+    if lower is None:
         return None
     eps, eps2 = eps_operand(upper.norm.eps), eps_operand(second.eps)
     if isinstance(eps, float) != isinstance(eps2, float):
@@ -37,8 +42,8 @@ def find(second: Norm, survey: Survey) -> Site | None:
             "eps2": eps2,
         },
         options={
-            "tanh": upper.gate.activated,
-            "add_one": lower.scale.activated,
+            "tanh": upper.tanh,
+            "add_one": lower.add_one,
             "rounding": form.rounding,
             "norm_dtype": form.norm_dtype,
         },

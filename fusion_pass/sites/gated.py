@@ -1,4 +1,4 @@
-"""y = residual + tanh(gate) * norm(x)."""
+"""y = residual + tanh(gate) * norm(x), or y = residual + norm(x)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ KIND = "norm_tanh_mul_add"
 
 @dataclass(frozen=True)
 class Gated:
-    """The parts of y = residual + gate * norm."""
+    """The parts of y = residual + gate * norm; `gate` is None where there is none."""
 
     norm: Norm
-    gate: Operand
+    gate: Operand | None
     residual: Node
     y: Node
     steps: GatedSteps
@@ -44,12 +44,17 @@ class Gated:
         x, residual = operand_dtype(self.norm.x), operand_dtype(self.residual)
         assert x is not None and residual is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
-        gate = promoting_dtype(self.gate)
+        gate = None if self.gate is None else promoting_dtype(self.gate)
         return self.steps == gated_steps(rounding, "rms", x, weight, bias, gate, residual, self.steps.y, norm_dtype)
 
     def norm_dtypes(self) -> tuple[torch.dtype, ...]:
         """What the normalised value may have been cast to."""
         return (self.norm.steps.normed, self.norm.steps.out, self.steps.product)
+
+    @property
+    def tanh(self) -> bool:
+        """Is the activation of a gate left to the op?"""
+        return self.gate is not None and self.gate.activated
 
     def operands(self) -> dict[str, Node | Operand | float | None]:
         norm = self.norm
@@ -66,13 +71,13 @@ class Gated:
 def find(norm: Norm, survey: Survey) -> Site | None:
     """The site whose norm this is, as far as its dataflow tells. Raises Refused."""
     gated = grow(norm)
-    if gated is None:
-        return None
+    if gated is None or (gated.gate is None and survey.gated.get(gated.y, norm.anchor) is not norm.anchor):
+        return None  # of two norms that are added, one is the residual of the other: the gated one's, if there is one
     form = choose_form(norm.anchor, KIND, gated.norm_dtypes(), gated.fits)
     return Site(
         kind=KIND,
         operands=gated.operands(),
-        options={"tanh": gated.gate.activated, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
+        options={"tanh": gated.tanh, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
         outputs=((gated.y,),),
         dtypes={"y_dtype": gated.steps.y},
         interior=gated.interior,
@@ -81,36 +86,49 @@ def find(norm: Norm, survey: Survey) -> Site | None:
 
 
 def grow(norm: Norm) -> Gated | None:
-    """The gated residual add that reads a norm, or None where nothing of the kind stands there. Raises Refused."""
-    product = sole_user(norm.out)
-    if is_plain_add(product) and _is_residual(next(other_operands(product, norm.out), None), norm):
-        raise Refused(Reason.UNGATED, product, kind=KIND)
-    if product is None or not is_call(product, aten.mul.Tensor):
+    """The residual add that reads a norm, or None where nothing of the kind stands there. Raises Refused."""
+    reader = sole_user(norm.out)
+    if reader is None:
         return None
+    if is_plain_add(reader):
+        return _ungated(norm, reader)
+    return _gated(norm, reader) if is_call(reader, aten.mul.Tensor) else None
+
+
+def _ungated(norm: Norm, y: Node) -> Gated | None:
+    residual = _residual(norm, norm.out, y)
+    if residual is None:
+        return None
+    return Gated(norm, None, residual, y, _steps(norm, norm.steps.out, norm.out, y), norm.interior)
+
+
+def _gated(norm: Norm, product: Node) -> Gated | None:
     gate = next(other_operands(product, norm.out))
     rounded = sole_user(product)
     rounded = rounded if rounded is not None and is_narrowing(rounded) else product
     y = sole_user(rounded)
     if y is None or not is_plain_add(y) or not isinstance(gate, Node) or gate is norm.out:
         return None
-    residual = next(other_operands(y, rounded), None)
-    if not isinstance(residual, Node) or not _is_residual(residual, norm):
+    residual = _residual(norm, rounded, y)
+    if residual is None:
         return None
     resolved = operand.gate(gate, norm.x)
-    steps = _steps(norm, resolved, rounded, y)
+    steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), rounded, y)
     interior = dict.fromkeys((*norm.interior, product, rounded, *resolved.absorbed))
     return Gated(norm, resolved, residual, y, steps, tuple(interior))
 
 
-def _is_residual(node: object, norm: Norm) -> bool:
-    """Has it the shape of x? A narrower operand is a bias or a shift."""
-    val = value(node) if isinstance(node, Node) else None
+def _residual(norm: Norm, term: Node, y: Node) -> Node | None:
+    """What `term` is added to, if it has the shape of x: a narrower operand is a bias or a shift."""
+    residual = next(other_operands(y, term), None)
+    val = value(residual) if isinstance(residual, Node) and residual is not term else None
     like = value(norm.x)
-    return val is not None and like is not None and same_shape(val, like)
+    return residual if val is not None and like is not None and same_shape(val, like) else None
 
 
-def _steps(norm: Norm, gate: Operand, rounded: Node, y: Node) -> GatedSteps:
+def _steps(norm: Norm, gate: torch.dtype, rounded: Node, y: Node) -> GatedSteps:
+    """`gate` is the dtype that the gate is rounded to; `rounded` is the product as it is added."""
     product_dtype, y_dtype = dtype(rounded), dtype(y)
     if product_dtype is None or y_dtype is None:
         raise Refused(Reason.ROUNDING, y, kind=KIND)
-    return GatedSteps(norm.steps, applied_dtype(gate, norm.steps.out, KIND), product_dtype, y_dtype, y_dtype)
+    return GatedSteps(norm.steps, gate, product_dtype, y_dtype, y_dtype)

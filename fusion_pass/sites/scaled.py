@@ -1,8 +1,9 @@
-"""z = norm(x) * (1 + scale)."""
+"""z = norm(x) * (1 + scale), or, behind a residual add, z = norm(x)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch.fx import Node
@@ -14,6 +15,7 @@ from fusion_pass.dataflow import (
     is_call,
     is_narrowing,
     is_plain_add,
+    is_stored,
     other_operands,
     same_shape,
     sole_user,
@@ -30,10 +32,13 @@ KIND = "norm_scale"
 
 @dataclass(frozen=True)
 class Scaled:
-    """The parts of z = norm * scale. `z` are nodes of one value: the product, or the equal casts that read it."""
+    """The parts of z = norm * scale; `scale` is None where there is none.
+
+    `z` are nodes of one value: the product, or the equal casts that read it.
+    """
 
     norm: Norm
-    scale: Operand
+    scale: Operand | None
     z: tuple[Node, ...]
     steps: ScaledSteps
     interior: tuple[Node, ...]
@@ -43,12 +48,25 @@ class Scaled:
         x = operand_dtype(self.norm.x)
         assert x is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
-        scale = promoting_dtype(self.scale)
-        return self.steps == scaled_steps(rounding, "rms", x, weight, bias, scale, self.steps.z, norm_dtype)
+        scale = None if self.scale is None else promoting_dtype(self.scale)
+        steps = scaled_steps(rounding, "rms", x, weight, bias, scale, self.steps.z, norm_dtype)
+        return self.steps == steps if self.scale is not None else _roundings(self.steps) == _roundings(steps)
+
+    @property
+    def add_one(self) -> bool:
+        """Is the 1 of a scale left to the op?"""
+        return self.scale is not None and self.scale.activated
 
     def norm_dtypes(self) -> tuple[torch.dtype, ...]:
         """What the normalised value may have been cast to."""
         return (self.norm.steps.normed, self.norm.steps.out)
+
+
+def _roundings(steps: ScaledSteps) -> tuple[torch.dtype, ...]:
+    """The dtypes that a norm without a scale takes in turn: whether the norm or z makes the last cast is no matter."""
+    norm = steps.norm
+    chain = (norm.stat, norm.normed, norm.weighted, norm.biased, norm.out, steps.product, steps.z)
+    return (*chain[:3], *(dtype for dtype, _ in groupby(chain[3:])))
 
 
 def find(norm: Norm, survey: Survey) -> Site | None:
@@ -66,7 +84,7 @@ def find(norm: Norm, survey: Survey) -> Site | None:
             "scale": scaled.scale,
             "eps": eps_operand(norm.eps),
         },
-        options={"add_one": scaled.scale.activated, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
+        options={"add_one": scaled.add_one, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
         outputs=(scaled.z,),
         dtypes={"z_dtype": scaled.steps.z},
         interior=scaled.interior,
@@ -90,9 +108,21 @@ def grow(norm: Norm) -> Scaled | None:
         return None  # a gate, and the residual add that it belongs to is not there
     resolved = operand.scale(scale, norm.x)
     z = _stored(product)
-    steps = _steps(norm, resolved, product, z[0])
+    steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), product, z[0])
     inside = norm.interior if z == (product,) else (*norm.interior, product)
     return Scaled(norm, resolved, z, steps, (*inside, *resolved.absorbed))
+
+
+def unscaled(norm: Norm) -> Scaled | None:
+    """The norm itself as z, where something reads it from memory.
+
+    A norm that only the same kernel of Inductor reads would be written and read again: one row more each way.
+    """
+    z = _stored(norm.out)
+    if not any(is_stored(node) for node in z):
+        return None
+    inside = tuple(node for node in norm.interior if node not in z)
+    return Scaled(norm, None, z, _steps(norm, norm.steps.out, norm.out, z[0]), inside)
 
 
 def _stored(product: Node) -> tuple[Node, ...]:
@@ -102,8 +132,9 @@ def _stored(product: Node) -> tuple[Node, ...]:
     return casts if equal else (product,)
 
 
-def _steps(norm: Norm, scale: Operand, product: Node, z: Node) -> ScaledSteps:
+def _steps(norm: Norm, scale: torch.dtype, product: Node, z: Node) -> ScaledSteps:
+    """`scale` is the dtype that the scale is rounded to."""
     product_dtype, z_dtype = dtype(product), dtype(z)
     if product_dtype is None or z_dtype is None:
         raise Refused(Reason.ROUNDING, product, kind=KIND)
-    return ScaledSteps(norm.steps, applied_dtype(scale, norm.steps.out, KIND), product_dtype, z_dtype)
+    return ScaledSteps(norm.steps, scale, product_dtype, z_dtype)

@@ -33,7 +33,7 @@ class Form:
 class Survey:
     """What is known of the whole graph before the first rewrite."""
 
-    gated: dict[Node, Node] = field(default_factory=dict)  # y of a gated add: the anchor of its norm
+    gated: dict[Node, Node] = field(default_factory=dict)  # y of a residual add: the anchor of its norm
 
 
 @dataclass(frozen=True)
