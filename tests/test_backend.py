@@ -300,7 +300,7 @@ def test_explain_looks_at_parts_that_are_compiled_already_as_parts(args, how) ->
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = SiteModule(Spec(scale=None)), SiteModule(Spec(gate=None))
+            self.a, self.b = SiteModule(Spec(second=False)), SiteModule(Spec(add=False))
 
         def forward(self, x, residual, gate, scale):
             (y,) = self.a(x, residual, gate, scale)
