@@ -5,22 +5,20 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
+from ptx.device import ARCHS, compiled
+
 from dit_kernels.chain import Chain
-from dit_kernels.compile import Variant, compile_variant
+from dit_kernels.compile import Variant
 from dit_kernels.cute.norm_gate import Operand, Operands, Walk
 from dit_kernels.cute.tiling import machine, row_tiling
 from dit_kernels.rounding import FORMS, gated_steps, scaled_steps
 
-ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -67,17 +65,10 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(arch, variant) -> (PTX, cubin), compiled once."""
-    dump: Path = tmp_path_factory.mktemp("dump")
-
-    @cache
-    def compiled(arch: str, variant: Variant) -> tuple[str, bytes]:
-        kernel = compile_variant(arch, variant, f"--keep-ptx --keep-cubin --dump-dir {dump}")
-        return kernel.__ptx__, kernel.__cubin__
-
-    return compiled
+def code(arch: str, variant: Variant) -> tuple[str, bytes]:
+    """(PTX, cubin)"""
+    kernel = compiled(arch, variant)
+    return kernel.ptx, kernel.cubin
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -109,7 +100,7 @@ def attributes(info: bytes) -> dict[str, int]:
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_nothing_spills(code: Any, arch: str, name: str) -> None:
+def test_nothing_spills(arch: str, name: str) -> None:
     ptx, cubin = code(arch, VARIANTS[name])
     used = resources(cubin)
     assert ".local" not in ptx
@@ -128,9 +119,7 @@ WIDE = (".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64")
         *(("bf16-per-token", arch, 6) for arch in ARCHS),
     ],
 )
-def test_aligned_rows_are_read_and_written_in_pieces_of_16_bytes_only(
-    code: Any, name: str, arch: str, loads: int
-) -> None:
+def test_aligned_rows_are_read_and_written_in_pieces_of_16_bytes_only(name: str, arch: str, loads: int) -> None:
     ptx, _ = code(arch, VARIANTS[name])
     reads = re.findall(r"ld\.global\S*", ptx)
     writes = re.findall(r"st\.global\S*", ptx)
@@ -140,7 +129,7 @@ def test_aligned_rows_are_read_and_written_in_pieces_of_16_bytes_only(
 
 
 @pytest.mark.parametrize("arch", ARCHS[1:])
-def test_bulk_copies_keep_the_memory_busy_from_a_room_that_all_ctas_fit(code: Any, arch: str) -> None:
+def test_bulk_copies_keep_the_memory_busy_from_a_room_that_all_ctas_fit(arch: str) -> None:
     ptx, cubin = code(arch, VARIANTS["bf16"])
     tiling = VARIANTS["bf16"].tiling(arch)
     assert tiling.schedule is not None
@@ -154,19 +143,19 @@ def test_bulk_copies_keep_the_memory_busy_from_a_room_that_all_ctas_fit(code: An
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16-per-token"])
-def test_every_load_is_issued_before_the_first_barrier(code: Any, name: str) -> None:
+def test_every_load_is_issued_before_the_first_barrier(name: str) -> None:
     ptx, _ = code("sm_90a", VARIANTS[name])
     before, *_ = ptx.split("bar.sync")
     assert before.count("ld.global") == ptx.count("ld.global")
 
 
-def test_a_sum_over_the_row_costs_one_barrier(code: Any) -> None:
+def test_a_sum_over_the_row_costs_one_barrier() -> None:
     for arch, others in (("sm_80", 0), ("sm_90a", 2)):  # the start, and the end of a row's stay in shared memory
         assert code(arch, VARIANTS["bf16"])[0].count("bar.sync") == 2 + others
         assert code(arch, VARIANTS["bf16-layer-bias"])[0].count("bar.sync") == 4 + others
 
 
-def test_a_misaligned_operand_narrows_its_own_accesses_only(code: Any) -> None:
+def test_a_misaligned_operand_narrows_its_own_accesses_only() -> None:
     aligned = VARIANTS["bf16"]
     operands = replace(aligned.operands, gate=replace(aligned.operands.gate, access=2))
     ptx, _ = code("sm_80", replace(aligned, operands=operands))
@@ -176,7 +165,7 @@ def test_a_misaligned_operand_narrows_its_own_accesses_only(code: Any) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", ["bf16", "fp16-native", "fp32"])
-def test_tanh_and_rsqrt_are_those_of_eager(code: Any, arch: str, name: str) -> None:
+def test_tanh_and_rsqrt_are_those_of_eager(arch: str, name: str) -> None:
     ptx, _ = code(arch, VARIANTS[name])
     assert "tanh.approx" not in ptx
     assert "rsqrt.approx.f32" in ptx  # what CUDA's rsqrtf is
@@ -185,11 +174,11 @@ def test_tanh_and_rsqrt_are_those_of_eager(code: Any, arch: str, name: str) -> N
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_rounding_form_approximates_tanh(code: Any, form: str) -> None:
+def test_no_rounding_form_approximates_tanh(form: str) -> None:
     assert "tanh.approx" not in code("sm_90a", dual(3840, form=form))[0]
 
 
-def test_no_product_contracts_with_the_sum_that_eager_does_after_it(code: Any) -> None:
+def test_no_product_contracts_with_the_sum_that_eager_does_after_it() -> None:
     fp32, _ = code("sm_90a", VARIANTS["fp32"])
     vectors = VARIANTS["fp32"].tiling("sm_90a").vectors * VARIANTS["fp32"].tiling("sm_90a").vector
     # residual + p of each element, and mean + eps of both norms

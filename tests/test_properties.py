@@ -9,7 +9,18 @@ import torch
 from graph_backend import GraphBackend, run
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from site_modules import EPS, MUTANTS_BY_A_CAST, NEVER_FUSED, ONE_SINGLE, TWO_SINGLES, SiteModule, Spec, inputs, specs
+from site_modules import (
+    EPS,
+    MUTANTS_BY_A_CAST,
+    NEVER_FUSED,
+    ONE_SINGLE,
+    TWO_SINGLES,
+    SiteModule,
+    Spec,
+    diffusers_norm,
+    inputs,
+    specs,
+)
 
 
 def assert_bit_equal(got: object, expected: object) -> None:
@@ -106,8 +117,6 @@ def test_a_second_norm_that_nothing_reads_from_memory_is_left_to_inductor(mutant
 
 
 def test_the_second_norm_of_an_add_that_is_itself_added_is_the_next_sites_first_norm() -> None:
-    from site_modules import diffusers_norm
-
     def model(x, residual, gate, scale):
         y = residual + diffusers_norm(x, None)
         y = y + diffusers_norm(y, None)
@@ -124,8 +133,6 @@ def test_the_second_norm_of_an_add_that_is_itself_added_is_the_next_sites_first_
 
 @pytest.mark.parametrize("casts", (1, 3))
 def test_a_second_norm_with_an_fp32_weight_may_be_cast_once_for_each_matmul(casts: int) -> None:
-    from site_modules import diffusers_norm
-
     x, residual, gate, _ = MUTANT_ARGS
     weight = torch.randn(x.shape[-1])
     project = torch.randn(x.shape[-1], 4).bfloat16()
@@ -144,7 +151,6 @@ def test_a_second_norm_with_an_fp32_weight_may_be_cast_once_for_each_matmul(cast
 def test_the_order_of_independent_statements_does_not_matter(seed: int, order: tuple[str, ...]) -> None:
     """Between the two halves of a dual stand others that read y, and the 1 + scale; none of it changes the result."""
     x, residual, gate, scale = inputs(Spec(), seed)
-    from site_modules import diffusers_norm
 
     def model(x, residual, gate, scale):
         y = residual + gate.tanh() * diffusers_norm(x, None)

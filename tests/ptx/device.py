@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from inspect import signature
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -22,7 +23,7 @@ from ptx.memory import GlobalMemory
 from ptx.program import parse
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
-NAMES = ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2", "y", "z")
+NAMES = tuple(signature(compile.bound).parameters)[1:]  # x .. z; before them, the chain
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Compiled:
 
     variant: Variant
     ptx: str
+    cubin: bytes
     host: tuple[str, ...]
 
     def edited(self, edit: Callable[[str], str]) -> Compiled:
@@ -44,8 +46,8 @@ class Compiled:
 def compiled(arch: str, variant: Variant) -> Compiled:
     """Compiled once in a process, whoever asks."""
     with TemporaryDirectory() as directory:
-        kernel = compile_variant(arch, variant, f"--keep-ptx --dump-dir {directory}")
-        return Compiled(variant, kernel.__ptx__, tuple(host_function(str(kernel.ir_module))))
+        kernel = compile_variant(arch, variant, f"--keep-ptx --keep-cubin --dump-dir {directory}")
+        return Compiled(variant, kernel.__ptx__, kernel.__cubin__, tuple(host_function(str(kernel.ir_module))))
 
 
 def run(kernel: Compiled, *operands: Any) -> Launch:

@@ -25,7 +25,11 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> T
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-bounds.random = random
+def run(op: str, o: Any, **options: Any) -> tuple[Tensor, ...]:
+    return call(op, o.arguments(op), **options)
+
+
+bounds.random, bounds.run = random, run
 
 _rsqrt = torch.rsqrt
 
@@ -36,18 +40,7 @@ def rsqrt(x: Tensor) -> Tensor:
 
 
 def check(op: str, o: Any, **options: Any) -> tuple[Tensor, ...]:
-    """As `check` there: runs an op, within `device.gpu`, and judges its results."""
+    """`check` of tests/gpu, within `device.gpu`."""
     with mock.patch.object(torch, "rsqrt", rsqrt):
-        return _check(op, o, options)
-
-
-def _check(op: str, o: Any, options: dict[str, Any]) -> tuple[Tensor, ...]:
-    options = bounds.accepted(op, {"norm": "rms", "rounding": "cast_then_weight", **options})
-    results = call(op, o.arguments(op), **options)
-    if op == "norm_scale":
-        bounds.judge_z(results[0], o.x, (o.weight, o.bias, o.scale), bounds.EPS, options)
+        results: tuple[Tensor, ...] = bounds.check(op, o, **options)
         return results
-    bounds.judge_y(results[0], o, op, options)
-    if op == bounds.DUAL:
-        bounds.judge_z(results[1], results[0], (o.weight2, o.bias2, o.scale), bounds.EPS2, options)
-    return results

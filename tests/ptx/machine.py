@@ -42,14 +42,13 @@ class Pure:
     parts: int = 1
 
 
-def _shift_left(a: Array, by: Array) -> Array:
+def _shift(function: Callable[[Array, Array], Array], a: Array, by: Array) -> Array:
+    """By as many bits as the number has or more: 0."""
     bits = a.dtype.itemsize * 8
-    return np.where(by < bits, a << np.minimum(by, bits - 1).astype(a.dtype), a.dtype.type(0))
+    return np.where(by < bits, function(a, np.minimum(by, bits - 1).astype(a.dtype)), a.dtype.type(0))
 
 
-def _shift_right(a: Array, by: Array) -> Array:
-    bits = a.dtype.itemsize * 8
-    return np.where(by < bits, a >> np.minimum(by, bits - 1).astype(a.dtype), a.dtype.type(0))
+_shift_left, _shift_right = partial(_shift, np.left_shift), partial(_shift, np.right_shift)
 
 
 def _divide(a: Array, b: Array) -> Array:
@@ -224,6 +223,7 @@ class Machine:
         self.registers: dict[str, Array] = {}
         self.specials = self._specials()
         self.steps = [self._decode(i) for i in program.instructions]
+        self.guards = [None if i.guard is None else self._source(i, i.guard, BOOL) for i in program.instructions]
         targets = set(program.labels.values())
         ends = {n + 1 for n, i in enumerate(program.instructions) if i.opcode in _ENDS}
         waits = {n for n, i in enumerate(program.instructions) if i.opcode == _TRY_WAIT}
@@ -264,7 +264,7 @@ class Machine:
                 raise Unsupported("a kernel that does not end in ret")
             instruction = instructions[number]
             self.at[active] = number + 1
-            chosen = self._guarded(instruction, active)
+            chosen = self._guarded(number, active)
             if chosen is Everyone or len(chosen):
                 try:
                     self.steps[number](chosen)
@@ -276,11 +276,12 @@ class Machine:
             if number in self.leaders:
                 return
 
-    def _guarded(self, instruction: Instruction, active: Lanes) -> Lanes:
-        if instruction.guard is None:
+    def _guarded(self, number: int, active: Lanes) -> Lanes:
+        read = self.guards[number]
+        if read is None:
             return active
-        wanted = self._read(instruction, instruction.guard, BOOL, active)
-        if instruction.negated:
+        wanted = read(active)
+        if self.program.instructions[number].negated:
             wanted = ~wanted
         return active if active is Everyone and wanted.all() else self.lanes[active][wanted]
 
@@ -348,9 +349,6 @@ class Machine:
 
     # --- registers
 
-    def _read(self, instruction: Instruction, name: str, dtype: np.dtype[Any], active: Lanes) -> Array:
-        return self._source(instruction, name, dtype)(active)
-
     def _source(self, instruction: Instruction, name: str, dtype: np.dtype[Any]) -> Callable[[Lanes], Array]:
         """What reads an operand: a register, a special register or a constant."""
         found = self.program.register(instruction, name)
@@ -387,9 +385,7 @@ class Machine:
         match = _MEMORY.fullmatch(operand)
         if not match:
             raise Unsupported(f"{instruction}: the address {operand}")
-        base, offset = self._source(instruction, match[1], dtype), dtype.type(int(match[2] or 0) % 2**32)
-        if int(match[2] or 0) < 0:
-            offset = np.array(int(match[2]), S64).astype(dtype)
+        base, offset = self._source(instruction, match[1], dtype), np.array(int(match[2] or 0), S64).astype(dtype)
         return lambda active: base(active) + offset
 
     # --- decoding
