@@ -29,11 +29,12 @@ from zimage import (
     alternate,
     build_inputs,
     build_model,
+    distance,
     environment,
     first_look,
-    median_interval,
     register_backend,
     run_step,
+    speedup,
     time_step,
     why_no_kernels,
 )
@@ -81,16 +82,15 @@ def measure(model: Any, inputs: Inputs, eager: dict[str, Any], scope: str, mode:
         result, output = first_look(name, step, inputs, mode)
         kernels = kernel_ms(step, inputs)
         at_sites = {k: ms for k, ms in kernels.items() if all(part in k for part in SITE_KERNELS[name])}
-        distance = float((output - eager["output"]).norm() / eager["output"].norm())
-        row[name] = {"peak_bytes": result.peak_bytes, "distance": distance, "first_call_s": result.first_call_s}
+        row[name] = {"peak_bytes": result.peak_bytes, "first_call_s": result.first_call_s}
+        row[name]["distance"] = distance(output, eager["output"])
         row[name] |= {"kernels_ms": sum(kernels.values()), "site_kernels_ms": sum(at_sites.values())}
         row[name]["kernels"] = dict(sorted(kernels.items(), key=lambda item: -item[1])[:25])
     plain, fused = alternate(*steps.values(), inputs, pairs)
     for name, times in zip(steps, (plain, fused), strict=True):
         row[name]["ms"] = statistics.median(times)
         row[name]["step_ms"] = [round(ms, 3) for ms in times]
-    ratios = [a / b for a, b in zip(plain, fused, strict=True)]
-    row["speedup"] = {"median": statistics.median(ratios), "interval": median_interval(ratios)}
+    row["speedup"] = speedup(plain, fused)
     return row
 
 
@@ -102,9 +102,8 @@ def run_eager(model: Any, inputs: Inputs) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     result = Table(title="Z-Image, one forward pass: torch.compile → fusion_pass")
-    for column in ("pixels", "batch", "scope", "mode", "eager ms", "ms", "times as fast", "at the sites, ms"):
-        result.add_column(column, no_wrap=True)
-    for column in ("peak GiB", "from eager"):
+    columns = ("pixels", "batch", "scope", "mode", "eager ms", "ms", "times as fast", "at the sites, ms", "peak GiB")
+    for column in (*columns, "from eager"):
         result.add_column(column, no_wrap=True)
     for row in rows:
         plain, fused, speed = row["torch.compile"], row["fusion_pass"], row["speedup"]

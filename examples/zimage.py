@@ -118,6 +118,17 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[rank - 1], ordered[n - rank]
 
 
+def distance(output: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    return float((output - reference).norm() / reference.norm())
+
+
+def speedup(plain: Sequence[float], fused: Sequence[float]) -> dict[str, Any]:
+    """How many times as fast the fused steps are, pair by pair."""
+    ratios = [before / after for before, after in zip(plain, fused, strict=True)]
+    return {"median": statistics.median(ratios), "interval": median_interval(ratios)}
+
+
 def run_step(step: Callable[..., Any], inputs: Inputs) -> Tensor:
     """One forward pass, its images flattened into one tensor."""
     torch.compiler.cudagraph_mark_step_begin()
@@ -187,7 +198,7 @@ def measure(variants: dict[str, Callable[..., Any]], inputs: Inputs, steps: int,
         results[name] = result
         outputs.append(output)
         if len(outputs) > 1:
-            result.distance = float((output - outputs[0]).norm() / outputs[0].norm())
+            result.distance = distance(output, outputs[0])
             result.equal = float((output == outputs[0]).float().mean())
     eager, *compiled = variants.values()
     console.print(f"timing {steps} steps of each ...")
@@ -278,18 +289,18 @@ def compare(args: argparse.Namespace, device: str, backend: Any) -> dict[str, An
     results = measure(variants, inputs, args.steps, args.mode)
     print_results(results, device == "cuda")
     _, plain, fused = results.values()
-    ratios = [before / after for before, after in zip(plain.step_ms, fused.step_ms, strict=True)]
-    low, high = median_interval(ratios)
+    faster = speedup(plain.step_ms, fused.step_ms)
+    low, high = faster["interval"]
     if device == "cuda":
         console.print(
-            f"fusion_pass against torch.compile, step by step: {statistics.median(ratios):.3f} times as fast "
+            f"fusion_pass against torch.compile, step by step: {faster['median']:.3f} times as fast "
             f"(95% interval {low:.3f} to {high:.3f})"
         )
     return {
         "model": {"size": size, "parameters": parameters, "height": height, "width": width}
         | {"caption_tokens": caption, "batch": args.batch, "mode": args.mode},
         "results": {name: asdict(result) for name, result in results.items()},
-        "speedup_over_torch_compile": {"median": statistics.median(ratios), "interval": [low, high]},
+        "speedup_over_torch_compile": faster,
         "report": json.loads(report.to_json()),
     }
 
