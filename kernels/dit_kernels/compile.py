@@ -27,8 +27,8 @@ from typing import Any
 
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32
-from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
+from cutlass import Float32, Int32, Int64
+from cutlass.cute.runtime import load_module, make_fake_stream, make_ptr
 from filelock import FileLock
 from torch import Tensor
 
@@ -68,7 +68,7 @@ class Variant:
 
 # --- what a call needs ----------------------------------------------------------------------------------------------
 
-_launchers: dict[tuple[Any, ...], Function] = {}  # by what `bound` can read off its arguments cheaply
+_kernels: dict[tuple[Any, ...], Function] = {}  # by what `bound` can read off its arguments cheaply
 _functions: dict[tuple[str, Variant], Function] = {}
 _compiling = threading.Lock()
 
@@ -85,20 +85,22 @@ def bound(
     bias2: Tensor | None,  # (D,)
     scale: Tensor | None,  # as gate
     eps2: float,
-    y: Tensor | None,  # (B, S, D)
-    z: Tensor | None,  # (B, S, D)
-) -> tuple[Function, int]:
-    """The kernel that runs a chain on these tensors, and its last argument: function(x, ..., z, last) launches it, on
-    the device of x and on torch's current stream there, and never waits for the GPU. It takes all tensors that agree
-    with these in dtype, D, which dimensions are 1, and in what pointers and strides are multiples of.
+    y: Tensor | None,  # (B, S, D), contiguous
+    z: Tensor | None,  # (B, S, D), contiguous
+) -> tuple[Function, tuple[int, ...]]:
+    """The kernel that runs a chain on these tensors, and the numbers that it is launched with.
 
-    bf16, fp16 or fp32, each tensor its own; the last stride is 1, the others are any. A kernel that is not compiled yet
-    is compiled here, except under CUDA graph capture: RuntimeError.
+    function(x, ..., z, *numbers, stream) launches it on the current device, a tensor given by its address, and never
+    waits for the GPU. It takes all tensors that agree with these in dtype, D, which dimensions are 1, and in what
+    pointers and strides are multiples of; the numbers are those of `numbers`.
+
+    bf16, fp16 or fp32, each tensor its own; the last stride is 1, the others of inputs are any. A kernel that is not
+    compiled yet is compiled here, except under CUDA graph capture: RuntimeError.
     """
-    d = x.shape[2]
+    d, device = x.shape[2], x.get_device()
     key = (
         chain,
-        x.get_device(),
+        device,
         d,
         _row_facts(x),
         weight if weight is None else _facts(weight, d),
@@ -111,10 +113,32 @@ def bound(
         y if y is None else _row_facts(y),
         z if z is None else _row_facts(z),
     )
-    function = _launchers.get(key)
+    function = _kernels.get(key)
     if function is None:
-        function = _launchers[key] = _function(_arch(key[1]), _variant(chain, d, *key[3:]))
-    return function, _processors(key[1])
+        function = _kernels[key] = _function(_arch(device), _variant(chain, d, *key[3:]))
+    return function, (*numbers(x, residual, gate, scale), processors(device))
+
+
+def numbers(x: Any, residual: Any, gate: Any, scale: Any) -> tuple[Any, ...]:
+    """B, S, and the strides of these by batch item and by token, in elements: 0 where an operand has one or is absent.
+
+    Of tensors, and of whatever else has shape and stride().
+    """
+    strides = [0 if size == 1 else by for t in (x, residual, gate, scale) for size, by in _outer(t)]
+    return (x.shape[0], x.shape[1], *strides)
+
+
+def _outer(t: Any) -> list[tuple[Any, Any]]:
+    return [(1, 0)] * 2 if t is None else list(zip(t.shape[:2], t.stride()[:2], strict=True))
+
+
+def run(chain: Chain, *operands: Any) -> None:
+    """Runs the kernel of a chain on the operands of `bound`, on torch's current stream of the device of x."""
+    function, rest = bound(chain, *operands)
+    addresses = [t.data_ptr() if isinstance(t, Tensor) else t for t in operands]
+    device = operands[0].get_device()
+    with torch.cuda.device(device):
+        function(*addresses, *rest, torch.cuda.current_stream(device).cuda_stream)
 
 
 def prepare(
@@ -202,7 +226,7 @@ def _arch(device: int) -> str:
 
 
 @cache
-def _processors(device: int) -> int:
+def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -233,32 +257,22 @@ _PTXAS = "--ptxas-options -fmad=false"
 def compile_variant(arch: str, variant: Variant, options: str = "") -> Any:
     """Compiles for `arch` (sm_80, sm_90a, ...); needs neither a GPU nor a driver."""
     kernel = NormGate(variant.chain, variant.d, variant.operands, variant.tiling(arch))
-    batches, tokens = cute.sym_int(), cute.sym_int()
-    fakes = {name: _fake_tensor(getattr(variant.operands, name), variant.d, batches, tokens) for name in _NAMES}
-    o = fakes.get
+    pointers = {name: _fake_pointer(getattr(variant.operands, name)) for name in _NAMES}
+    p, number = pointers.get, [Int32(0), Int32(0), *(Int64(0) for _ in range(8)), Int32(0)]
     return cute.compile(
         kernel,
-        *(o("x"), o("weight"), o("bias"), o("gate"), o("residual"), Float32(0.0)),
-        *(o("weight2"), o("bias2"), o("scale"), Float32(0.0), o("y"), o("z"), Int32(0)),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
+        *(p("x"), p("weight"), p("bias"), p("gate"), p("residual"), Float32(0.0)),
+        *(p("weight2"), p("bias2"), p("scale"), Float32(0.0), p("y"), p("z"), *number),
+        make_fake_stream(),
         options=f"--gpu-arch {arch} --enable-tvm-ffi {_PTXAS} {options}",
     )
 
 
-def _fake_tensor(operand: Operand | None, d: int, batches: Any, tokens: Any) -> Any:
+def _fake_pointer(operand: Operand | None) -> Any:
     if operand is None:
         return None
-    # A symbol used twice demands equal sizes: an operand that may broadcast has its own.
-    shape: tuple[Any, ...] = {
-        "column": (d,),
-        "element": (1, 1, 1),
-        "batch": (cute.sym_int(), 1, d),
-        "token": (cute.sym_int(), tokens, d),
-    }[operand.walk]
-    # Strides of size-1 dimensions are anything.
-    last = 1 if shape[-1] != 1 else cute.sym_int64()
-    stride = (last,) if len(shape) == 1 else (cute.sym_int64(), cute.sym_int64(), last)
-    return make_fake_tensor(CUTE_DTYPES[operand.dtype], shape, stride, assumed_align=operand.access)
+    dtype, align = CUTE_DTYPES[operand.dtype], operand.access
+    return make_ptr(dtype, align, cute.AddressSpace.gmem, assumed_align=align)
 
 
 # --- the disk cache -------------------------------------------------------------------------------------------------

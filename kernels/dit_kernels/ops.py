@@ -38,6 +38,7 @@ from dit_kernels.rounding import FORMS, NORMS, gated_steps, scaled_steps
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 MINIMUM_CAPABILITY = (8, 0)
+ALIGNMENT = 16  # bytes: of every tensor that a kernel is launched on without looking at it again
 
 _TAIL = "ScalarType? norm_dtype=None"
 _SCHEMAS = {
@@ -307,9 +308,7 @@ def _run_cuda(call: Call) -> tuple[Tensor, ...]:
         return _run_definition(call)
     results = _empty_results(call)
     if call.x.numel():
-        operands = _kernel_operands(call, results)
-        function, last = _binder()(call.chain, *operands)
-        function(*operands, last)
+        _compiler().run(call.chain, *_kernel_operands(call, results))
     return results
 
 
@@ -345,10 +344,10 @@ def _warn_once(message: str) -> None:
 
 
 @cache
-def _binder() -> Callable[..., tuple[Callable[..., None], int]]:
+def _compiler() -> Any:
     from dit_kernels import compile  # imports cutlass: only now, at the first call on a GPU
 
-    return compile.bound
+    return compile
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -407,88 +406,79 @@ def _kernel_operands(call: Call, results: tuple[Tensor, ...], read_eps: bool = T
 # --- plans: what was checked and found out for one call is not again for the next like it ---------------------------
 
 _Key = tuple[Any, ...]
-_Plan = Callable[[tuple[Any, ...]], Any]
+_Plan = Callable[[Tensor, list[Any]], Any]
 _plans: dict[_Key, _Plan] = {}
 _MOST_PLANS = 4096  # shapes that change with every call must not fill the memory
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _plan_key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Key | None:
-    """All that checking and the choice of a kernel depend on; None for arguments that no plan is made for."""
+def _plan_key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Key | None, list[Any]]:
+    """All that checking and the choice of a kernel depend on, None for arguments that no plan is made for; and the
+    arguments as a kernel takes them: a tensor by its address."""
     key: list[Any] = [name, *kwargs.items()]
+    given: list[Any] = []
     pointers = 0
     for a in args:
         if a.__class__ in _PLAIN:
             pointer = a.data_ptr()
             if not pointer or a.is_neg():
-                return None
+                return None, given
             pointers |= pointer
+            given.append(pointer)
             key += (a.dtype, a.shape, a.stride(), a.get_device())
         elif a is None or a.__class__ is float:
+            given.append(a)
             key.append(a is None)
         else:
-            return None
-    return None if pointers % 16 else tuple(key)
+            return None, given
+    return None if pointers % ALIGNMENT else tuple(key), given
 
 
-def _make_plan(name: str, args: tuple[Any, ...], call: Call) -> _Plan | None:
-    """Runs calls with the key of this one. None where x is not [B, S, D] already."""
+def _make_plan(call: Call, given: list[Any]) -> _Plan | None:
+    """Runs calls with the key of this one. None where the kernel reads a copy of an argument."""
     c, results = call, _empty_results(call)
     operands = _kernel_operands(call, results)
-    if operands[0] is not c.x or operands[4] is not c.residual:
+    addresses = [t.data_ptr() for t in operands[:-2] if isinstance(t, Tensor)]
+    if sorted(addresses) != sorted(a for a in given if isinstance(a, int)):
         return None
-    function, last = _binder()(c.chain, *operands)
+    function, numbers = _compiler().bound(c.chain, *operands)
     dual, scaled = c.chain.gated is not None and c.chain.scaled is not None, c.chain.gated is None
-    # Where an argument stands in the kernel's order, if not in its own, and what it becomes on the way.
-    order = (0, 1, 2, 8, 5) if scaled else tuple(range(len(args)))
-    conversions = []
-    for i, at in enumerate(order):
-        if args[i].__class__ is not float and operands[at] is not args[i]:
-            convert = _number if at in (5, 9) else _row if at in (1, 2, 6, 7) else _broadcast_to(c.x.shape)
-            conversions.append((i, convert))
-    like = [c.x.is_contiguous() and r.dtype == c.x.dtype for r in results]
-    first_like, last_like = like[0], like[-1]
-    dtypes = [r.dtype for r in results]
+    device, shape, dtypes = c.x.get_device(), c.x.shape, [r.dtype for r in results]
     first_dtype, last_dtype = dtypes[0], dtypes[-1]
+    like = c.x.is_contiguous() and set(dtypes) == {c.x.dtype}
+    empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
+    current_device = torch.cuda.current_device
 
-    def plan(args: tuple[Any, ...]) -> Any:
-        x = args[0]
-        first = empty_like(x) if first_like else x.new_empty(x.shape, dtype=first_dtype)
-        if conversions:
-            converted = list(args)
-            for i, convert in conversions:
-                converted[i] = convert(args[i])
-            args = tuple(converted)
+    def plan(x: Tensor, given: list[Any]) -> Any:
+        if current_device() != device:
+            with torch.cuda.device(device):
+                return plan(x, given)
+        first = empty_like(x) if like else x.new_empty(shape, dtype=first_dtype)
         if dual:
-            second = empty_like(x) if last_like else x.new_empty(x.shape, dtype=last_dtype)
-            function(*args, first, second, last)
+            second = empty_like(x) if like else x.new_empty(shape, dtype=last_dtype)
+            function(*given, first.data_ptr(), second.data_ptr(), *numbers, stream_of(device))
             return first, second
         if scaled:
-            x, weight, bias, scale, eps = args
-            function(x, weight, bias, None, None, eps, None, None, scale, 0.0, None, first, last)
+            x_, weight, bias, scale, eps = given
+            given = [x_, weight, bias, None, None, eps, None, None, scale, 0.0, None, first.data_ptr()]
         else:
-            function(*args, None, None, None, 0.0, first, None, last)
+            given = [*given, None, None, None, 0.0, first.data_ptr(), None]
+        function(*given, *numbers, stream_of(device))
         return first
 
-    empty_like = torch.empty_like
     return plan
-
-
-def _broadcast_to(shape: torch.Size) -> Callable[[Tensor], Tensor | None]:
-    x = torch.empty(shape, device="meta")
-    return lambda t: _broadcast(t, x)
 
 
 def _cuda(name: str, make_call: Callable[..., Call]) -> Callable[..., Any]:
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        key = _plan_key(name, args, kwargs)
+        key, given = _plan_key(name, args, kwargs)
         plan = None if key is None else _plans.get(key)
         if plan is not None:
-            return plan(args)
+            return plan(args[0], given)
         call = make_call(*args, **kwargs)
         results = _run_cuda(call)
         if key is not None and _kernel_takes(call):
-            plan = _make_plan(name, args, call)
+            plan = _make_plan(call, given)
             if plan is not None:
                 if len(_plans) >= _MOST_PLANS:
                     _plans.clear()
@@ -545,10 +535,10 @@ def _autograd(op: torch._ops.OpOverload, name: str, definition: Callable[..., An
             return definition(*args, **kwargs)
         x = args[0]
         if x is not None and x.is_cuda and not _len_torch_dispatch_stack() and peek_interpreter_stack() is None:
-            key = _plan_key(name, args, kwargs)
+            key, given = _plan_key(name, args, kwargs)
             plan = None if key is None else _plans.get(key)
             if plan is not None:
-                return plan(args)
+                return plan(x, given)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dit_kernels import compile, ops
 from dit_kernels.compile import Variant, compile_variant
-from dit_kernels.cute.norm_gate import Operand
-from ptx.host import Argument, Launch, host_function, launch
+from ptx.host import Launch, host_function, launch
 from ptx.machine import Machine
 from ptx.memory import GlobalMemory
 from ptx.program import parse
@@ -51,21 +50,13 @@ def compiled(arch: str, variant: Variant) -> Compiled:
 
 
 def run(kernel: Compiled, *operands: Any) -> Launch:
-    """Runs a kernel on the operands of `compile.bound` and the number of processors; y and z are written in place."""
-    *tensors, processors = operands
-    named = dict(zip(NAMES, tensors, strict=True))
+    """Runs a kernel on the operands of `compile.bound` and the numbers after them; y and z are written in place."""
+    named = dict(zip(NAMES, operands, strict=False))
     program = parse(kernel.ptx)
     memory = GlobalMemory()
-    arguments: list[Any] = []
-    for name in NAMES:
-        value = named[name]
-        if isinstance(value, Tensor):
-            operand = getattr(kernel.variant.operands, name)
-            arguments.append(_argument(value, operand, kernel.variant.d, _add(memory, name, value)))
-        elif value is not None:
-            arguments.append(value)
+    arguments = [_add(memory, name, t) if isinstance(t, Tensor) else t for name, t in named.items() if t is not None]
     memory.freeze()
-    what = launch(kernel.host, program, [*arguments, processors])
+    what = launch(kernel.host, program, [*arguments, *operands[len(NAMES) :]])
     assert what.threads == program.threads
     Machine(program, what.grid, what.shared_bytes, memory, what.parameters).run()
     for name in ("y", "z"):
@@ -73,14 +64,6 @@ def run(kernel: Compiled, *operands: Any) -> Launch:
             content = torch.frombuffer(bytearray(memory.content(name)), dtype=named[name].dtype)
             named[name].copy_(content.view(named[name].shape))
     return what
-
-
-def _argument(t: Tensor, operand: Operand, d: int, address: int) -> Argument:
-    """What of a tensor is an argument at run time: see compile._fake_tensor."""
-    if operand.walk == "column":
-        return Argument(address, (), t.stride() if d == 1 else ())
-    sizes = {"token": t.shape[:2], "batch": t.shape[:1], "element": ()}[operand.walk]
-    return Argument(address, tuple(sizes), t.stride() if t.shape[2] == 1 else t.stride()[:2])
 
 
 def _add(memory: GlobalMemory, name: str, t: Tensor) -> int:
@@ -110,10 +93,10 @@ def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] =
         return partial(run, found)
 
     with (
-        mock.patch.object(compile, "_launchers", {}),
+        mock.patch.object(compile, "_kernels", {}),
         mock.patch.object(compile, "_function", function),
         mock.patch.object(compile, "_arch", return_value=arch),
-        mock.patch.object(compile, "_processors", return_value=processors),
+        mock.patch.object(compile, "processors", return_value=processors),
     ):
         yield
 
@@ -123,6 +106,6 @@ def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, .
     checked = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
     results = ops._empty_results(checked)
     operands = ops._kernel_operands(checked, results)
-    function, last = compile.bound(checked.chain, *operands)
-    function(*operands, last)
+    function, numbers = compile.bound(checked.chain, *operands)
+    function(*operands, *numbers)
     return results

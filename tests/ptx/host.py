@@ -19,15 +19,6 @@ CONFIGURATION = {(0, 0): "x", (0, 1): "y", (0, 2): "z", (1, 0): "threads", (1, 1
 
 
 @dataclass(frozen=True)
-class Argument:
-    """A tensor: its address, and of its sizes and strides those that the kernel was not compiled for."""
-
-    address: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Launch:
     grid: tuple[int, int, int]
     threads: int
@@ -44,13 +35,11 @@ def host_function(module: str) -> list[str]:
 
 
 def launch(lines: Sequence[str], program: Program, arguments: Sequence[Any]) -> Launch:
-    """What the host function launches, called with these arguments: Argument, float or int; the stream comes last."""
+    """What the host function launches, called with these arguments: addresses, numbers; the stream comes last."""
     types = [match[1] for match in _ARGUMENT.finditer(lines[0])]
     if len(types) != len(arguments) + 1:
         raise Unsupported(f"a host function of {len(types)} arguments")
-    values: dict[str, Value] = {
-        f"%arg{i}": _structure(kind, argument) for i, (kind, argument) in enumerate(zip(types, arguments, strict=False))
-    }
+    values: dict[str, Value] = {f"%arg{i}": argument for i, argument in enumerate(arguments)}
     configuration: dict[str, int] = {}
     parameters: list[bytes] = []
     pointers: dict[str, tuple[int, ...]] = {}  # into the configuration
@@ -84,6 +73,7 @@ def launch(lines: Sequence[str], program: Program, arguments: Sequence[Any]) -> 
 _ASSIGNMENT = re.compile(r"\s*(%\d+) = llvm\.(\S+) (.*?)\s*(?:overflow<\w+>\s*)?:")
 _CONSTANT = re.compile(r"\s*(%\d+) = llvm\.mlir\.constant\((-?\w+)(?: : i\d+)?\)")
 _ARGUMENT = re.compile(r"%arg\d+: (.*?)(?: \{[^}]*\})?(?=, %arg|\) ->|\) attr|\) \{)")
+_POISON = re.compile(r"\s*(%\d+) = llvm\.mlir\.poison : (.*\S)")
 _CONFIGURED = r"struct<\(array<3 x i32>, array<3 x i32>, i64, ptr, ptr, i32\)>"
 _POINTER = re.compile(r"\s*(%\d+) = llvm\.getelementptr %\d+\[([\d, ]+)\] : .*" + _CONFIGURED)
 _SLOT = re.compile(r"\s*(%\d+) = llvm\.alloca ")
@@ -125,6 +115,9 @@ def _compute(line: str, values: dict[str, Value]) -> None:
         words = {"true": 1, "false": 0}
         values[match[1]] = words[match[2]] if match[2] in words else int(match[2])
         return
+    if match := _POISON.match(line):
+        values[match[1]] = _unknown(match[2])
+        return
     match = _ASSIGNMENT.match(line)
     if not match:
         return
@@ -141,11 +134,12 @@ def _compute(line: str, values: dict[str, Value]) -> None:
     elif operation == "select":
         condition, yes, no = operands
         values[name] = yes if condition else no
-    elif operation.startswith("extractvalue"):
-        value = operands[0]
-        for index in re.search(r"\[([\d, ]+)\]", rest)[1].split(","):  # type: ignore[index]
-            value = value[int(index)]
-        values[name] = value
+    elif operation == "sext":
+        values[name] = operands[0]
+    elif operation == "insertvalue":
+        value, structure = operands
+        indices = [int(index) for index in re.search(r"\[([\d, ]+)\]", rest)[1].split(",")]  # type: ignore[index]
+        values[name] = _with(structure, indices, value)
 
 
 # --- structs --------------------------------------------------------------------------------------------------------
@@ -170,20 +164,17 @@ def _leaves(kind: str) -> list[str]:
     return [kind] if members is None else [leaf for member in members for leaf in _leaves(member)]
 
 
-def _structure(kind: str, argument: Any) -> Value:
-    if not isinstance(argument, Argument):
-        return argument
-    leaves = _leaves(kind)
-    content = (argument.address, *argument.sizes, *argument.strides)
-    expected = ["ptr<1>", *("i32" for _ in argument.sizes), *("i64" for _ in argument.strides)]
-    if leaves != expected:
-        raise Unsupported(f"a tensor as {kind}, given {argument}")
-    return _fill(kind, list(content))
-
-
-def _fill(kind: str, content: list[int]) -> Value:
+def _unknown(kind: str) -> Value:
+    """A value of that type of which nothing is known yet."""
     members = _members(kind)
-    return content.pop(0) if members is None else tuple(_fill(member, content) for member in members)
+    return None if members is None else tuple(_unknown(member) for member in members)
+
+
+def _with(structure: Value, indices: Sequence[int], value: Value) -> Value:
+    if not indices:
+        return value
+    first, *rest = indices
+    return (*structure[:first], _with(structure[first], rest, value), *structure[first + 1 :])
 
 
 _FORMATS = {"ptr<1>": ("<Q", 8), "i32": ("<i", 4), "i64": ("<q", 8), "f32": ("<f", 4)}
@@ -191,10 +182,10 @@ _FORMATS = {"ptr<1>": ("<Q", 8), "i32": ("<i", 4), "i64": ("<q", 8), "f32": ("<f
 
 def _bytes(kind: str, value: Value) -> bytes:
     """A value as it lies in memory, each number aligned to its size."""
-    if value is None:
+    flat = _flat(value)
+    if None in flat:
         raise Unsupported(f"a kernel parameter {kind} that cannot be read off the host code")
     content = b""
-    flat = _flat(value)
     largest = 1
     for leaf, number in zip(_leaves(kind), flat, strict=True):
         form, size = _FORMATS[leaf]

@@ -103,6 +103,7 @@ def _pure() -> dict[str, Pure]:
         "abs.s32": Pure(np.abs, S32, (S32,)),
         "div.s32": Pure(_divide, S32, (S32, S32)),
         "mul.wide.u32": Pure(lambda a, b: a.astype(U64) * b, U64, (U32, U32)),
+        "mul.wide.s32": Pure(lambda a, b: a.astype(S64) * b, S64, (S32, S32)),
         "shr.u16": Pure(_shift_right, U16, (U16, U32)),
         "shr.u32": Pure(_shift_right, U32, (U32, U32)),
         "selp.f32": Pure(_select, F32, (F32, F32, BOOL)),

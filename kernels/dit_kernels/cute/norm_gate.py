@@ -143,8 +143,7 @@ def _row_of(tensor: cute.Tensor, operand: cutlass.Constexpr, batch: Int32, token
     """The row that (batch, token) reads or writes, as (D / vector, vector)."""
     address = tensor.iterator.toint()
     if const_expr(operand.walk in ("token", "batch")):
-        # A dimension of size 1 is broadcast: its only index is the last one. Offsets pass 2^31.
-        offset = Int64(cutlass.min(batch, tensor.shape[0] - 1)) * tensor.stride[0]
+        offset = Int64(batch) * tensor.stride[0]  # offsets pass 2^31
         if const_expr(operand.walk == "token"):
             offset += Int64(token) * tensor.stride[1]
         address += offset * (tensor.element_type.width // 8)
@@ -350,22 +349,39 @@ class NormGate:
     @cute.jit
     def __call__(
         self,
-        x: cute.Tensor,  # (B, S, D)
-        weight: cute.Tensor | None,  # (D,)
-        bias: cute.Tensor | None,  # (D,)
-        gate: cute.Tensor | None,  # (1|B, 1|S, D) or (1, 1, 1)
-        residual: cute.Tensor | None,  # (B, S, D)
+        x: cute.Pointer,
+        weight: cute.Pointer | None,
+        bias: cute.Pointer | None,
+        gate: cute.Pointer | None,
+        residual: cute.Pointer | None,
         eps: Float32,
-        weight2: cute.Tensor | None,  # (D,)
-        bias2: cute.Tensor | None,  # (D,)
-        scale: cute.Tensor | None,  # as gate
+        weight2: cute.Pointer | None,
+        bias2: cute.Pointer | None,
+        scale: cute.Pointer | None,
         eps2: Float32,
-        y: cute.Tensor | None,  # (B, S, D)
-        z: cute.Tensor | None,  # (B, S, D)
+        y: cute.Pointer | None,
+        z: cute.Pointer | None,
+        batches: Int32,
+        tokens: Int32,
+        x_batch: Int64,  # strides in elements, 0 where the operand is broadcast; those of y and z are contiguous
+        x_token: Int64,
+        residual_batch: Int64,
+        residual_token: Int64,
+        gate_batch: Int64,
+        gate_token: Int64,
+        scale_batch: Int64,
+        scale_token: Int64,
         processors: Int32,  # streaming multiprocessors of the device
         stream,
     ):
-        batches, tokens = x.shape[0], x.shape[1]
+        rows = partial(self.tensor, batches, tokens)
+        x = rows("x", x, x_batch, x_token)
+        residual = rows("residual", residual, residual_batch, residual_token)
+        gate = rows("gate", gate, gate_batch, gate_token)
+        scale = rows("scale", scale, scale_batch, scale_token)
+        weight, bias = rows("weight", weight), rows("bias", bias)
+        weight2, bias2 = rows("weight2", weight2), rows("bias2", bias2)
+        y, z = (rows(name, t, Int64(tokens) * self.d, self.d) for name, t in (("y", y), ("z", z)))
         block, schedule = [self.tiling.threads, 1, 1], self.tiling.schedule
         if const_expr(schedule is None):
             self.row_kernel(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z).launch(
@@ -375,9 +391,9 @@ class NormGate:
             # For each batch item `walkers` CTAs, as many as run at once, take `rounds` rows each. Those left go to CTAs
             # of `chunk` rows, which start wherever one has ended, since multiprocessors are not equally fast.
             walkers = cutlass.min(cutlass.max(processors * schedule.ctas // batches, 1), tokens)
-            rounds = cute.ceil_div(tokens, walkers)
-            if rounds > schedule.short:
-                rounds = tokens * schedule.share // (walkers * 16)
+            every = cute.ceil_div(tokens, walkers)
+            some = tokens * schedule.share // (walkers * 16)
+            rounds = cutlass.select_(every > schedule.short, some, every)
             rest = cutlass.max(tokens - walkers * rounds, 0)
             ctas = walkers + cute.ceil_div(rest, schedule.chunk)
             grid = [batches, cutlass.min(ctas, MAX_GRID_Y), cute.ceil_div(ctas, MAX_GRID_Y)]
@@ -385,6 +401,20 @@ class NormGate:
             kernel(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z, walkers, rounds).launch(
                 grid=grid, block=block, stream=stream
             )
+
+    def tensor(self, batches: Int32, tokens: Int32, name: str, pointer, by_batch: Any = 0, by_token: Any = 0):
+        """An operand as (B, S, D), or as it is broadcast: (B, 1, D), (D,), (1, 1, 1)."""
+        operand = getattr(self.operands, name)
+        if operand is None:
+            return None
+        layouts = {
+            "token": ((batches, tokens, self.d), (by_batch, by_token, 1)),
+            "batch": ((batches, 1, self.d), (by_batch, 0, 1)),
+            "column": ((self.d,), (1,)),
+            "element": ((1, 1, 1), (0, 0, 1)),
+        }
+        shape, stride = layouts[operand.walk]
+        return cute.make_tensor(pointer, cute.make_layout(shape, stride=stride))
 
     @cute.kernel
     def row_kernel(
