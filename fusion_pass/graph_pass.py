@@ -31,6 +31,7 @@ from torch._logging import trace_structured
 from torch.fx import Graph, Node
 
 import dit_kernels.ops
+import fusion_pass.lowering  # noqa: F401  how Inductor calls what the pass inserts
 from fusion_pass import eligibility, sites
 from fusion_pass.dataflow import dtype
 from fusion_pass.report import (

@@ -35,6 +35,7 @@ from torch import Tensor
 from dit_kernels.chain import Chain
 from dit_kernels.cute.norm_gate import CUTE_DTYPES, NormGate, Operand, Operands, held_dtype
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling, row_tiling
+from dit_kernels.direct import launch_numbers
 
 Function = Callable[..., None]
 Facts = tuple[torch.dtype, str, int]  # the fields of an Operand
@@ -92,7 +93,8 @@ def bound(
 
     function(x, ..., z, *numbers, stream) launches it on the current device, a tensor given by its address, and never
     waits for the GPU. It takes all tensors that agree with these in dtype, D, which dimensions are 1, and in what
-    pointers and strides are multiples of; the numbers are those of `numbers`.
+    pointers and strides are multiples of; the numbers are `launch_numbers` and the number
+    of processors.
 
     bf16, fp16 or fp32, each tensor its own; the last stride is 1, the others of inputs are any. A kernel that is not
     compiled yet is compiled here, except under CUDA graph capture: RuntimeError.
@@ -116,20 +118,7 @@ def bound(
     function = _kernels.get(key)
     if function is None:
         function = _kernels[key] = _function(_arch(device), _variant(chain, d, *key[3:]))
-    return function, (*numbers(x, residual, gate, scale), processors(device))
-
-
-def numbers(x: Any, residual: Any, gate: Any, scale: Any) -> tuple[Any, ...]:
-    """B, S, and the strides of these by batch item and by token, in elements: 0 where an operand has one or is absent.
-
-    Of tensors, and of whatever else has shape and stride().
-    """
-    strides = [0 if size == 1 else by for t in (x, residual, gate, scale) for size, by in _outer(t)]
-    return (x.shape[0], x.shape[1], *strides)
-
-
-def _outer(t: Any) -> list[tuple[Any, Any]]:
-    return [(1, 0)] * 2 if t is None else list(zip(t.shape[:2], t.stride()[:2], strict=True))
+    return function, (*launch_numbers(x, residual, gate, scale), processors(device))
 
 
 def run(chain: Chain, *operands: Any) -> None:

@@ -301,7 +301,7 @@ def _empty_results(call: Call) -> tuple[Tensor, ...]:
 
 
 def _run_cuda(call: Call) -> tuple[Tensor, ...]:
-    if not _kernel_takes(call):
+    if not has_kernel(call):
         missing = kernels_missing(call.x.device)
         if missing is not None:
             _warn_once(f"dit_kernels: {missing}; the PyTorch definitions run instead")
@@ -310,6 +310,22 @@ def _run_cuda(call: Call) -> tuple[Tensor, ...]:
     if call.x.numel():
         _compiler().run(call.chain, *_kernel_operands(call, results))
     return results
+
+
+def run_into(call: Call, results: tuple[Tensor, ...]) -> None:
+    """Runs a call into results that are there already: contiguous, of the shape of x and the chain's dtypes."""
+    if not has_kernel(call):
+        run = _run_cuda if call.x.is_cuda else _run_definition
+        for result, value in zip(results, run(call), strict=True):
+            result.copy_(value)
+    elif call.x.numel():
+        _compiler().run(call.chain, *_kernel_operands(call, results))
+
+
+def kernel_of(call: Call, results: tuple[Tensor, ...]) -> tuple[Callable[..., None], int]:
+    """The kernel that a call runs, and the number of processors that it is launched with."""
+    function, numbers = _compiler().bound(call.chain, *_kernel_operands(call, results))
+    return function, numbers[-1]
 
 
 # --- from a Call to what a kernel takes -----------------------------------------------------------------------------
@@ -328,7 +344,7 @@ def kernels_missing(device: torch.device) -> str | None:
     return None
 
 
-def _kernel_takes(call: Call) -> bool:
+def has_kernel(call: Call) -> bool:
     """Can the CuTeDSL kernel run this call?"""
     if kernels_missing(call.x.device) is not None:
         return False
@@ -477,7 +493,7 @@ def _cuda(name: str, make_call: Callable[..., Call]) -> Callable[..., Any]:
             return plan(args[0], given)
         call = make_call(*args, **kwargs)
         results = _run_cuda(call)
-        if key is not None and _kernel_takes(call):
+        if key is not None and has_kernel(call):
             plan = _make_plan(call, given)
             if plan is not None:
                 if len(_plans) >= _MOST_PLANS:
@@ -508,7 +524,7 @@ def prepare(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> None:
     The arguments may be fake tensors, with symbolic sizes; nothing is read from them and nothing is launched.
     """
     call = checked_call(op, *args, **kwargs)
-    if _kernel_takes(call):
+    if has_kernel(call):
         from dit_kernels import compile
 
         compile.prepare(call.chain, *_kernel_operands(call, _empty_results(call), read_eps=False))

@@ -1,0 +1,203 @@
+"""How Inductor calls the ops: by dit_kernels.direct instead of the dispatcher, into buffers that it plans itself.
+
+What this does not know to be right (C++ wrappers, unusual shapes and strides) is called as any custom op is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, fallback_handler, register_lowering
+from torch._inductor.virtualized import V
+
+from dit_kernels.direct import launch_numbers
+from dit_kernels.ops import ALIGNMENT
+
+log = logging.getLogger("fusion_pass")
+
+_TENSORS = ("x", "weight", "bias", "gate", "residual", "weight2", "bias2", "scale")
+_WITH_OFFSET = ("x", "gate", "residual", "scale")
+_ORDER = ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2")
+
+
+class Unusual(Exception):
+    """A call that goes through the dispatcher, and why."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The shape and the strides of an operand as (B, S, D), as launch_numbers reads them."""
+
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+
+    def stride(self) -> tuple[Any, ...]:
+        return self.strides
+
+
+class DirectKernel(ir.ExternKernel):
+    """A call of an op that writes into buffers which Inductor has allocated."""
+
+    def __init__(
+        self,
+        op: torch._ops.OpOverload,
+        operands: dict[str, Any],
+        options: dict[str, Any],
+        numbers: Sequence[Any],
+        results: Sequence[Any],
+    ) -> None:
+        nodes = {name: _stored(t) for name, t in operands.items() if name in _TENSORS and t is not None}
+        self.results = [_stored(result) for result in results]
+        device = nodes["x"].get_device()
+        super().__init__(
+            None, ir.NoneLayout(device=device), [*nodes.values(), *self.results], constant_args=tuple(numbers)
+        )
+        self.op, self.options, self.device = op, options, device
+        self.operands: dict[str, Any] = {**operands, **nodes}
+        self.name = V.graph.register_buffer(self)
+        self.mutation_outputs = [ir.MutationOutput(ir.NoneLayout(device=device), t, self) for t in self.results]
+        V.graph.register_operation(self)
+
+    def get_outputs(self) -> list[ir.Buffer]:
+        return list(self.mutation_outputs)
+
+    def get_device(self) -> torch.device | None:
+        return self.device
+
+    def should_allocate(self) -> bool:
+        return False
+
+    def codegen(self, wrapper: Any) -> None:
+        name = f"dit_kernel_{wrapper.next_kernel_suffix()}"
+        results = [result.codegen_reference() for result in self.results]
+        results = ["None", *results] if self.op._opname == "norm_scale" else [*results, "None"][:2]
+        operands = {key: self.operands.get(key, 0.0 if key == "eps2" else None) for key in _ORDER}
+        bases = {key: _base(value) if key in _WITH_OFFSET else None for key, value in operands.items()}
+        offsets = {key: base[1] for key, base in bases.items() if base is not None and base[1]}
+        given = [_written(value) if (base := bases[key]) is None else base[0] for key, value in operands.items()]
+        numbers = wrapper.codegen_shape_tuple(self.constant_args)
+        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
+        wrapper.add_import_once("from dit_kernels.direct import DirectCall")
+        wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}, {offsets}{options})")
+        wrapper.writeline(f"if not {name}({', '.join((*given, *results, numbers))}):")
+        wrapper.writeline(f"    {name}.checked({', '.join((*map(_written, operands.values()), *results))})")
+
+
+def _base(t: Any) -> tuple[str, int] | None:
+    """Where an operand is a view of a buffer: the buffer, and the bytes by which the view lies behind it.
+
+    A view costs the host as much to make as a launch; its address is a sum.
+    """
+    if not isinstance(t, ir.ReinterpretView):
+        return None
+    buffer = t.data.data if isinstance(t.data, ir.StorageBox) else t.data
+    if not isinstance(buffer, ir.Buffer) or buffer.get_layout().offset != 0 or buffer.get_dtype() != t.get_dtype():
+        return None
+    offset = t.get_layout().offset
+    return (buffer.get_name(), int(offset) * t.get_dtype().itemsize) if _static(offset) else None
+
+
+def _written(value: Any) -> str:
+    return value.codegen_reference() if isinstance(value, ir.IRNode) else repr(value)
+
+
+def _stored(t: Any) -> Any:
+    """The buffer or view in memory that an operand is."""
+    return ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t))
+
+
+def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The op's results, to be computed by a DirectKernel. Raises Unusual."""
+    if V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False) or V.graph.aot_mode:
+        raise Unusual("the wrapper is no Python code")
+    names = [argument.name for argument in op._schema.arguments if not argument.kwarg_only]
+    operands = dict(zip(names, args, strict=True))
+    if not all(isinstance(operands[name], float) for name in ("eps", "eps2") if name in operands):
+        raise Unusual("eps is no constant")
+    operands |= {name: _realized(t) for name, t in operands.items() if name in _TENSORS and t is not None}
+    numbers = _numbers(operands)
+    vals = V.graph.current_node.meta["val"]
+    x = operands["x"]
+    results = [
+        empty_strided(x.get_size(), None, dtype=val.dtype, device=x.get_device())
+        for val in (vals if isinstance(vals, tuple | list) else [vals])
+    ]
+    DirectKernel(op, operands, kwargs, numbers, results)
+    return results if len(results) > 1 else results[0]
+
+
+def _realized(t: Any) -> Any:
+    """The operand in memory, with strides that stay."""
+    t = ir.ExternKernel.realize_input(t)
+    if isinstance(t.get_layout(), ir.FlexibleLayout):
+        t.freeze_layout()
+    return t
+
+
+def _numbers(operands: dict[str, Any]) -> tuple[Any, ...]:
+    """What launch_numbers gives, as expressions. Raises Unusual for what a kernel does not take as it is."""
+    x = operands["x"]
+    d = x.get_size()[-1]
+    if not 2 <= len(x.get_size()) <= 3 or not _static(d):
+        raise Unusual("x is not [B, S, D] with a constant D")
+    for name in ("weight", "bias", "weight2", "bias2"):
+        t = operands.get(name)
+        if t is not None and not _known(t.get_stride()[0], 1):
+            raise Unusual(f"{name} is not contiguous")
+    x_rows, residual = _rows("x", x, d), _rows("residual", operands.get("residual"), d)
+    gate, scale = _rows("gate", operands.get("gate"), d), _rows("scale", operands.get("scale"), d)
+    assert x_rows is not None
+    return launch_numbers(x_rows, residual, gate, scale)
+
+
+def _rows(name: str, t: Any, d: Any) -> _Rows | None:
+    """An operand as (B, S, D), (1, 1, 1), or in between."""
+    if t is None:
+        return None
+    shape, strides = list(t.get_size()), list(t.get_stride())
+    if all(_known(size, 1) for size in shape):
+        return _Rows((1, 1, 1), (0, 0, 1))
+    shape, strides = [1] * (3 - len(shape)) + shape, [0] * (3 - len(shape)) + strides
+    if len(shape) != 3 or not _known(shape[-1], d) or not _known(strides[-1], 1):
+        raise Unusual(f"{name} is not [B, S, D]")
+    for i, (size, by) in enumerate(zip(shape[:2], strides[:2], strict=True)):
+        if _known(size, 1):
+            shape[i] = 1
+        elif not V.graph.sizevars.statically_known_gt(size, 1):
+            raise Unusual(f"whether {name} is broadcast is not known")
+        elif not _known((by * t.get_dtype().itemsize) % ALIGNMENT, 0):
+            raise Unusual(f"the rows of {name} are not aligned")
+    return _Rows(tuple(shape), tuple(strides))
+
+
+def _known(a: Any, b: Any) -> bool:
+    return bool(V.graph.sizevars.statically_known_equals(a, b))
+
+
+def _static(size: Any) -> bool:
+    return isinstance(size, int) or bool(getattr(size, "is_number", False))
+
+
+def _register(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    through_dispatcher = fallback_handler(op, add_to_fallback_set=False)
+
+    @register_lowering(op, type_promotion_kind=None)
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return _call(op, args, kwargs)
+        except Unusual as reason:
+            log.debug("%s goes through the dispatcher: %s", op, reason)
+        except Exception as error:  # Inductor's innards may have changed: the op still works as any other does
+            log.warning("fusion_pass: %s goes through the dispatcher: %s: %s", op, type(error).__name__, error)
+        return through_dispatcher(*args, **kwargs)
+
+    return lower
+
+
+for _name in ("norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "norm_scale"):
+    _register(getattr(torch.ops.dit_kernels, _name).default)

@@ -1,0 +1,227 @@
+"""How compiled code calls the ops: what is emitted, and that a direct call launches what a call of the op would."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from dit_kernels import ops
+from dit_kernels.direct import DirectCall, launch_numbers
+from fusion_pass import lowering
+
+D, EPS = 32, 1e-5
+PROCESSORS, STREAM = 132, 7
+bf16 = torch.bfloat16
+DUAL = torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale
+GATED = torch.ops.dit_kernels.norm_tanh_mul_add
+SCALED = torch.ops.dit_kernels.norm_scale
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with fresh_cache(), torch.no_grad():
+        yield
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape).to(bf16)
+
+
+def compiled(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str]:
+    """The result of Inductor's code, and the code."""
+    torch._dynamo.reset()
+    result, codes = run_and_get_code(torch.compile(function, **options), *args)
+    return result, "\n".join(codes)
+
+
+def is_direct(code: str) -> bool:
+    through_dispatcher = "torch.ops.dit_kernels" in code.split("def call")[1]
+    assert through_dispatcher != ("DirectCall(" in code)
+    return not through_dispatcher
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    got, expected = (r if isinstance(r, tuple) else (r,) for r in (got, expected))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def dual(x: Tensor, w: Tensor, gate: Tensor, residual: Tensor, w2: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return DUAL(x, w, None, gate, residual, EPS, w2, None, scale, EPS)
+
+
+def operands(*lead: int) -> tuple[Tensor, ...]:
+    modulation = random(lead[0], 1, 2 * D)
+    gate, scale = modulation.split(D, dim=2)  # views of one buffer, as in a model
+    return random(*lead, D), random(D), gate, random(*lead, D), random(D), scale
+
+
+def test_every_op_is_called_directly_into_buffers_that_inductor_allocates() -> None:
+    x, w, gate, residual, w2, scale = operands(2, 5)
+    calls = {
+        "dual": (dual, (x, w, gate, residual, w2, scale)),
+        "gated": (lambda x, w, g, r: GATED(x, w, None, g, r, EPS), (x, w, gate, residual)),
+        "scaled": (lambda x, w, s: SCALED(x, w, None, s, EPS), (x, w, scale)),
+        "bare": (lambda x, r: GATED(x, None, None, None, r, EPS, tanh=False), (x, residual)),
+    }
+    for function, args in calls.values():
+        got, code = compiled(function, *args)
+        assert is_direct(code)
+        assert code.count(" = empty_strided_cpu(") == 1 + (function is dual)
+        assert_equal(got, function(*args))
+
+
+def test_a_view_is_given_as_its_buffer_and_an_offset() -> None:
+    x, w, _, residual, w2, _ = operands(2, 5)
+
+    def modulated(x: Tensor, w: Tensor, m: Tensor, residual: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        gate, scale = m.mm(torch.eye(2 * D, dtype=bf16)).view(2, 1, 2 * D).split(D, dim=2)
+        return dual(x, w, gate, residual, w2, scale)
+
+    args = (x, w, random(2, 2 * D), residual, w2)
+    got, code = compiled(modulated, *args)
+    assert is_direct(code)
+    assert f"{{'scale': {2 * D}}}" in code
+    fast_path = next(line for line in code.splitlines() if line.lstrip().startswith("if not dit_kernel_"))
+    assert "reinterpret_tensor" not in fast_path
+    assert_equal(got, modulated(*args))
+
+
+def test_sizes_may_change_without_another_compilation() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    function = torch.compile(lambda x, w, r: GATED(x, w, None, None, r, EPS, tanh=False), backend=counter, dynamic=None)
+    w = random(D)
+    for tokens in (5, 7, 11, 13):
+        x, residual = random(2, tokens, D), random(2, tokens, D)
+        assert_equal(function(x, w, residual), GATED(x, w, None, None, residual, EPS, tanh=False))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        pytest.param(lambda x, w, r: GATED(x[..., ::2], w[::2], None, None, r[..., ::2], EPS), id="columns apart"),
+        pytest.param(lambda x, w, r: GATED(x[None], w, None, None, r[None], EPS), id="4-D"),
+        pytest.param(
+            lambda x, w, r: GATED(x.view(-1)[:300].view(2, 5, 30), w[:30], None, None, r[..., :30], EPS),
+            id="rows that end askew",
+        ),
+        pytest.param(lambda x, w, r: GATED.eps_tensor(x, w, None, None, r, w[:1]), id="eps as a tensor"),
+        pytest.param(lambda x, w, r: GATED(x, w, None, x[..., :1], r, EPS), id="a gate for each token"),
+    ],
+)
+def test_what_a_kernel_does_not_take_as_it_is_goes_through_the_dispatcher(unusual: Callable[..., Any]) -> None:
+    args = random(2, 5, D), random(D), random(2, 5, D)
+    got, code = compiled(unusual, *args)
+    assert not is_direct(code)
+    assert_equal(got, unusual(*args))
+
+
+@pytest.mark.parametrize("step", ["_numbers", "_realized", "empty_strided", "_stored"])
+def test_an_error_in_the_lowering_costs_a_warning_and_the_dispatcher(
+    step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise AttributeError("renamed")
+
+    monkeypatch.setattr(lowering, step, broken)
+    args = operands(2, 5)
+    with caplog.at_level(logging.WARNING, "fusion_pass"):
+        got, code = compiled(dual, *args)
+    assert not is_direct(code)
+    assert "AttributeError: renamed" in caplog.text
+    assert_equal(got, dual(*args))
+
+
+def test_a_cpp_wrapper_calls_the_op_through_the_dispatcher() -> None:
+    args = operands(2, 5)
+    got, code = compiled(dual, *args, options={"cpp_wrapper": True})
+    assert "DirectCall" not in code
+    assert_equal(got, dual(*args))
+
+
+# --- the call itself, with a kernel that only notes what it is launched with ------------------------------------------
+
+
+class Launched(Exception):
+    """The arguments of a launch."""
+
+
+def launch(*args: Any) -> None:
+    raise Launched(args)
+
+
+@contextmanager
+def gpu() -> Iterator[None]:
+    """CPU tensors are taken for those of a GPU whose kernels are all `launch`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "has_kernel", lambda call: True)
+        patch.setattr(ops, "run_into", lambda call, results: None)
+        patch.setattr(ops, "kernel_of", lambda call, results: (launch, PROCESSORS))
+        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+        yield
+
+
+def launched(call: DirectCall, given: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...] | None:
+    try:
+        assert not call(*given, numbers)
+    except Launched as arguments:
+        return arguments.args[0]
+    return None
+
+
+@given(data=st.data())
+def test_a_direct_call_launches_with_the_addresses_and_numbers_of_its_operands(data: st.DataObject) -> None:
+    b, s, wide = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(st.booleans())
+
+    def broadcast() -> Tensor:
+        return random(data.draw(st.sampled_from([1, b])), data.draw(st.sampled_from([1, s])), 2 * D)[..., D:]
+
+    x, residual = (random(b, s, 2 * D if wide else D)[..., :D] for _ in range(2))
+    gate, scale = broadcast(), broadcast()
+    tensors = (x, random(D), None, gate, residual, EPS, random(D), None, scale, EPS, random(b, s, D), random(b, s, D))
+    bases = {3: gate._base, 8: scale._base}
+    given = tuple(bases.get(i, t) for i, t in enumerate(tensors))
+    numbers = launch_numbers(x, residual, gate, scale)
+    call = DirectCall("norm_tanh_mul_add_norm_scale", {"gate": 2 * D, "scale": 2 * D})
+    with gpu():
+        assert launched(call, given, numbers) is None  # the first time everything is looked at
+        call.checked(*tensors)
+        addresses = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
+        assert launched(call, given, numbers) == (*addresses, *numbers, PROCESSORS, STREAM)
+
+
+@pytest.mark.parametrize("askew", [0, 1, 3, 4, 6, 8, 10, 11])
+def test_a_direct_call_leaves_an_operand_that_is_not_aligned_to_the_checks(askew: int) -> None:
+    x, w, gate, residual, w2, scale = operands(2, 5)
+    tensors: list[Any] = [x, w, None, gate, residual, EPS, w2, None, scale, EPS, random(2, 5, D), random(2, 5, D)]
+    numbers = launch_numbers(x, residual, gate, scale)
+    call = DirectCall("norm_tanh_mul_add_norm_scale", {})
+    with gpu():
+        call.checked(*tensors)
+        assert launched(call, tuple(tensors), numbers) is not None
+        moved = tensors[askew]
+        tensors[askew] = random(moved.numel() + 1)[1:].view(moved.shape)
+        assert launched(call, tuple(tensors), numbers) is None
+        unaligned = DirectCall("norm_tanh_mul_add_norm_scale", {})
+        unaligned.checked(*tensors)
+        assert unaligned.function is None
+
+
+def test_a_direct_call_launches_nothing_for_no_rows() -> None:
+    x, w, gate, residual, w2, scale = operands(2, 5)
+    tensors = (x, w, None, gate, residual, EPS, w2, None, scale, EPS, random(2, 5, D), random(2, 5, D))
+    call = DirectCall("norm_tanh_mul_add_norm_scale", {})
+    with gpu():
+        call.checked(*tensors)
+        _, _, *strides = launch_numbers(x, residual, gate, scale)
+        assert launched(call, tensors, (2, 0, *strides)) is None
