@@ -121,10 +121,11 @@ WIDE = (".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64")
 )
 def test_aligned_rows_are_read_and_written_in_pieces_of_16_bytes_only(name: str, arch: str, loads: int) -> None:
     ptx, _ = code(arch, VARIANTS[name])
+    vectors = VARIANTS[name].tiling(arch).vectors
     reads = re.findall(r"ld\.global\S*", ptx)
     writes = re.findall(r"st\.global\S*", ptx)
-    assert len(reads) == loads
-    assert len(writes) == 2  # y and z
+    assert len(reads) == loads * vectors
+    assert len(writes) == 2 * vectors  # y and z
     assert all(access.endswith(WIDE) for access in reads + writes)
 
 

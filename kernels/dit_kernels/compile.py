@@ -63,8 +63,13 @@ class Variant:
             arch,
             walks,
             aligned,
-            packed=all(steps is None or steps.product == torch.bfloat16 for steps in (chain.gated, chain.scaled)),
+            product=_widest_product(chain),
         )
+
+
+def _widest_product(chain: Chain) -> str:
+    products = {steps.product for steps in (chain.gated, chain.scaled) if steps is not None}
+    return "fp32" if torch.float32 in products else "fp16" if torch.float16 in products else "bf16"
 
 
 # --- what a call needs ----------------------------------------------------------------------------------------------

@@ -17,6 +17,11 @@ MAX_CTAS = 16  # on a multiprocessor: fewer for narrow rows than it could hold, 
 ROW_REGISTERS = 16  # registers a thread may spend on its part of one row operand; wider rows are read again instead
 LOADED_REGISTERS = 40  # registers a thread may spend on operands loaded ahead of the first reduction
 HELD_REGISTERS = 36  # the same of a staged kernel, whose rows wait in shared memory
+# Where each row has a gate and a scale of its own, few threads with three vectors each keep more in flight: the dual at
+# S=1056 takes 15.1 with 480 threads, 15.9 with 256, 14.5 with 160, 15.5 with 128 (copy 13.4), and at S=4128 48.2, 50.2,
+# 47.7 and 47.6 (copy 46.6).
+VECTORS_OF_A_ROW = 3
+LOADED_REGISTERS_OF_A_ROW = 80
 
 # What follows was measured on an H200 in bf16, D=3840, in microseconds (benchmarks/NOTES.md has the rest).
 #
@@ -34,9 +39,10 @@ FEW_REGISTERS = 16
 # start as others end: 124.0, 89.4 and 62.0 (copies 119.5, 90.3 and 60.8). Chunks of 1 or 4 rows are slower, and so is
 # a CTA that starts anew where all walk a few rows only (S=2112: gated norm 14.5 against 14.0).
 # A chain whose products are not bf16 has more instructions, and what a CTA does once, tanh among them, counts for more:
-# the dual at S=4128 in fp16 takes 35.7 with half of the rows walked, 35.2 with 11 sixteenths; in the form fp32, 38.1
-# and 36.7.
-SHARE = {"registers": 14, "shared": 6, "shared, not bf16": 11}
+# the dual at S=4128 in fp16 takes 34.9 with 11 sixteenths of the rows walked, 35.1 with 14; in the form fp32, 35.8 and
+# 35.2.
+SHARE_FROM_REGISTERS = 14
+SHARE_FROM_SHARED = {"bf16": 6, "fp16": 11, "fp32": 14}  # by the dtype of the products
 CHUNK = 2
 SHORT = 6
 
@@ -94,14 +100,14 @@ def row_tiling(
     arch: str,
     walks: bool = True,
     aligned: bool = True,
-    packed: bool = True,
+    product: str = "bf16",
 ) -> RowTiling:
     """The tiling for rows of `d` elements.
 
     row_widths: bytes of an element of each tensor read per row (x, residual); parameter_widths: of each other operand
     that is read as vectors, as it is kept. The vector is as wide as the narrowest row operand needs for a 16-byte
     access. walks: no parameter differs from row to row; aligned: rows start and end at multiples of 16 bytes, as bulk
-    copies need them; packed: the products are bf16, two of which are one instruction.
+    copies need them; product: the dtype of the products, two of which are one instruction in bf16.
     """
     vector = _vector_elements(d, min(row_widths))
     registers = _registers(vector, max(row_widths))
@@ -110,7 +116,10 @@ def row_tiling(
     bulk = walks and aligned and on.shared_bytes > 0
     resident = -(-total // MAX_THREADS) * registers <= ROW_REGISTERS
     most = ROW_REGISTERS // registers if resident else total
-    threads, vectors = _split(total, most, MAX_THREADS_OF_ONE_VECTOR if bulk else MAX_THREADS)
+    fewest = 1 if total <= (MAX_THREADS_OF_ONE_VECTOR if bulk else MAX_THREADS) else -(-total // MAX_THREADS)
+    if resident and not walks and total % (VECTORS_OF_A_ROW * WARP) == 0:
+        fewest = min(max(fewest, VECTORS_OF_A_ROW), most)
+    threads, vectors = _split(total, most, fewest)
     tail = threads * vectors != total
     held = vectors * sum(_registers(vector, width) for width in parameter_widths)
     loaded = held + vectors * sum(_registers(vector, width) for width in row_widths)
@@ -118,17 +127,17 @@ def row_tiling(
     if walks and resident:
         if bulk and loaded > FEW_REGISTERS and held <= HELD_REGISTERS:
             used = 16 + held + held // 2 + 8 * tail + on.more_registers
-            share = SHARE["shared" if packed else "shared, not bf16"]
-            schedule = _staged(threads, used, d * sum(row_widths), on.shared_bytes, share)
+            schedule = _staged(threads, used, d * sum(row_widths), on.shared_bytes, SHARE_FROM_SHARED[product])
         elif loaded <= LOADED_REGISTERS:
             schedule = _unstaged(threads, loaded)
-    ahead = resident and (loaded <= LOADED_REGISTERS or schedule is not None)
+    most_loaded = LOADED_REGISTERS if walks else LOADED_REGISTERS_OF_A_ROW
+    ahead = resident and (loaded <= most_loaded or schedule is not None)
     return RowTiling(threads, vector, vectors, tail, resident, ahead, schedule)
 
 
 def _unstaged(threads: int, loaded: int) -> Schedule:
     most = next(most for registers, most in RESIDENT_THREADS if loaded <= registers)
-    return Schedule(max(1, min(most // threads, MAX_CTAS)), 0, SHARE["registers"])
+    return Schedule(max(1, min(most // threads, MAX_CTAS)), 0, SHARE_FROM_REGISTERS)
 
 
 def _staged(threads: int, registers: int, row_bytes: int, shared_bytes: int, share: int) -> Schedule | None:
@@ -149,9 +158,8 @@ def _registers(vector: int, width: int) -> int:
     return -(-vector * width // 4)
 
 
-def _split(total: int, most: int, threads_of_one: int) -> tuple[int, int]:
+def _split(total: int, most: int, fewest: int) -> tuple[int, int]:
     """(threads, vectors of one) for `total` vectors: the fewest a thread that leave no tail, if not twice as many."""
-    fewest = 1 if total <= threads_of_one else -(-total // MAX_THREADS)
     for vectors in range(fewest, min(most, 2 * fewest) + 1):
         if total % (vectors * WARP) == 0:
             return total // vectors, vectors
