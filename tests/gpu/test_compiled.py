@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from site_modules import SiteModule, Spec, inputs, native_norm, specs
 
-from fusion_pass import Backend
+from dit_kernels.direct import DirectCall
+from fusion_pass import Backend, lowering  # noqa: F401  Inductor's way to call the ops
 
 # The share of outputs that may differ from eager's by a rounding, because the kernel sums in another order. A flipped
 # 16-bit statistic (`native`) changes a whole row.
@@ -88,3 +90,65 @@ def test_opcheck_passes_on_the_gpu(dtype: torch.dtype, shape: tuple[int, ...]) -
     torch.library.opcheck(ops.norm_tanh_mul_add_norm_scale.default, dual)
     with_gradients = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in dual]
     torch.library.opcheck(ops.norm_tanh_mul_add_norm_scale.default, with_gradients)
+
+
+# --- direct calls -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls that were looked at as a whole, since nothing was known of their operands yet."""
+    seen: list[str] = []
+    checked = DirectCall.checked
+
+    def noted(call: DirectCall, *operands: Any) -> None:
+        seen.append(call.op)
+        checked(call, *operands)
+
+    monkeypatch.setattr(DirectCall, "checked", noted)
+    return seen
+
+
+def dual_operands(batch: int, tokens: int, skip: int = 0) -> tuple[torch.Tensor, ...]:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    x = random(batch * tokens * 256 + skip)[skip:].view(batch, tokens, 256)
+    return x, random(256), random(batch, 1, 512), random(batch, tokens, 256), random(256)
+
+
+def dual(x: torch.Tensor, w: torch.Tensor, m: torch.Tensor, r: torch.Tensor, w2: torch.Tensor) -> Any:
+    gate, scale = m.split(256, dim=2)
+    return torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale(x, w, None, gate, r, 1e-5, w2, None, scale, 1e-6)
+
+
+def test_a_direct_call_is_looked_at_once_and_computes_what_the_op_does(looked_at: list[str]) -> None:
+    function = torch.compile(dual, dynamic=None)
+    for tokens in (64, 64, 96, 128, 64):
+        args = dual_operands(2, tokens)
+        for got, expected in zip(function(*args), dual(*args), strict=True):
+            assert torch.equal(got, expected)
+    assert len(looked_at) == 2  # in the code for 64 tokens, and in that for any number
+
+
+def test_a_direct_call_takes_an_operand_that_is_not_aligned(looked_at: list[str]) -> None:
+    function = torch.compile(dual, dynamic=False)
+    for skip in (0, 0, 1, 4, 0):
+        args = dual_operands(1, 64, skip)
+        for got, expected in zip(function(*args), dual(*args), strict=True):
+            assert torch.equal(got, expected)
+    assert len(looked_at) <= 3
+
+
+def test_a_direct_call_runs_on_the_current_stream() -> None:
+    function, args = torch.compile(dual, dynamic=False), dual_operands(1, 64)
+    function(*args)
+    stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        results = function(*args)
+        done.record()
+    assert not done.query()  # what was launched waits behind the sleep
+    stream.synchronize()
+    for got, expected in zip(results, dual(*args), strict=True):
+        assert torch.equal(got, expected)
