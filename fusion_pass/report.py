@@ -20,11 +20,12 @@ class Reason(str, Enum):
 
     ALONE = "neither a residual add nor a scale stands around it"
     FOLLOWED = "a shift or a product follows the scale, which Inductor computes in the same kernel"
-    LAYER_NORM = "it is a LayerNorm, and only RMSNorm sites are matched"
+    LAYER_NORM = "a LayerNorm that is not written as F.layer_norm"
     DIMENSION = "the mean does not run over the last dimension only"
     NOT_NORMALISED = "what is squared is not what is normalised"
     ROOT = "its root is written 1 / sqrt, which rounds otherwise than rsqrt"
     ESCAPES = "a value inside the site is used outside it"
+    KINDS = "one of its norms is a LayerNorm, the other an RMSNorm"
     ROUNDING = "its casts fit no rounding form"
     WIDTH = "the last dimension is not static"
     SHAPE = "shape or broadcast not proven"
@@ -49,6 +50,7 @@ BY_DESIGN = frozenset(
         Reason.DIMENSION,
         Reason.NOT_NORMALISED,
         Reason.ROOT,
+        Reason.KINDS,
         Reason.PER_TOKEN,
     }
 )

@@ -52,8 +52,19 @@ def squeezed_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
     return n if weight is None else n * weight
 
 
-NORMS: tuple[Norm, ...] = (diffusers_norm, llama_norm, torch_norm, native_norm, squeezed_norm)
-FORM_OF: dict[Norm, str] = {torch_norm: "weight_then_cast", native_norm: "native"}
+def layer_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), weight, None, eps)
+
+
+def wide_layer_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    """diffusers' FP32LayerNorm, with a bias, here the weight again."""
+    row = None if weight is None else weight.float()
+    return F.layer_norm(x.float(), (x.shape[-1],), row, row, eps).to(x.dtype)
+
+
+LAYER_NORMS: tuple[Norm, ...] = (layer_norm, wide_layer_norm)
+NORMS: tuple[Norm, ...] = (diffusers_norm, llama_norm, torch_norm, native_norm, squeezed_norm, *LAYER_NORMS)
+FORM_OF: dict[Norm, str] = {torch_norm: "weight_then_cast", native_norm: "native", wide_layer_norm: "weight_then_cast"}
 
 
 # --- a site ---------------------------------------------------------------------------------------------------------
@@ -207,6 +218,11 @@ def specs(draw: st.DrawFn) -> Spec:
         expanded=draw(st.booleans()),
         extra_user=draw(st.sampled_from((None, None, "y", "z", "n"))),
     )
+    # What PyTorch decomposes F.layer_norm into is not bit-equal to it: every layer norm must be part of a fused site.
+    if spec.norm in LAYER_NORMS:
+        scale = "one_plus" if spec.scale is None and not spec.add else spec.scale
+        spec = replace(spec, extra_user=None if spec.extra_user == "n" else spec.extra_user, scale=scale)
+        spec = replace(spec, second=spec.second or not spec.add)
     # A [D] operand that multiplies a norm without a weight is its weight.
     if not spec.weight and spec.gate == "given" and spec.gate_shape == "row":
         spec = replace(spec, gate="tanh")
@@ -303,6 +319,30 @@ def an_ungated_residual_depends_on_the_root(x: Tensor, residual: Tensor, gate: T
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return residual * rstd + (wide * rstd).to(x.dtype)
+
+
+def _centred(x: Tensor, variance: Tensor, mean: Tensor) -> Tensor:
+    return (x - mean) * torch.rsqrt(variance + EPS)
+
+
+def a_layer_norm_by_hand(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated(_centred(wide, *torch.var_mean(wide, -1, correction=0, keepdim=True)).to(x.dtype), residual, gate)
+
+
+def a_layer_norm_of_the_sample_variance(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated(_centred(wide, *torch.var_mean(wide, -1, keepdim=True)).to(x.dtype), residual, gate)
+
+
+def a_layer_norm_that_does_not_subtract_the_mean(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    return _gated((wide * torch.rsqrt(variance + EPS)).to(x.dtype), residual, gate + mean.to(x.dtype))
+
+
+def a_layer_norm_over_two_dimensions(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return _gated(F.layer_norm(x, x.shape[-2:]), residual, gate)
 
 
 def cube_for_square(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
@@ -422,6 +462,10 @@ NEVER_FUSED = (
     the_norm_is_added_to_itself,
     an_ungated_norm_is_used_elsewhere,
     an_ungated_residual_depends_on_the_root,
+    a_layer_norm_by_hand,
+    a_layer_norm_of_the_sample_variance,
+    a_layer_norm_that_does_not_subtract_the_mean,
+    a_layer_norm_over_two_dimensions,
     cube_for_square,
     eps_outside_the_root,
     eps_scaled,
@@ -457,6 +501,11 @@ def y_is_changed_before_the_second_norm(x: Tensor, residual: Tensor, gate: Tenso
     return y, diffusers_norm(y, None) * (1 + scale)
 
 
+def one_norm_is_a_layer_norm(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    y = _gated(layer_norm(x, None), residual, gate)
+    return y, diffusers_norm(y, None) * (1 + scale)
+
+
 def the_norms_differ_in_form(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     y = _gated(diffusers_norm(x, None), residual, gate)
     return y, native_norm(y, None) * (1 + scale)
@@ -474,4 +523,9 @@ def the_second_norm_is_shifted(x: Tensor, residual: Tensor, gate: Tensor, scale:
 
 
 ONE_SINGLE = (the_second_norm_is_computed_on, the_second_norm_is_shifted)
-TWO_SINGLES = (the_scale_depends_on_y, y_is_changed_before_the_second_norm, the_norms_differ_in_form)
+TWO_SINGLES = (
+    one_norm_is_a_layer_norm,
+    the_scale_depends_on_y,
+    y_is_changed_before_the_second_norm,
+    the_norms_differ_in_form,
+)

@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from site_modules import (
     EPS,
+    LAYER_NORMS,
     MUTANTS_BY_A_CAST,
     NEVER_FUSED,
     ONE_SINGLE,
@@ -20,6 +21,7 @@ from site_modules import (
     diffusers_norm,
     inputs,
     specs,
+    wide_layer_norm,
 )
 
 
@@ -49,11 +51,18 @@ def test_a_fused_site_is_bit_equal_to_eager_and_is_the_expected_op(spec: Spec, d
         assert site.dtype == spec.dtype
 
 
-def _exact_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """rmsnorm in fp64."""
+def _exact_norm(spec: Spec, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm in fp64, and the magnitude of what is summed up in it."""
     wide = x.double()
+    if spec.norm in LAYER_NORMS:
+        wide = wide - wide.mean(-1, keepdim=True)
     n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-    return n if weight is None else n * weight.double()
+    magnitude = n.abs() + 1 if spec.norm in LAYER_NORMS else n.abs()
+    if weight is not None:
+        n, magnitude = n * weight.double(), magnitude * weight.double().abs()
+    if weight is not None and spec.norm is wide_layer_norm:
+        n, magnitude = n + weight.double(), magnitude + weight.double().abs()
+    return n, magnitude
 
 
 def _assert_rounded_once(got: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> None:
@@ -76,13 +85,13 @@ def test_fp32_rounding_rounds_each_output_once(spec: Spec, seed: int) -> None:
     if spec.add:
         y = rest.pop(0)
         t = {"tanh": gate.double().tanh(), "given": gate.double(), None: torch.ones(())}[spec.gate]
-        p = t * _exact_norm(x, module.weight)
-        _assert_rounded_once(y, residual.double() + p, residual.double().abs() + p.abs())
+        n, magnitude = _exact_norm(spec, x, module.weight)
+        _assert_rounded_once(y, residual.double() + t * n, residual.double().abs() + t.abs() * magnitude)
     if spec.second:
         weight = module.weight2 if spec.add else module.weight
         s = {"one_plus": 1 + scale.double(), "given": scale.double(), None: torch.ones(())}[spec.scale]
-        n = _exact_norm(y, weight)  # the second norm reads the y that is stored
-        _assert_rounded_once(rest[0], n * s, n.abs() * (1 + scale.double().abs()))
+        n, magnitude = _exact_norm(spec, y, weight)  # the second norm reads the y that is stored
+        _assert_rounded_once(rest[0], n * s, magnitude * (1 + scale.double().abs()))
 
 
 MUTANT_ARGS = inputs(Spec(batch=2, tokens=4, width=16))

@@ -37,12 +37,13 @@ def test_the_counts_follow_the_number_of_layers(layers: int, refiners: int) -> N
     assert backend.report.counts() == zimage.expected_counts(layers, refiners)
 
 
-def test_an_fp32_model_is_fused_and_equal_to_its_own_unfused_graph() -> None:
+def test_an_fp32_model_is_fused_and_differs_from_its_own_unfused_graph_by_the_noise_of_one_layer_norm() -> None:
+    """Its last norm is F.layer_norm again, to which PyTorch's decomposition of it is not bit-equal."""
     transformer, args = zimage.model(torch.float32), zimage.inputs(dtype=torch.float32)
     got, backend = compiled(transformer, args)
     torch._dynamo.reset()
     plain = zimage.run(torch.compile(transformer, backend=GraphBackend(fuse=False)), args)
-    assert torch.equal(got, plain)
+    assert (got - plain).norm() <= 5e-7 * plain.norm()
     assert backend.report.counts() == zimage.expected_counts()
 
 
@@ -109,7 +110,8 @@ def test_explain_tells_what_was_missed_and_where() -> None:
     missed = {site.module: site for site in report.missed}
     assert missed["layers.0.attention.norm_q"].reason_name == "ALONE"
     assert missed["context_refiner.0.attention_norm1"].reason_name == "ALONE"
-    assert missed["all_final_layer.2-1.norm_final"].reason_name == "LAYER_NORM"
+    final = fused["all_final_layer.2-1.norm_final"]  # a LayerNorm
+    assert (final.kind, final.scale) == ("norm_scale", "one_plus")
     assert all(site.source and site.reason for site in report.missed)
     assert "layers.0.attention_norm2" in str(report)
 
@@ -120,7 +122,7 @@ def test_a_real_inductor_compilation_is_as_near_to_eager_as_plain_inductor(caplo
     with fresh_cache(), caplog.at_level(logging.INFO, logger="fusion_pass"):
         backend = fusion_pass.Backend(kernels="reference")
         fused = zimage.run(torch.compile(transformer, backend=backend, fullgraph=True), args)
-    assert any("fused 8" in record.getMessage() for record in caplog.records)
+    assert any("fused 9" in record.getMessage() for record in caplog.records)
     torch._dynamo.reset()
     plain = zimage.run(torch.compile(transformer), args)
     distance, bound = ((out - eager).float().norm() / eager.float().norm() for out in (fused, plain))

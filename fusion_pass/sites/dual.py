@@ -18,8 +18,10 @@ def find(second: Norm, survey: Survey) -> Site | None:
     anchor = survey.gated.get(second.x)
     first = None if anchor is None or anchor._erased else norm.find(anchor)
     upper = None if first is None else gated.grow(first)
-    if upper is None or upper.y is not second.x:
+    if first is None or upper is None or upper.y is not second.x:
         return None
+    if first.kind != second.kind:
+        raise Refused(Reason.KINDS, second.anchor, kind=KIND)
     lower = scaled.grow(second) or scaled.unscaled(second)
     if lower is None:
         return None
@@ -42,6 +44,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
             "eps2": eps2,
         },
         options={
+            "norm": second.kind,
             "tanh": upper.tanh,
             "add_one": lower.add_one,
             "rounding": form.rounding,

@@ -45,7 +45,8 @@ class Gated:
         assert x is not None and residual is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
         gate = None if self.gate is None else promoting_dtype(self.gate)
-        return self.steps == gated_steps(rounding, "rms", x, weight, bias, gate, residual, self.steps.y, norm_dtype)
+        kind, y = self.norm.kind, self.steps.y
+        return self.steps == gated_steps(rounding, kind, x, weight, bias, gate, residual, y, norm_dtype)
 
     def norm_dtypes(self) -> tuple[torch.dtype, ...]:
         """What the normalised value may have been cast to."""
@@ -77,7 +78,7 @@ def find(norm: Norm, survey: Survey) -> Site | None:
     return Site(
         kind=KIND,
         operands=gated.operands(),
-        options={"tanh": gated.tanh, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
+        options={"norm": norm.kind, "tanh": gated.tanh, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
         outputs=((gated.y,),),
         dtypes={"y_dtype": gated.steps.y},
         interior=gated.interior,

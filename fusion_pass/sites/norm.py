@@ -1,15 +1,21 @@
 """The norm, as a value: its input, weight, eps, the dtype of each of its steps, and its nodes.
 
-    rstd = rsqrt(mean(c * c) + eps)      c is x, or x cast to fp32
-    out  = cast?(cast?(x * rstd) * weight + bias)
+    rms:    rstd = rsqrt(mean(c * c) + eps)           c is x, or x cast to fp32
+            out  = cast?(cast?(x * rstd) * weight + bias)
+    layer:  rstd = rsqrt(var(c) + eps)                as PyTorch decomposes F.layer_norm
+            out  = cast?((c - mean(c)) * rstd * weight + bias)
 
 Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the root as
 rsqrt or pow(-0.5), which PyTorch computes alike; eps as a constant or a 0-d tensor; keepdim or a later unsqueeze. A
 division by the square root is recognised and refused: in fp32 it differs from rsqrt in the last bit.
+
+What dataflow cannot tell is whether F.layer_norm was called at all, and on a 16-bit x or on one that the model had cast
+up: PyTorch computes these otherwise on a CPU. The origin of the nodes, which tracing notes, tells.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +46,9 @@ ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
 
 @dataclass(frozen=True)
 class Norm:
-    """out = rmsnorm(x) * weight + bias, over the last dimension."""
+    """out = norm(x) * weight + bias, over the last dimension."""
 
+    kind: str  # "rms" or "layer"
     anchor: Node
     x: Node
     weight: Node | None
@@ -54,9 +61,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class _Statistic:
-    """rstd = rsqrt(mean(squared * squared) + eps)."""
+    """rstd = rsqrt(mean(measured * measured) + eps), or rsqrt(var(measured) + eps)."""
 
-    squared: Node
+    kind: str
+    measured: Node
+    mean: Node | None  # of a layer norm
     eps: float | Node
     rstd: Node
     nodes: tuple[Node, ...]
@@ -91,15 +100,15 @@ def _statistic(anchor: Node) -> _Statistic | None:
     if mean is not variance:
         nodes.append(variance)
     mean = _drop_keepdim(mean, nodes)
-    if _is_layer_norm_variance(mean):
-        raise Refused(Reason.LAYER_NORM, anchor)
-    squared = _squared(mean, nodes)
-    if squared is None:
+    moments = _layer_norm_moments(mean, nodes)
+    measured = moments[0] if moments is not None else _squared(mean, nodes)
+    if measured is None:
         return None
     if is_call(anchor, aten.sqrt.default):
         raise Refused(Reason.ROOT, anchor)
     _check_eps(eps)
-    return _Statistic(squared, eps, _raise_keepdim(anchor, nodes), tuple(nodes))
+    kind, centre = ("rms", None) if moments is None else ("layer", moments[1])
+    return _Statistic(kind, measured, centre, eps, _raise_keepdim(anchor, nodes), tuple(nodes))
 
 
 def _under_root(anchor: Node) -> tuple[Node, list[Node]] | None:
@@ -194,13 +203,21 @@ def _square_root_of(square: Node) -> Node | None:
     return square.args[0] if is_call(square, aten.square.default) else None
 
 
-def _is_layer_norm_variance(node: Node) -> bool:
-    """getitem 0 of a var_mean over the last dimension alone."""
-    parent = node.args[0] if node.op == "call_function" and node.args else None
-    if parent is None or not is_call(parent, aten.var_mean.correction):
-        return False
-    measured = value(parent.args[0])
-    return measured is not None and _over_last(parent, measured)
+def _layer_norm_moments(variance: Node, nodes: list[Node]) -> tuple[Node, Node] | None:
+    """(c, mean of c) where the node is the variance of c over the last dimension."""
+    both = variance.args[0] if is_call(variance, operator.getitem) and variance.args[1] == 0 else None
+    if not isinstance(both, Node) or not is_call(both, aten.var_mean.correction):
+        return None
+    measured = value(both.args[0])
+    if measured is None or not _over_last(both, measured):
+        return None
+    if not _is_of_layer_norm(both) or both.kwargs.get("correction") != 0 or not both.kwargs.get("keepdim"):
+        raise Refused(Reason.LAYER_NORM, variance)
+    means = [user for user in both.users if is_call(user, operator.getitem) and user.args[1] == 1]
+    if len(means) != 1:
+        raise Refused(Reason.LAYER_NORM, variance)
+    nodes += [variance, both, means[0]]
+    return both.args[0], means[0]
 
 
 # --- down from the root: what is done with it ------------------------------------------------------------------------
@@ -215,11 +232,38 @@ def _norm(statistic: _Statistic, anchor: Node) -> Norm:
     if not is_call(product, aten.mul.Tensor):
         raise Refused(Reason.NOT_NORMALISED, product)
     operand = next(other_operands(product, statistic.rstd))
-    if not same_value(operand, statistic.squared):
+    nodes = [*statistic.nodes, product]
+    if statistic.mean is not None:
+        nodes.append(operand)
+        operand = _centred(operand, statistic.mean)
+    if not same_value(operand, statistic.measured):
         raise Refused(Reason.NOT_NORMALISED, product)
-    x = through_widening(statistic.squared)
+    x = through_widening(_before_copy(statistic.measured))
     _check_shapes(x, statistic.rstd, product)
-    return _affine(statistic, anchor, x, product)
+    return _affine(statistic, anchor, x, product, nodes)
+
+
+def _centred(node: Any, mean: Node) -> Any:
+    """c where the node is c - mean."""
+    is_difference = is_call(node, aten.sub.Tensor) and len(node.args) == 2 and node.kwargs.get("alpha", 1) == 1
+    return node.args[0] if is_difference and node.args[1] is mean else None
+
+
+def _called_on(statistic: _Statistic, x: Node) -> torch.dtype | None:
+    """The dtype that the statistics are computed in; of a layer norm, that of what F.layer_norm was called on."""
+    cast = _before_copy(statistic.measured)
+    of_layer_norm = statistic.kind == "layer" and cast is not x and _is_of_layer_norm(cast)
+    return dtype(x if of_layer_norm else cast)
+
+
+def _before_copy(node: Node) -> Node:
+    """F.layer_norm reads a contiguous copy of what is not contiguous."""
+    return node.args[0] if is_call(node, aten.clone.default) else node
+
+
+def _is_of_layer_norm(node: Node) -> bool:
+    """Is it a part of what F.layer_norm was decomposed into? By name: a cached graph holds a copy of the operator."""
+    return str(node.meta.get("original_aten")).startswith("aten.native_layer_norm")
 
 
 def _check_shapes(x: Node, rstd: Node, product: Node) -> None:
@@ -233,9 +277,8 @@ def _check_shapes(x: Node, rstd: Node, product: Node) -> None:
         raise Refused(Reason.DIMENSION, product)
 
 
-def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node) -> Norm:
+def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: list[Node]) -> Norm:
     """Follows x * rstd through weight, bias and casts, as far as they belong to the norm."""
-    nodes = [*statistic.nodes, product]
     weight = bias = None
     normed = weighted = biased = dtype(product)
     narrowed = False
@@ -243,7 +286,7 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node) -> Norm
     while (user := sole_user(out)) is not None:
         if is_narrowing(user) and not narrowed:
             narrowed = True
-            if weight is None and bias is None:
+            if weight is None and bias is None and statistic.kind == "rms":
                 normed = weighted = biased = dtype(user)
         elif weight is None and bias is None and (row := _row_operand(user, aten.mul.Tensor, out, x)) is not None:
             weight, narrowed = row, False
@@ -254,11 +297,12 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node) -> Norm
             break
         out = user
         nodes.append(out)
-    dtypes = (dtype(statistic.nodes[-1]), normed, weighted, biased, dtype(out))
+    dtypes = (_called_on(statistic, x), normed, weighted, biased, dtype(out))
     known = [d for d in dtypes if d is not None]
-    if len(known) != len(dtypes) or len({dtype(n) for n in statistic.nodes}) != 1:
+    tensors = [node for node in statistic.nodes if value(node) is not None]  # not var_mean, which gives two
+    if len(known) != len(dtypes) or len({dtype(node) for node in tensors}) != 1:
         raise Refused(Reason.ROUNDING, anchor)
-    return Norm(anchor, x, weight, bias, statistic.eps, out, NormSteps(*known), tuple(nodes))
+    return Norm(statistic.kind, anchor, x, weight, bias, statistic.eps, out, NormSteps(*known), tuple(nodes))
 
 
 def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:

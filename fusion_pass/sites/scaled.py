@@ -49,7 +49,7 @@ class Scaled:
         assert x is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
         scale = None if self.scale is None else promoting_dtype(self.scale)
-        steps = scaled_steps(rounding, "rms", x, weight, bias, scale, self.steps.z, norm_dtype)
+        steps = scaled_steps(rounding, self.norm.kind, x, weight, bias, scale, self.steps.z, norm_dtype)
         return self.steps == steps if self.scale is not None else _roundings(self.steps) == _roundings(steps)
 
     @property
@@ -84,7 +84,12 @@ def find(norm: Norm, survey: Survey) -> Site | None:
             "scale": scaled.scale,
             "eps": eps_operand(norm.eps),
         },
-        options={"add_one": scaled.add_one, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
+        options={
+            "norm": norm.kind,
+            "add_one": scaled.add_one,
+            "rounding": form.rounding,
+            "norm_dtype": form.norm_dtype,
+        },
         outputs=(scaled.z,),
         dtypes={"z_dtype": scaled.steps.z},
         interior=scaled.interior,

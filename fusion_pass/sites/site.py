@@ -287,6 +287,7 @@ def _erase(site: Site, graph: Graph) -> None:
 
 _PURE = (
     torch.ops.prims.convert_element_type.default,
+    torch.ops.aten.clone.default,
     torch.ops.aten.unsqueeze.default,
     torch.ops.aten.expand.default,
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels.chain import Chain
-from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps
+from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps, compute_dtype
 
 
 def norm(
@@ -33,10 +33,11 @@ def norm(
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, steps: NormSteps) -> Tensor:
     """F.layer_norm itself where it takes these dtypes; else the same in the compute dtype, with the one cast after."""
-    plain = steps.out == x.dtype and all(p is None or p.dtype == x.dtype for p in (weight, bias))
+    plain = steps.stat == steps.out == x.dtype and all(p is None or p.dtype == x.dtype for p in (weight, bias))
     if not plain:
-        x = x.to(steps.stat)
-        weight, bias = (p if p is None else p.to(steps.stat) for p in (weight, bias))
+        wide = compute_dtype(x.dtype)
+        x = x.to(wide)
+        weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
     return F.layer_norm(x, x.shape[-1:], weight, bias, float(eps)).to(steps.out)
 
 

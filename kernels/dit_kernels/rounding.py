@@ -17,8 +17,8 @@ R(.) rounds to the dtype of a step; arithmetic is fp32 (fp64 where x is fp64); r
 | fp32             | nothing rounded inside   | on request: one rounding at each output                        |
 
 After the norm: t = R(tanh(gate)), p = R(t*n), y = R(residual + p), s = R(1 + scale), z = R(norm(y)*s). The second norm
-reads the y that is stored. A layer norm computes in fp32 and casts once, as F.layer_norm does, in every form but
-`gate_in_fp32` and `fp32`, where it is not cast at all.
+reads the y that is stored. A layer norm is F.layer_norm itself, but in `weight_then_cast`, where the model casts x up,
+calls F.layer_norm and casts back (diffusers' FP32LayerNorm), and in `gate_in_fp32` and `fp32`, where it is not cast.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NORMS: tuple[str, ...] = ("rms", "layer")
 class NormSteps:
     """The dtype that each step of a norm is rounded to; the compute dtype (fp32) means that a step is not rounded."""
 
-    stat: torch.dtype  # x^2, mean(x^2), mean + eps and rsqrt
+    stat: torch.dtype  # x^2, mean(x^2), mean + eps and rsqrt; of a layer norm, what F.layer_norm is called on
     normed: torch.dtype  # x * rstd
     weighted: torch.dtype  # * weight
     biased: torch.dtype  # + bias
@@ -91,8 +91,10 @@ def norm_steps(
     wide = compute_dtype(x)
     if form in ("fp32", "gate_in_fp32"):
         return NormSteps(wide, wide, wide, wide, wide)
-    if norm == "layer" or form == "weight_then_cast":
+    if form == "weight_then_cast":
         return NormSteps(wide, wide, wide, wide, norm_dtype or x)
+    if norm == "layer":
+        return NormSteps(x, wide, wide, wide, norm_dtype or x)
     stat = x if form == "native" else wide
     normed = x if form == "native" else norm_dtype or weight or x
     weighted = _promote(normed, weight)

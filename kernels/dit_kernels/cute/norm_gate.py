@@ -314,17 +314,20 @@ class _Norm:
 
     def __init__(self, kind: str, steps: NormSteps, weight: _Reader, bias: _Reader, place: _Place, partials):
         self.layer, self.steps, self.partials = kind == "layer", steps, partials  # partials: (warps, 2)
+        self.stat = (
+            torch.float32 if self.layer else steps.stat
+        )  # F.layer_norm computes in fp32 whatever it is called on
         self.weight, self.bias, self.place = weight, bias, place
         self.mean = self.rstd = None
 
     def moment(self, i, value) -> Float32:
         place = self.place
-        part = value * Float32(1.0 / place.d) if self.layer else _square(value, None, self.steps.stat)
+        part = value * Float32(1.0 / place.d) if self.layer else _square(value, None, self.stat)
         return place.counted(i, _sum(part))
 
     def finish(self, total: Float32, values: _Reader, eps: Float32) -> None:
         """total: this thread's moments; values: the row. A mean is a product with 1/D, as in torch.mean."""
-        place, stat = self.place, self.steps.stat
+        place, stat = self.place, self.stat
         if self.layer:
             self.mean = mean = cta_sum(total, self.partials[None, 0])
             total = _walk(place.tiling, lambda i: place.counted(i, _sum(_square(values(i), mean, stat))))
