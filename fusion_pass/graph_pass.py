@@ -11,6 +11,7 @@ import hashlib
 import logging
 import operator
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch.fx import Graph, Node
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  how Inductor calls what the pass inserts
 from fusion_pass import eligibility, sites
-from fusion_pass.dataflow import dtype
+from fusion_pass.dataflow import VIEWS, aten, dtype, is_call
 from fusion_pass.report import (
     BY_DESIGN,
     FusionReport,
@@ -78,8 +79,11 @@ class FusionPass(CustomGraphPass):
         saved = None
         try:
             saved = _copied(graph, Graph())
+            gated = _has_gate(graph)
             _Rewriter(self, graph, report).run()
             graph.lint()
+            if gated:
+                _warn_if_nothing_fused(report)
         except Exception as error:
             if saved is not None:
                 _restore(graph, saved)
@@ -289,6 +293,28 @@ def _warn_missed(refusal: Refused) -> None:
     """Once for each reason: a site that was recognised, and is not fused."""
     detail = f" ({refusal.detail})" if refusal.reason is Reason.NO_KERNEL else ""
     _warn_once(f"fusion_pass: a site was found and not fused: {refusal.reason.value}{detail}; see fusion_pass.explain")
+
+
+def _has_gate(graph: Graph) -> bool:
+    """Does anything multiply by a tanh, as these models gate? A GELU adds 1 to it first."""
+    tanhs = graph.find_nodes(op="call_function", target=aten.tanh.default)
+    return any(is_call(user, aten.mul.Tensor) for tanh in tanhs for user in _readers(tanh))
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """What reads a node, past views of it."""
+    for user in node.users:
+        if is_call(user, *VIEWS, aten.expand.default):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _warn_if_nothing_fused(report: FusionReport) -> None:
+    """Norms and gates, and no site: perhaps a spelling that the pass does not know, which must not stay unseen."""
+    reasons = {site.reason_name for site in report.missed}
+    if not report.fused and reasons and reasons <= {reason.name for reason in BY_DESIGN}:
+        _warn_once("fusion_pass: a graph has norms and gates, and nothing of it was fused; see fusion_pass.explain")
 
 
 # --- the transaction --------------------------------------------------------------------------------------------------

@@ -99,18 +99,21 @@ class ReportedSite:
 class FusionReport:
     """What a compilation fused and what it missed. `print(report)` is a table, with one row for layers that are alike.
 
-    fused, missed: lists of ReportedSite. graphs: how many graphs were compiled. A model that is compiled block by
-    block has one graph for each kind of block, however often it is used.
+    fused, missed: lists of ReportedSite. graphs: how many graphs were compiled; calls: how often each of them was
+    called, in the one call of the model that `explain` makes. A model that is compiled block by block has one graph for
+    each kind of block, which is called for each block of the kind.
     """
 
     fused: list[ReportedSite] = field(default_factory=list)
     missed: list[ReportedSite] = field(default_factory=list)
     graphs: int = 0
+    calls: list[int] = field(default_factory=list)
 
     def merge(self, other: FusionReport) -> None:
         self.fused += other.fused
         self.missed += other.missed
         self.graphs += other.graphs
+        self.calls += other.calls
 
     def counts(self) -> dict[str, int]:
         """The number of fused sites of each kind."""
@@ -126,7 +129,7 @@ class FusionReport:
 
     def to_json(self) -> str:
         sites = {"fused": [s.to_dict() for s in self.fused], "missed": [s.to_dict() for s in self.missed]}
-        return json.dumps({"graphs": self.graphs, **sites}, indent=2)
+        return json.dumps({"graphs": self.graphs, "calls": self.calls, **sites}, indent=2)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -150,7 +153,9 @@ class FusionReport:
             missed.add_column(name, overflow="fold", no_wrap=name in ("op", "norm"))
         for s, module, count in _alike(self.missed):
             missed.add_row(module, count, _shape_text(s), s.reason, _short(s.source))
-        return Group(fused, missed, f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled")
+        graphs = f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled"
+        called = f", called in turn {', '.join(f'{count}×' for count in self.calls)}" if self.calls else ""
+        return Group(fused, missed, graphs + called)
 
 
 def _alike(sites: list[ReportedSite]) -> Iterable[tuple[ReportedSite, str, str]]:

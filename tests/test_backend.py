@@ -321,6 +321,47 @@ def test_explain_looks_at_parts_that_are_compiled_already_as_parts(args, how) ->
     assert (model.a, model.a._compiled_call_impl, model.a.__dict__.get("forward")) == before
 
 
+def test_explain_says_how_often_a_block_that_is_compiled_once_is_called(args) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(SiteModule(Spec()) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x, *rest)[0]
+            return x
+
+    model = Model().eval().requires_grad_(False)
+    for block in model.blocks:
+        block.compile(backend=REFERENCE)
+    report = fusion_pass.explain(model, *args, backend=REFERENCE)
+    assert report.graphs == 1
+    assert report.calls == [3]
+    assert "1 graph compiled, called in turn 3×" in str(report)
+    assert json.loads(report.to_json())["calls"] == [3]
+
+
+def test_a_graph_with_norms_and_gates_of_which_nothing_is_fused_warns_once(module, args) -> None:
+    class Shifted(torch.nn.Module):
+        """The gate multiplies something else than a norm."""
+
+        def forward(self, x, residual, gate, scale):
+            n = torch.nn.functional.rms_norm(x, x.shape[-1:]) - 1
+            return residual + gate.tanh().expand_as(x) * n
+
+    def warned(model: torch.nn.Module) -> int:
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            for _ in range(2):
+                torch._dynamo.reset()
+                torch.compile(model, backend=REFERENCE)(*args)
+        return sum("norms and gates, and nothing of it was fused" in str(w.message) for w in caught)
+
+    assert warned(module) == 0
+    assert warned(Shifted()) == 1
+
+
 def test_explain_reads_and_writes_no_cache(module, args, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for _ in range(2):
