@@ -59,7 +59,6 @@ class DirectKernel(ir.ExternKernel):
         )
         self.op, self.options, self.device = op, options, device
         self.operands: dict[str, Any] = {**operands, **nodes}
-        self.name = V.graph.register_buffer(self)
         self.mutation_outputs = [ir.MutationOutput(ir.NoneLayout(device=device), t, self) for t in self.results]
         V.graph.register_operation(self)
 
