@@ -40,7 +40,8 @@ def over_copy(rows: Rows, series: str) -> list[float]:
 
 def draw_lines(axes: Any, rows: Rows, positions: list[int]) -> None:
     for series, (label, colour, marker) in SERIES.items():
-        axes.plot(positions, over_copy(rows, series), color=colour, marker=marker, label=label, linewidth=1)
+        if all(series in row["us"] for row in rows):
+            axes.plot(positions, over_copy(rows, series), color=colour, marker=marker, label=label, linewidth=1)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(positions, [str(position) for position in positions])
     axes.minorticks_off()
