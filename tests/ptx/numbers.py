@@ -27,7 +27,7 @@ def _away_from_even(rounded: Array, error: Array, bits: np.dtype[Any]) -> Array:
     moved = (error != 0) & ~np.isnan(error) & (pattern & bits.type(1) == 0)
     if not moved.any():
         return rounded
-    outwards = (error > 0) == (rounded > 0)
+    outwards = (error > 0) != np.signbit(rounded)
     one = bits.type(1)
     return np.where(moved, np.where(outwards, pattern + one, pattern - one), pattern).view(rounded.dtype)
 
