@@ -44,7 +44,7 @@ def rsqrt(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, _: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As a GPU computes it, (x - mean) * rstd: on the CPU, torch's x * rstd - mean * rstd is NaN where a mean is large."""
+    """As a GPU computes it, (x - mean) * rstd. On the CPU torch computes x * rstd - mean * rstd, which may be NaN."""
     mean = x.double().mean(-1, keepdim=True)
     squares = (x.double() - mean).square().sum(-1, keepdim=True).float()
     n = (x.float() - mean.float()) * _rsqrt(squares / x.shape[-1] + eps)

@@ -78,7 +78,7 @@ def call_options(pick: Pick, norm: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@settings(max_examples=50, derandomize=True, report_multiple_bugs=False)
+@settings(max_examples=40, derandomize=True, report_multiple_bugs=False)
 @given(data=st.data())
 def test_whatever_a_call_brings_follows_the_definition(arch: str, data: st.DataObject) -> None:
     pick = picks(data)
@@ -139,7 +139,7 @@ def test_parameters_of_extreme_values_are_those_of_eager_and_leave_other_columns
     present = [name for name in NAMES if name not in ("x", "residual") and getattr(o, name) is not None]
     spoiled = replace(o, **{name: getattr(o, name).clone() for name in present})
     columns = torch.ones(o.x.shape[2], dtype=torch.bool)
-    for name in {pick(*present) for _ in range(3)}:
+    for name in sorted({pick(*present) for _ in range(3)}):
         row = getattr(spoiled, name).view(-1)
         spoil(pick, row)
         columns &= row == getattr(o, name).view(-1)
