@@ -55,6 +55,8 @@ def layer_norm(x: Tensor, _: Any, weight: Tensor | None, bias: Tensor | None, ep
 # --- bounds whose messages lead to the element ----------------------------------------------------------------------
 
 FEW, SMALL_STEPS = 10_000, 8
+# In few rows one may meet a tie with all its elements of one mantissa at once, and the last bit of a statistic decides.
+TIED = {torch.bfloat16: 1 / 64, torch.float16: 1 / 512}
 
 _follows, _precise = bounds.assert_follows, bounds.assert_precise
 
@@ -82,8 +84,10 @@ def _finite(out: Tensor, expected: Tensor, *others: Tensor) -> list[Tensor]:
 
 def assert_follows(out: Tensor, expected: Tensor, magnitude: Tensor, steps: int, coarsest: torch.dtype, *of: Any):
     finite = _finite(out, expected, magnitude)
+    share = bounds.DIFFERING.get(out.dtype, 0.0) + TIED.get(out.dtype, 0.0) * out.shape[-1] / out.numel()
     try:
-        _follows(*finite, steps, coarsest, *of)
+        with mock.patch.dict(bounds.DIFFERING, {out.dtype: share}):
+            _follows(*finite, steps, coarsest, *of)
     except AssertionError as error:
         out, expected, magnitude = finite
         raise _located(error, out, expected, bounds.step(magnitude, coarsest)) from error
