@@ -159,9 +159,11 @@ def test_a_fence_that_is_left_out_is_found() -> None:
         run(without(r"fence\.mbarrier_init[^;]*;", 0))
 
 
-def test_a_vector_half_as_wide_as_the_threads_are_apart_is_found() -> None:
+def test_stores_of_half_a_vector_are_found() -> None:
     with pytest.raises(Fault, match=WHERE + ".*a second time|never written"):
-        run(swapped(r"st\.global\.v4\.b32\s+(\[[^]]+\]), \{(%r\d+), (%r\d+), [^}]*\}", r"st.global.v2.b32 \1, {\2, \3}"))
+        run(
+            swapped(r"st\.global\.v4\.b32\s+(\[[^]]+\]), \{(%r\d+), (%r\d+), [^}]*\}", r"st.global.v2.b32 \1, {\2, \3}")
+        )
 
 
 def test_an_input_that_is_written_is_found() -> None:

@@ -78,7 +78,7 @@ def call_options(pick: Pick, norm: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@settings(max_examples=40, derandomize=True, report_multiple_bugs=False)
+@settings(max_examples=30, derandomize=True, report_multiple_bugs=False)
 @given(data=st.data())
 def test_whatever_a_call_brings_follows_the_definition(arch: str, data: st.DataObject) -> None:
     pick = picks(data)
@@ -107,7 +107,7 @@ def uniform(pick: Pick, norm: str, tokens: int) -> Any:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@settings(max_examples=20, derandomize=True, report_multiple_bugs=False)
+@settings(max_examples=16, derandomize=True, report_multiple_bugs=False)
 @given(data=st.data())
 def test_rows_of_extreme_values_are_those_of_eager_and_leave_the_others_alone(arch: str, data: st.DataObject) -> None:
     pick = picks(data)
@@ -126,7 +126,7 @@ def test_rows_of_extreme_values_are_those_of_eager_and_leave_the_others_alone(ar
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@settings(max_examples=20, derandomize=True, report_multiple_bugs=False)
+@settings(max_examples=16, derandomize=True, report_multiple_bugs=False)
 @given(data=st.data())
 def test_parameters_of_extreme_values_are_those_of_eager_and_leave_other_columns_alone(
     arch: str, data: st.DataObject
