@@ -71,6 +71,7 @@ def _mixed(widen: Callable[[Array], Array]) -> dict[str, Callable[..., Array]]:
     """Instructions that widen their first operands, exactly, on the way into fp32 arithmetic."""
     return {
         "add": lambda a, b: widen(a) + b,
+        "sub": lambda a, b: widen(a) - b,
         "fma": lambda a, b, c: numbers.fma_f32(widen(a), widen(b), c),
     }
 
@@ -145,7 +146,8 @@ def _pure() -> dict[str, Pure]:
                 table[f"{name}{rounding}.{kind}"] = Pure(function, U16, sources)
                 table[f"{name}{rounding}.{kind}x2"] = Pure(function, U16, sources, 2)
         mixed = _mixed(widen)
-        table[f"add.rn.f32.{kind}"] = Pure(mixed["add"], F32, (U16, F32))
+        for name in ("add", "sub"):
+            table[f"{name}.rn.f32.{kind}"] = Pure(mixed[name], F32, (U16, F32))
         table[f"fma.rn.f32.{kind}"] = Pure(mixed["fma"], F32, (U16, U16, F32))
     return table
 
@@ -436,12 +438,13 @@ class Machine:
         if target.startswith("{"):
             names = _vector(target)
             part = _BITS[bits // len(names)]
-            writes = [self._target(instruction, name, bits // len(names)) for name in names]
+            # `_` is a part that nobody wants
+            writes = {i: self._target(instruction, n, bits // len(names)) for i, n in enumerate(names) if n != "_"}
             read = self._source(instruction, source, dtype)
 
             def unpack(active: Lanes) -> None:
                 parts = np.ascontiguousarray(read(active)).view(part).reshape(-1, len(names))
-                for i, write in enumerate(writes):
+                for i, write in writes.items():
                     write(active, parts[:, i])
 
             return unpack

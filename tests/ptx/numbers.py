@@ -1,12 +1,14 @@
 """The arithmetic of PTX on NumPy arrays: every result is rounded once, as the manual says.
 
 bf16 numbers are uint16 bit patterns, since NumPy has no such type. An instruction that the manual gives an error bound
-(ex2, rcp, rsqrt .approx) is computed in fp64 and rounded to fp32: closer than any bound, and the same on every machine.
+(ex2, rcp, rsqrt .approx) is computed in fp64 and rounded to fp32: closer than any bound, and the same on every machine;
+within `perturbed`, as far off as the bound allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ def _away_from_even(rounded: Array, error: Array, bits: np.dtype[Any]) -> Array:
     moved = (error != 0) & ~np.isnan(error) & (pattern & bits.type(1) == 0)
     if not moved.any():
         return rounded
-    outwards = (error > 0) == (rounded > 0)
+    outwards = (error > 0) != np.signbit(rounded)
     one = bits.type(1)
     return np.where(moved, np.where(outwards, pattern + one, pattern - one), pattern).view(rounded.dtype)
 
@@ -95,13 +97,35 @@ def flushed(a: Array) -> Array:
     return np.where(np.abs(a) < SMALLEST_NORMAL, np.copysign(np.float32(0), a), a)
 
 
+# --- approximate instructions ---------------------------------------------------------------------------------------
+
+RELATIVE_ERRORS = {"ex2": 2.0**-22, "rcp": 2.0**-23, "rsqrt": 2.0**-22.9}  # that the manual allows; of rcp, one ulp
+_direction = 0.0
+
+
+@contextmanager
+def perturbed(direction: float) -> Iterator[None]:
+    """Results of approximate instructions err by all that the manual allows: upwards (1) or downwards (-1)."""
+    global _direction
+    before, _direction = _direction, direction
+    try:
+        yield
+    finally:
+        _direction = before
+
+
+def _approximate(name: str, exact: Array) -> Array:
+    """fp64 to fp32; what is zero or infinite stays so."""
+    return (exact * (1.0 + _direction * RELATIVE_ERRORS[name])).astype(F32)
+
+
 def ex2_ftz(a: Array) -> Array:
-    return flushed(np.exp2(flushed(a).astype(F64)).astype(F32))
+    return flushed(_approximate("ex2", np.exp2(flushed(a).astype(F64))))
 
 
 def rcp_ftz(a: Array) -> Array:
-    return flushed((1.0 / flushed(a).astype(F64)).astype(F32))
+    return flushed(_approximate("rcp", 1.0 / flushed(a).astype(F64)))
 
 
 def rsqrt(a: Array) -> Array:
-    return (1.0 / np.sqrt(a.astype(F64))).astype(F32)
+    return _approximate("rsqrt", 1.0 / np.sqrt(a.astype(F64)))

@@ -18,6 +18,7 @@ from ptx.memory import Fault
 from ptx.program import Unsupported
 
 WHERE = r"thread \d+ of CTA \(\d+, \d+, \d+\).* line \d+, `"
+VALUE = r"[yz]\[0, \d+, \d+\] is \S+, by the definition \S+: off by \S+ steps"
 Edit = Callable[[str], str]
 
 
@@ -137,20 +138,41 @@ def test_a_barrier_under_a_branch_of_one_lane_is_found() -> None:
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90a"))
 def test_a_missing_one_plus_is_found(arch: str) -> None:
-    with pytest.raises(AssertionError, match="off by"):
+    with pytest.raises(AssertionError, match=VALUE):
         # sm_80 computes scale * 1 + 1 as one fma, whose constant is the same register twice
         run(swapped(r"(mov\.b32\s+%r\d+), 1065369472;", r"\1, 0;"), arch)
 
 
 def test_a_wrong_eps_is_found() -> None:
-    with pytest.raises(AssertionError, match="off by"):
+    with pytest.raises(AssertionError, match=VALUE):
         run(swapped(r"(ld\.param\.b32\s+%r\d+, \[\w+_param_)4\]", r"\g<1>7]"), small=True)
 
 
 def test_tanh_of_the_wrong_operand_is_found() -> None:
     other = {"2": "6", "6": "2"}
-    with pytest.raises(AssertionError, match="off by"):
+    with pytest.raises(AssertionError, match=VALUE):
         run(lambda ptx: re.sub(r"(_param_)([26])(?=[+\]])", lambda m: m[1] + other[m[2]], ptx))
+
+
+def test_a_fence_that_is_left_out_is_found() -> None:
+    with pytest.raises(Fault, match=WHERE + "cp.async.bulk.*no fence.mbarrier_init"):
+        run(without(r"fence\.mbarrier_init[^;]*;", 0))
+
+
+def test_stores_of_half_a_vector_are_found() -> None:
+    with pytest.raises(Fault, match=WHERE + ".*a second time|never written"):
+        run(
+            swapped(r"st\.global\.v4\.b32\s+(\[[^]]+\]), \{(%r\d+), (%r\d+), [^}]*\}", r"st.global.v2.b32 \1, {\2, \3}")
+        )
+
+
+def test_an_input_that_is_written_is_found() -> None:
+    with pytest.raises(Fault, match=WHERE + r"st.global.*writes (x|residual|gate)\[.*, an input"):
+        run(
+            lambda ptx: re.sub(
+                r"(ld\.global\.v4\.b32)\s+\{([^}]*)\}, (\[[^]]+\]);", r"\g<0> st.global.v4.b32 \3, {\2};", ptx
+            )
+        )
 
 
 def test_an_unknown_instruction_is_named_and_never_skipped() -> None:

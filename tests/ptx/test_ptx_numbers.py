@@ -1,0 +1,315 @@
+"""The arithmetic of the interpreter, against torch, exact fractions and the PTX manual."""
+
+from __future__ import annotations
+
+import math
+import struct
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
+
+from dit_kernels.rounding import FORMS, NORMS
+from ptx import numbers
+from ptx.device import ARCHS, gpu
+from ptx.judging import bounds, check
+from ptx.machine import PURE, Machine
+from ptx.memory import Fault, GlobalMemory
+from ptx.program import parse
+
+F32, U16, U32 = np.float32, np.uint16, np.uint32
+PATTERNS = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+MANTISSA = {"bf16": (8, -133), "f16": (11, -24), "f32": (24, -149)}  # bits with the hidden one, the smallest exponent
+LARGEST = {"bf16": float(torch.finfo(torch.bfloat16).max), "f16": 65504.0, "f32": float(np.finfo(F32).max)}
+
+rng = np.random.default_rng(0)
+
+
+def as_torch(patterns: Any, kind: str) -> torch.Tensor:
+    return torch.from_numpy(patterns.astype(np.int32)).to(torch.int16).view(DTYPES[kind])
+
+
+def floats(*bits: Any) -> Any:
+    return np.concatenate([np.asarray(b, U32).ravel() for b in bits]).view(F32)
+
+
+def nasty() -> Any:
+    """fp32 numbers of every kind, and those at and beside the middle of two neighbours of a 16-bit type."""
+    anything = rng.integers(0, 2**32, 200_000, dtype=np.uint64).astype(U32)
+    bf16_halves = (PATTERNS.astype(U32) << U32(16)) | U32(0x8000)
+    with np.errstate(all="ignore"):
+        f16 = PATTERNS.view(np.float16).astype(F32)
+        f16_halves = ((f16 + np.nextafter(PATTERNS.view(np.float16), np.float16(np.inf)).astype(F32)) / F32(2)).view(
+            U32
+        )
+    halves = np.concatenate([bf16_halves, f16_halves])
+    return floats(anything, halves, halves + U32(1), halves - U32(1), f16.view(U32))
+
+
+def assert_same_bits(got: Any, expected: Any) -> None:
+    """NaN is NaN: its bits are the hardware's own."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.dtype == expected.dtype
+    bits = f"u{got.dtype.itemsize}"
+    same = (got.view(bits) == expected.view(bits)) | (np.isnan(got) & np.isnan(expected))
+    assert same.all(), (got[~same][:5], expected[~same][:5])
+
+
+# --- conversions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_every_16_bit_pattern_widens_as_in_torch(kind: str) -> None:
+    widened = PURE[f"cvt.f32.{kind}"].function(PATTERNS)
+    assert_same_bits(widened, as_torch(PATTERNS, kind).float().numpy())
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_fp32_narrows_as_in_torch(kind: str) -> None:
+    values = nasty()
+    with np.errstate(all="ignore"):
+        narrow = PURE[f"cvt.rn.{kind}.f32"].function(values)
+    widen = PURE[f"cvt.f32.{kind}"].function
+    assert_same_bits(widen(narrow), torch.from_numpy(values).to(DTYPES[kind]).float().numpy())
+    nan = narrow[np.isnan(values)]
+    assert len(nan) and (nan == 0x7FFF).all()  # what the manual calls the canonical NaN
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_a_packed_conversion_puts_its_first_operand_into_the_upper_half(kind: str) -> None:
+    one, two = np.array([1.0], F32), np.array([2.0], F32)
+    packed = PURE[f"cvt.rn.{kind}x2.f32"].function(one, two).view(U16)
+    assert PURE[f"cvt.f32.{kind}"].function(packed).tolist() == [2.0, 1.0]
+
+
+# --- arithmetic that rounds once ------------------------------------------------------------------------------------
+
+
+def rounded(exact: Fraction, kind: str) -> float:
+    """To nearest even, of a finite number; infinite where that is larger than the largest."""
+    bits, smallest = MANTISSA[kind]
+    if exact == 0:
+        return 0.0
+    exponent = math.frexp(float(abs(exact)) or 2.0**-1000)[1]
+    while abs(exact) >= Fraction(2) ** exponent:
+        exponent += 1
+    while abs(exact) < Fraction(2) ** (exponent - 1) and exponent > smallest + bits:
+        exponent -= 1
+    unit = Fraction(2) ** max(exponent - bits, smallest)
+    value = round(exact / unit) * unit
+    return math.copysign(math.inf, exact) if abs(value) > LARGEST[kind] else float(value)
+
+
+def triples(kind: str, count: int = 4000) -> list[Any]:
+    """Finite numbers: any, of near exponents that cancel, and those whose sum lies next to a tie."""
+    if kind == "f32":
+        near = lambda: rng.integers(0x3F000000, 0x41000000, count, dtype=np.uint64).astype(U32).view(F32)  # noqa: E731
+        far = lambda: rng.integers(0, 2**32, count, dtype=np.uint64).astype(U32).view(F32)  # noqa: E731
+        small = lambda: rng.integers(0, 0x02000000, count, dtype=np.uint64).astype(U32).view(F32)  # noqa: E731
+        a = [near(), far(), near(), near(), near(), small()]
+        b = [near(), far(), near(), near(), small(), near()]
+        with np.errstate(all="ignore"):
+            cancelling = -(a[2] * b[2]).astype(F32)
+            tie = (a[3] * b[3]) * F32(2.0**-24)
+        c = [-near(), far(), cancelling, tie, small(), -small()]
+        columns = [np.concatenate(column) for column in (a, b, c)]
+    else:
+        widen = PURE[f"cvt.f32.{kind}"].function
+        columns = [widen(rng.integers(0, 2**16, 6 * count).astype(U16)) for _ in range(3)]
+    finite = np.isfinite(columns).all(0)
+    return [column[finite] for column in columns]
+
+
+def assert_rounded_once(got: Any, exacts: list[Fraction], kind: str) -> None:
+    expected = np.array([rounded(exact, kind) for exact in exacts])
+    got = got.astype(np.float64)
+    wrong = got != expected
+    assert not wrong.any(), (got[wrong][:5], expected[wrong][:5])
+
+
+def test_fma_of_fp32_is_rounded_once() -> None:
+    a, b, c = triples("f32")
+    with np.errstate(all="ignore"):
+        got = PURE["fma.rn.f32"].function(a, b, c)
+    exacts = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+    assert_rounded_once(got, exacts, "f32")
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("name", ("add", "mul", "fma"))
+def test_16_bit_arithmetic_is_rounded_once(kind: str, name: str) -> None:
+    columns = triples(kind, 1500)[: 3 if name == "fma" else 2]
+    narrow, widen = PURE[f"cvt.rn.{kind}.f32"].function, PURE[f"cvt.f32.{kind}"].function
+    with np.errstate(all="ignore"):
+        got = widen(PURE[f"{name}.rn.{kind}"].function(*map(narrow, columns)))
+    rows = [[Fraction(float(v)) for v in row] for row in zip(*columns, strict=True)]
+    exacts = [sum(row) if name == "add" else row[0] * row[1] + sum(row[2:]) for row in rows]
+    assert_rounded_once(got, exacts, kind)
+
+
+def test_fma_of_nan_and_infinity_is_that_of_the_manual() -> None:
+    inf, nan = math.inf, math.nan
+    rows = [(inf, 0, 1), (inf, 1, -inf), (inf, 1, 1), (nan, 1, 1), (1, 1, inf), (-1, inf, 3e38), (3e38, 2, -inf)]
+    with np.errstate(all="ignore"):
+        got = PURE["fma.rn.f32"].function(*np.array(rows, F32).T)
+    assert_same_bits(got, np.array([nan, nan, inf, nan, inf, -inf, -inf], F32))
+
+
+def test_a_product_that_underflows_next_to_a_tie_is_no_nan() -> None:
+    tiny = np.array([0x0001, 0x8001, 0x0080], U16)
+    half = np.array([0x3F00, 0x3F00, 0x0080], U16)
+    assert PURE["mul.bf16"].function(tiny, half).tolist() == [0, 0x8000, 0]
+
+
+# --- instructions of one lane ---------------------------------------------------------------------------------------
+
+
+def computed(opcode: str, *columns: Any) -> list[Any]:
+    pure = PURE[opcode]
+    with np.errstate(all="ignore"):
+        return pure.function(*(np.array(c, d) for c, d in zip(columns, pure.sources, strict=True))).tolist()
+
+
+def test_comparisons_with_nan_are_false() -> None:
+    nan, one = [math.nan, math.nan, 1.0], [1.0, math.nan, math.nan]
+    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        assert computed(f"setp.{name}.f32", nan, one) == [False] * 3
+
+
+def test_comparisons_know_signed_from_unsigned() -> None:
+    assert computed("setp.lt.s32", [-1], [1]) == [True]
+    assert computed("setp.lt.u32", [2**32 - 1], [1]) == [False]
+    assert computed("setp.eq.f32", [0.0], [-0.0]) == [True]
+
+
+def test_shifts_by_the_width_and_more_give_zero() -> None:
+    assert computed("shl.b32", [1] * 5, [0, 31, 32, 33, 2**32 - 1]) == [1, 2**31, 0, 0, 0]
+    assert computed("shr.u32", [2**31] * 5, [0, 31, 32, 33, 2**32 - 1]) == [2**31, 1, 0, 0, 0]
+    assert computed("shl.b64", [1] * 3, [32, 63, 64]) == [2**32, 2**63, 0]
+    assert computed("shr.u16", [2**15] * 3, [15, 16, 32]) == [1, 0, 0]
+
+
+def test_integers_divide_towards_zero() -> None:
+    assert computed("div.s32", [7, -7, 7, -7, -(2**31)], [2, 2, -2, -2, 1]) == [3, -3, -3, 3, -(2**31)]
+    with pytest.raises(Fault, match="divided by zero"):
+        computed("div.s32", [1], [0])
+
+
+def test_wide_products_keep_their_upper_half_and_sign() -> None:
+    assert computed("mul.wide.s32", [-3, -(2**31)], [2**30, -(2**31)]) == [-3 * 2**30, 2**62]
+    assert computed("mul.wide.u32", [2**32 - 1], [2**32 - 1]) == [(2**32 - 1) ** 2]
+    assert computed("mul.lo.s32", [2**30], [4]) == [0]
+    assert computed("cvt.s64.s32", [-5]) == [-5] and computed("cvt.u64.u32", [2**32 - 5]) == [2**32 - 5]
+
+
+def test_selp_takes_its_first_operand_where_the_predicate_holds() -> None:
+    assert computed("selp.b32", [1, 1], [2, 2], [True, False]) == [1, 2]
+
+
+def test_copysign_takes_the_sign_of_its_first_operand() -> None:
+    assert computed("copysign.f32", [-0.0, 1.0], [3.0, -3.0]) == [-3.0, 3.0]
+
+
+# --- instructions of a warp -----------------------------------------------------------------------------------------
+
+
+def stored_by_each_lane(body: str) -> list[int]:
+    """Runs a kernel of one warp and two CTAs, each lane of which stores %r9."""
+    text = f"""
+.visible .entry kernel(
+\t.param .u64 out
+)
+.reqntid 32, 1, 1
+{{
+\t.reg .pred %p<4>;
+\t.reg .b32 %r<16>;
+\t.reg .b64 %rd<8>;
+\tld.param.b64 %rd1, [out];
+\tmov.u32 %r1, %tid.x;
+\tmov.u32 %r2, %ctaid.x;
+\tmad.lo.s32 %r3, %r2, 32, %r1;
+\tmul.wide.u32 %rd2, %r3, 4;
+\tadd.s64 %rd3, %rd1, %rd2;
+{body}
+\tst.global.b32 [%rd3], %r9;
+\tret;
+}}
+"""
+    memory = GlobalMemory()
+    address = memory.add("out", {0: ((), 256)}, 4, 0, writable=True)
+    memory.freeze()
+    Machine(parse(text), (2, 1, 1), 0, memory, {"out": struct.pack("<Q", address)}).run()
+    return np.frombuffer(memory.content("out"), U32).tolist()
+
+
+def test_butterflies_exchange_within_the_warp() -> None:
+    got = stored_by_each_lane("shfl.sync.bfly.b32 %r9, %r3, 4, 31, -1;")
+    assert got == [lane ^ 4 for lane in range(64)]
+
+
+def test_an_indexed_shuffle_gives_every_lane_that_of_its_own_warp() -> None:
+    assert stored_by_each_lane("shfl.sync.idx.b32 %r9, %r3, 5, 31, -1;") == [5] * 32 + [37] * 32
+
+
+def test_lanes_that_branch_apart_join_again() -> None:
+    body = """
+    mov.b32 %r9, 1;
+    setp.lt.u32 %p1, %r1, 8;
+    @%p1 bra $LESS;
+    mov.b32 %r9, 2;
+$LESS:
+    shfl.sync.bfly.b32 %r9, %r9, 16, 31, -1;
+"""
+    assert stored_by_each_lane(body) == ([2] * 16 + [1] * 8 + [2] * 8) * 2
+
+
+# --- approximate instructions ---------------------------------------------------------------------------------------
+
+
+def test_approximate_instructions_give_the_nearest_numbers_and_know_the_special_ones() -> None:
+    inf = math.inf
+    assert computed("ex2.approx.ftz.f32", [0, 3, -inf, inf, 1e-40, -127]) == [1, 8, 0, inf, 1, 0]
+    assert computed("rcp.approx.ftz.f32", [4, inf, -inf, 0, 1e-40, -1e-40]) == [0.25, 0, 0, inf, inf, -inf]
+    assert computed("rcp.approx.ftz.f32", [2.0**127]) == [0]
+    assert computed("rsqrt.approx.f32", [4, 0, -0.0, inf, 2.0**-148]) == [0.5, inf, -inf, 0, 2.0**74]
+    assert math.isnan(computed("rsqrt.approx.f32", [-1.0])[0])
+    assert math.isnan(computed("ex2.approx.ftz.f32", [math.nan])[0])
+
+
+@pytest.mark.parametrize("direction", (-1, 1))
+def test_a_perturbed_result_is_off_by_what_the_manual_allows_and_special_ones_stay(direction: int) -> None:
+    values = np.linspace(0.1, 20, 1001, dtype=F32)
+    exact = {"ex2.approx.ftz.f32": np.exp2, "rcp.approx.ftz.f32": np.reciprocal, "rsqrt.approx.f32": lambda a: a**-0.5}
+    for opcode, function in exact.items():
+        with numbers.perturbed(direction):
+            got = PURE[opcode].function(values).astype(np.float64)
+        off = (got / function(values.astype(np.float64)) - 1) * direction
+        assert (off > 0).all() and off.max() <= 2.0**-21
+    with numbers.perturbed(direction):
+        assert computed("rsqrt.approx.f32", [0.0, math.inf]) == [math.inf, 0]
+        assert computed("ex2.approx.ftz.f32", [-math.inf, math.inf]) == [0, math.inf]
+
+
+@pytest.mark.parametrize("direction", (-1, 1))
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", bounds.OPS)
+def test_kernels_stay_within_the_bounds_whichever_way_approximations_err(arch: str, op: str, direction: int) -> None:
+    with gpu(arch, 1), numbers.perturbed(direction):
+        check(op, bounds.operands(2, 3, 3840))
+        check(op, bounds.operands(2, 3, 2520, torch.float32))
+        check(op, bounds.operands(2, 3, 2304, torch.float16))
+
+
+@pytest.mark.parametrize("direction", (-1, 1))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_form_stays_within_the_bounds_whichever_way_approximations_err(
+    form: str, norm: str, direction: int
+) -> None:
+    with gpu("sm_90a", 1), numbers.perturbed(direction):
+        check(bounds.DUAL, bounds.operands(1, 7, 3840), rounding=form, norm=norm)
