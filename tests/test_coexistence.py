@@ -265,6 +265,34 @@ def test_frozen_weights_are_constants_of_the_graph_and_the_site_is_fused(dtype) 
     torch.testing.assert_close(got, expected)  # freezing packs the linear's weight for another matmul
 
 
+# --- other things of torch around a site ------------------------------------------------------------------------------
+
+
+@torch.compiler.nested_compile_region
+def region(module: nn.Module, *args: Tensor) -> tuple[Tensor, ...]:
+    return module(*args)
+
+
+def in_a_nested_region(module: nn.Module, *args: Tensor) -> tuple[Tensor, ...]:
+    y, z = region(module, *args)
+    return region(module, z, y, *args[2:])
+
+
+def in_a_branch(module: nn.Module, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    return torch.cond(x.sum() > 0, lambda x: module(x, *rest), lambda x: module(-x, *rest), (x,))
+
+
+def under_vmap(module: nn.Module, *args: Tensor) -> tuple[Tensor, ...]:
+    return torch.func.vmap(module)(*args)
+
+
+@pytest.mark.parametrize(("around", "fused"), ((in_a_nested_region, 1), (in_a_branch, 2), (under_vmap, 1)))
+def test_a_site_is_fused_wherever_its_graph_stands(around, fused: int, module, args) -> None:
+    got, backend = run(around, module, *args)
+    assert_equal(got, around(module, *args))
+    assert backend.report.counts() == {DUAL: fused}
+
+
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 

@@ -259,6 +259,16 @@ def test_in_fp32_every_site_is_fused_and_the_result_is_that_of_the_unfused_graph
     assert {site.rounding for site in backend.report.fused} == {"cast_then_weight"}
 
 
+@pytest.mark.parametrize("name", ("Mochi", "FIBO 2"))
+def test_autocast_over_fp32_weights_fuses_the_same_sites_and_the_result_is_eagers(name: str) -> None:
+    make, counts = FUSED[name]
+    model, arguments = make(1, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, backend = compiled(model, arguments)
+        assert torch.equal(got, run(model, arguments))
+    assert backend.report.counts() == counts(1)
+
+
 def test_lumina_2_counts_follow_its_refiners_too() -> None:
     model, arguments = lumina2(1, refiners=2)
     got, backend = compiled(model, arguments)
