@@ -20,8 +20,8 @@ Make = Callable[..., tuple[nn.Module, Arguments]]
 
 @pytest.fixture(autouse=True)
 def _one_graph():
-    """Mochi picks the rows of its text by a mask, in each layer; without this, that breaks the graph."""
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+    """Mochi picks rows by a mask and NucleusMoE reads sizes, in each layer; without this, that breaks the graph."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
         yield
 
 
@@ -225,18 +225,25 @@ def stacks(gated: int, count: int = 1) -> dict[str, int]:
     return {"norm_scale": count, "norm_tanh_mul_add": count, "norm_tanh_mul_add_norm_scale": gated - count}
 
 
+def model_counts(gated: int, count: int = 1) -> dict[str, int]:
+    """The same, and the LayerNorm with a scale at the end of the model."""
+    return {**stacks(gated, count), "norm_scale": count + 1}
+
+
 def mochi_counts(layers: int) -> dict[str, int]:
-    """Two streams; that of the text ends with the last layer's first norm."""
+    """Two streams; that of the text ends with the last layer's first norm. The LayerNorm at the end has a shift."""
     image, text = 2 * layers, 2 * (layers - 1)
     return {"norm_scale": 2, "norm_tanh_mul_add": 1, "norm_tanh_mul_add_norm_scale": image - 1 + text}
 
 
 FUSED: dict[str, tuple[Make, Callable[[int], dict[str, int]]]] = {
     "Lumina 2": (lumina2, lambda layers: zimage.expected_counts(layers, refiners=1)),
-    "Lumina-Next": (lumina_next, lambda layers: stacks(2 * layers)),
+    "Lumina-Next": (lumina_next, lambda layers: model_counts(2 * layers)),
     "Mochi": (mochi, mochi_counts),
-    "Ideogram 4": (ideogram4, lambda layers: stacks(2 * layers)),
-    "FIBO 2": (fibo2, lambda layers: stacks(2 * (layers + 1) + 1, count=2)),  # a refiner layer, and one gate more
+    "Ideogram 4": (ideogram4, lambda layers: model_counts(2 * layers)),
+    "FIBO 2": (fibo2, lambda layers: model_counts(2 * (layers + 1) + 1, count=2)),  # a refiner layer, one gate more
+    # Its gates are on what is no norm. Two LayerNorms a layer; behind the first layer, the router reads the second one.
+    "NucleusMoE": (nucleus_moe, lambda layers: {"norm_scale": layers + 1}),
 }
 
 
@@ -250,11 +257,12 @@ def test_every_site_is_fused_and_the_result_is_eagers(make, counts, layers: int)
 
 
 @pytest.mark.parametrize(("make", "counts"), FUSED.values(), ids=FUSED)
-def test_in_fp32_every_site_is_fused_and_the_result_is_that_of_the_unfused_graph(make, counts) -> None:
-    """Eager differs from both in the last bits, because Inductor decomposes silu and the like."""
+def test_in_fp32_every_site_is_fused_and_the_result_is_as_near_to_eager_as_the_unfused_graphs(make, counts) -> None:
+    """Inductor decomposes silu, layer_norm and the like, which shows in the last bits of both."""
     model, arguments = make(1, torch.float32)
+    eager, plain = run(model, arguments), compiled(model, arguments, fuse=False)[0]
     got, backend = compiled(model, arguments)
-    assert torch.equal(got, compiled(model, arguments, fuse=False)[0])
+    assert (got - eager).norm() <= 1.5 * (plain - eager).norm()
     assert backend.report.counts() == counts(1)
     assert {site.rounding for site in backend.report.fused} == {"cast_then_weight"}
 
@@ -321,28 +329,20 @@ def test_compiled_block_by_block_each_block_has_its_sites_and_the_result_is_eage
 
 # --- what is not ------------------------------------------------------------------------------------------------------
 
-# Both have gates, on what is no norm, and LayerNorms; and norms that are not computed, or that nothing reads.
-UNFUSED: dict[str, tuple[Make, set[str]]] = {
-    "NucleusMoE": (nucleus_moe, {f"transformer_blocks.{index}.attn.norm_added_q" for index in range(2)}),
-    "Qwen-Image": (qwen_image, {"transformer_blocks.1.txt_norm2"}),
-}
 
-
-@pytest.mark.parametrize(("make", "dead"), UNFUSED.values(), ids=UNFUSED)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_a_model_without_a_site_is_left_as_it_is_and_each_of_its_norms_has_a_reason(make, dead, dtype) -> None:
-    model, arguments = make(2, dtype)
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # NucleusMoE reads how many tokens an expert has
-        got, backend = compiled(model, arguments)
-        assert torch.equal(got, compiled(model, arguments, fuse=False)[0])
+def test_qwen_image_which_has_no_site_is_left_as_it_is_and_each_of_its_norms_has_a_reason(dtype) -> None:
+    """Its LayerNorms have a shift, and what its gates multiply is no norm."""
+    model, arguments = qwen_image(2, dtype)
+    got, backend = compiled(model, arguments)
+    assert torch.equal(got, compiled(model, arguments, fuse=False)[0])
     assert backend.report.graphs == 1
     assert dtype == torch.float32 or torch.equal(got, run(model, arguments))
     assert backend.report.fused == []
-    norms = {name: type(module) for name, module in model.named_modules() if isinstance(module, RMSNorm | nn.LayerNorm)}
-    reasons = {RMSNorm: "ALONE", nn.LayerNorm: "LAYER_NORM"}
-    assert {site.module: site.reason_name for site in backend.report.missed} == {
-        name: reasons[kind] for name, kind in norms.items() if name not in dead
-    }
+    reasons = {RMSNorm: "ALONE", nn.LayerNorm: "FOLLOWED"}
+    expected = {name: reasons[type(module)] for name, module in model.named_modules() if type(module) in reasons}
+    del expected["transformer_blocks.1.txt_norm2"]  # nothing reads it
+    assert {site.module: site.reason_name for site in backend.report.missed} == expected
     assert all(site.reason and site.source for site in backend.report.missed)
 
 
