@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
 import pytest
 import torch
 import zimage
-from diffusers import Lumina2Transformer2DModel
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+from diffusers.models.normalization import RMSNorm
 from graph_backend import GraphBackend
 from torch import nn
 
+Arguments = dict[str, Any]
+Make = Callable[..., tuple[nn.Module, Arguments]]
 
-def lumina2(layers: int, refiners: int) -> nn.Module:
+
+@pytest.fixture(autouse=True)
+def _one_graph():
+    """Mochi picks rows by a mask and NucleusMoE reads sizes, in each layer; without this, that breaks the graph."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        yield
+
+
+# --- the models -------------------------------------------------------------------------------------------------------
+
+
+def build(name: str, dtype: torch.dtype, **config: Any) -> nn.Module:
+    """diffusers' own class with random weights; gates and scales of the order of 1, as in a trained model."""
+    make = getattr(diffusers, name, None) or pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     torch.manual_seed(0)
-    model = Lumina2Transformer2DModel(
+    model = make(**config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
+    return model.eval().to(dtype)
+
+
+def lumina2(layers: int, dtype: torch.dtype = torch.bfloat16, refiners: int = 1) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "Lumina2Transformer2DModel",
+        dtype,
         sample_size=16,
         patch_size=2,
         in_channels=4,
@@ -26,27 +55,295 @@ def lumina2(layers: int, refiners: int) -> nn.Module:
         axes_lens=[128, 128, 128],
         cap_feat_dim=8,
     )
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
-    return model.eval().to(torch.bfloat16)
-
-
-@pytest.mark.parametrize(("layers", "refiners"), ((2, 1), (3, 2)))
-def test_lumina_2_has_the_sites_of_z_image(layers: int, refiners: int) -> None:
-    model = lumina2(layers, refiners)
-    arguments = {
-        "hidden_states": torch.randn(2, 4, 16, 16).bfloat16(),
-        "timestep": torch.rand(2).bfloat16(),
-        "encoder_hidden_states": torch.randn(2, 6, 8).bfloat16(),
+    return model, {
+        "hidden_states": torch.randn(2, 4, 16, 16, dtype=dtype),
+        "timestep": torch.rand(2, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 6, 8, dtype=dtype),
         "encoder_attention_mask": torch.ones(2, 6, dtype=torch.bool),
-        "return_dict": False,
     }
-    backend = GraphBackend()
+
+
+def lumina_next(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "LuminaNextDiT2DModel",
+        dtype,
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=layers,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=16,
+    )
+    return model, {
+        "hidden_states": torch.randn(2, 4, 8, 8, dtype=dtype),
+        "timestep": torch.rand(2, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 6, 16, dtype=dtype),
+        "encoder_mask": torch.ones(2, 6, dtype=torch.bool),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(8, 16, 16),
+        "cross_attention_kwargs": {},
+    }
+
+
+def mochi(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "MochiTransformer3DModel",
+        dtype,
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=layers,
+        pooled_projection_dim=12,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+    )
+    return model, {
+        "hidden_states": torch.randn(2, 4, 2, 8, 8, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 6, 16, dtype=dtype),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_attention_mask": torch.tensor([[True] * 6, [True] * 4 + [False] * 2]),
+    }
+
+
+def ideogram4(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "Ideogram4Transformer2DModel",
+        dtype,
+        in_channels=8,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=16,
+        llm_features_dim=12,
+        mrope_section=(4, 2, 2),
+    )
+    text, image = 4, 6
+    return model, {
+        "hidden_states": torch.randn(2, text + image, 8, dtype=dtype),
+        "timestep": torch.rand(2, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, text + image, 12, dtype=dtype),
+        "position_ids": torch.arange(text + image)[None, :, None].repeat(2, 1, 3),
+        "segment_ids": torch.zeros(2, text + image, dtype=torch.long),
+        "indicator": torch.tensor([[3] * text + [2] * image] * 2),
+    }
+
+
+def fibo2(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Arguments]:
+    """Gates and scales for each token, and in one layer a gate of one element."""
+    model = build(
+        "BriaFibo2Transformer2DModel",
+        dtype,
+        in_channels=4,
+        dim=64,
+        n_layers=layers,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=16,
+        injection_layer_ids=(0,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=4,
+        max_num_gist_tokens=8,
+        gist_step=2,
+        gist_min_text_len=4,
+        gist_max_text_len=16,
+        axes_dims=(8, 12, 12),
+        axes_lens=(64, 64, 64),
+    )
+    return model, {
+        "hidden_states": torch.randn(2, 4, 8, 8, dtype=dtype),
+        "timestep": torch.rand(2),
+        "encoder_hidden_states": torch.randn(2, 2, 6, 16, dtype=dtype),
+        "context_latents": [torch.randn(2, 4, 8, 8, dtype=dtype)],
+    }
+
+
+def nucleus_moe(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "NucleusMoEImageTransformer2DModel",
+        dtype,
+        in_channels=16,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+        mlp_ratio=8.0,
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=2,
+        moe_intermediate_dim=16,
+        capacity_factors=1.0,
+    )
+    return model, _packed_inputs(dtype, [(1, 4, 4)] * 2)
+
+
+def qwen_image(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "QwenImageTransformer2DModel",
+        dtype,
+        in_channels=16,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return model, _packed_inputs(dtype, [[(1, 4, 4)]] * 2)
+
+
+def _packed_inputs(dtype: torch.dtype, shapes: list[Any]) -> Arguments:
+    return {
+        "hidden_states": torch.randn(2, 16, 16, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 6, 16, dtype=dtype),
+        "timestep": torch.rand(2, dtype=dtype),
+        "img_shapes": shapes,
+    }
+
+
+def run(model: nn.Module, arguments: Arguments) -> torch.Tensor:
     with torch.no_grad():
-        expected = model(**arguments)[0]
-        got = torch.compile(model, backend=backend)(**arguments)[0]
-    assert torch.equal(got, expected)
-    assert backend.report.counts() == zimage.expected_counts(layers, refiners)
+        return model(**arguments, return_dict=False)[0]
+
+
+def compiled(model: nn.Module, arguments: Arguments, fuse: bool = True) -> tuple[torch.Tensor, GraphBackend]:
+    torch._dynamo.reset()
+    backend = GraphBackend(fuse=fuse)
+    return run(torch.compile(model, backend=backend), arguments), backend
+
+
+# --- what is fused ----------------------------------------------------------------------------------------------------
+
+
+def stacks(gated: int, count: int = 1) -> dict[str, int]:
+    """The counts of `count` residual streams with `gated` adds in all: a norm before the first add of each stream, and
+    one behind every add but the last."""
+    return {"norm_scale": count, "norm_tanh_mul_add": count, "norm_tanh_mul_add_norm_scale": gated - count}
+
+
+def model_counts(gated: int, count: int = 1) -> dict[str, int]:
+    """The same, and the LayerNorm with a scale at the end of the model."""
+    return {**stacks(gated, count), "norm_scale": count + 1}
+
+
+def mochi_counts(layers: int) -> dict[str, int]:
+    """Two streams; that of the text ends with the last layer's first norm. The LayerNorm at the end has a shift."""
+    image, text = 2 * layers, 2 * (layers - 1)
+    return {"norm_scale": 2, "norm_tanh_mul_add": 1, "norm_tanh_mul_add_norm_scale": image - 1 + text}
+
+
+FUSED: dict[str, tuple[Make, Callable[[int], dict[str, int]]]] = {
+    "Lumina 2": (lumina2, lambda layers: zimage.expected_counts(layers, refiners=1)),
+    "Lumina-Next": (lumina_next, lambda layers: model_counts(2 * layers)),
+    "Mochi": (mochi, mochi_counts),
+    "Ideogram 4": (ideogram4, lambda layers: model_counts(2 * layers)),
+    "FIBO 2": (fibo2, lambda layers: model_counts(2 * (layers + 1) + 1, count=2)),  # a refiner layer, one gate more
+    # Its gates are on what is no norm. Two LayerNorms a layer; behind the first layer, the router reads the second one.
+    "NucleusMoE": (nucleus_moe, lambda layers: {"norm_scale": layers + 1}),
+}
+
+
+@pytest.mark.parametrize("layers", (1, 2))
+@pytest.mark.parametrize(("make", "counts"), FUSED.values(), ids=FUSED)
+def test_every_site_is_fused_and_the_result_is_eagers(make, counts, layers: int) -> None:
+    model, arguments = make(layers)
+    got, backend = compiled(model, arguments)
+    assert torch.equal(got, run(model, arguments))
+    assert backend.report.counts() == counts(layers)
+
+
+@pytest.mark.parametrize(("make", "counts"), FUSED.values(), ids=FUSED)
+def test_in_fp32_every_site_is_fused_and_the_result_is_as_near_to_eager_as_the_unfused_graphs(make, counts) -> None:
+    """Inductor decomposes silu, layer_norm and the like, which shows in the last bits of both."""
+    model, arguments = make(1, torch.float32)
+    eager, plain = run(model, arguments), compiled(model, arguments, fuse=False)[0]
+    got, backend = compiled(model, arguments)
+    assert (got - eager).norm() <= 1.5 * (plain - eager).norm()
+    assert backend.report.counts() == counts(1)
+    assert {site.rounding for site in backend.report.fused} == {"cast_then_weight"}
+
+
+@pytest.mark.parametrize("name", ("Mochi", "FIBO 2"))
+def test_autocast_over_fp32_weights_fuses_the_same_sites_and_the_result_is_eagers(name: str) -> None:
+    make, counts = FUSED[name]
+    model, arguments = make(1, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, backend = compiled(model, arguments)
+        assert torch.equal(got, run(model, arguments))
+    assert backend.report.counts() == counts(1)
+
+
+def test_lumina_2_counts_follow_its_refiners_too() -> None:
+    model, arguments = lumina2(1, refiners=2)
+    got, backend = compiled(model, arguments)
+    assert torch.equal(got, run(model, arguments))
+    assert backend.report.counts() == zimage.expected_counts(1, refiners=2)
+
+
+def test_mochi_rounds_the_gated_product_once() -> None:
+    _, backend = compiled(*mochi(1))
+    gated = [site for site in backend.report.fused if site.gate is not None]
+    assert {(site.gate, site.rounding) for site in gated} == {("tanh", "gate_in_fp32")}
+
+
+def test_a_gate_for_each_token_and_a_gate_of_one_element_are_told_apart() -> None:
+    _, backend = compiled(*fibo2(1))
+    gates = {site.module: site.gate for site in backend.report.fused}
+    assert gates["layers.0.cross_attn_norm2"] == "tanh"
+    assert gates["layers.0.attention_norm2"] == "given"  # tanh, then where: an activated gate
+    assert gates["noise_refiner.0.attention_norm2"] == "given"
+
+
+BLOCK = stacks(2)
+MOCHI_BLOCK = {kind: 2 * count for kind, count in BLOCK.items()}
+BLOCKS: dict[str, tuple[Make, dict[str, dict[str, int]]]] = {
+    "Lumina 2": (
+        lumina2,
+        {
+            "noise_refiner.0": BLOCK,
+            "context_refiner.0": {kind: 1 for kind in BLOCK if kind != "norm_scale"},
+            "layers.1": BLOCK,
+        },
+    ),
+    "Mochi": (
+        mochi,
+        {"transformer_blocks.0": MOCHI_BLOCK, "transformer_blocks.1": {**BLOCK, "norm_scale": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "blocks"), BLOCKS.values(), ids=BLOCKS)
+def test_compiled_block_by_block_each_block_has_its_sites_and_the_result_is_eagers(make, blocks) -> None:
+    model, arguments = make(2)
+    expected = run(model, arguments)
+    backends = {name: GraphBackend() for name in blocks}
+    for name, backend in backends.items():
+        model.get_submodule(name).compile(backend=backend, fullgraph=True)
+    assert torch.equal(run(model, arguments), expected)
+    assert {name: backend.report.counts() for name, backend in backends.items()} == blocks
+
+
+# --- what is not ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_qwen_image_which_has_no_site_is_left_as_it_is_and_each_of_its_norms_has_a_reason(dtype) -> None:
+    """Its LayerNorms have a shift, and what its gates multiply is no norm."""
+    model, arguments = qwen_image(2, dtype)
+    got, backend = compiled(model, arguments)
+    assert torch.equal(got, compiled(model, arguments, fuse=False)[0])
+    assert backend.report.graphs == 1
+    assert dtype == torch.float32 or torch.equal(got, run(model, arguments))
+    assert backend.report.fused == []
+    reasons = {RMSNorm: "ALONE", nn.LayerNorm: "FOLLOWED"}
+    expected = {name: reasons[type(module)] for name, module in model.named_modules() if type(module) in reasons}
+    del expected["transformer_blocks.1.txt_norm2"]  # nothing reads it
+    assert {site.module: site.reason_name for site in backend.report.missed} == expected
+    assert all(site.reason and site.source for site in backend.report.missed)
 
 
 @pytest.mark.parametrize("layers", (2, 3))
