@@ -28,13 +28,7 @@ def without_options(guards: list[Any]) -> list[bool]:
     return ["transformer_options" not in guard.name for guard in guards]
 
 
-def compile_arguments(backend: Any = "fusion_pass") -> dict[str, Any]:
-    return {"backend": backend, "options": {"guard_filter_fn": without_options}}
-
-
 class FusionPassCompile:
-    """The node: a model in, the model compiled with backend="fusion_pass" out."""
-
     CATEGORY = "_for_testing"
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "patch"
@@ -47,44 +41,34 @@ class FusionPassCompile:
         from comfy_api.torch_helpers import set_torch_compile_wrapper
 
         patched = model.clone()
-        set_torch_compile_wrapper(model=patched, **compile_arguments())
+        set_torch_compile_wrapper(patched, backend="fusion_pass", options={"guard_filter_fn": without_options})
         return (patched,)
 
 
 NODE_CLASS_MAPPINGS = {"FusionPassCompile": FusionPassCompile}
 
 
-class Attention(nn.Module):
+class Block(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.q_norm, self.k_norm = (nn.RMSNorm(dim // heads, eps=1e-5) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
-        q, k, v = (part.movedim(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))
-        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).movedim(1, 2).flatten(2))
-
-
-def modulate(x: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale.unsqueeze(1))
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.attention = Attention(dim, heads)
         self.feed_forward = nn.Sequential(nn.Linear(dim, 3 * dim), nn.SiLU(), nn.Linear(3 * dim, dim))
         self.attention_norm1, self.attention_norm2 = (nn.RMSNorm(dim, eps=1e-5) for _ in range(2))
         self.ffn_norm1, self.ffn_norm2 = (nn.RMSNorm(dim, eps=1e-5) for _ in range(2))
         self.modulation = nn.Linear(dim, 4 * dim)
 
+    def attention(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (part.movedim(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).movedim(1, 2).flatten(2))
+
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale_msa, gate_msa, scale_mlp, gate_mlp = self.modulation(condition).chunk(4, dim=1)
-        attended = self.attention(modulate(self.attention_norm1(x), scale_msa))
+        attended = self.attention(self.attention_norm1(x) * (1 + scale_msa.unsqueeze(1)))
         x = x + gate_msa.unsqueeze(1).tanh() * self.attention_norm2(attended)
-        fed = self.feed_forward(modulate(self.ffn_norm1(x), scale_mlp))
+        fed = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp.unsqueeze(1)))
         return x + gate_mlp.unsqueeze(1).tanh() * self.ffn_norm2(fed)
 
 
@@ -123,13 +107,13 @@ def main() -> None:
 
     report = fusion_pass.explain(model, x, condition, {}, backend=reference)
     print(report)
-    compiled = torch.compile(model, **compile_arguments(reference or "fusion_pass"))
+    backend = reference or "fusion_pass"
+    compiled = torch.compile(model, backend=backend, options={"guard_filter_fn": without_options})
     with torch.no_grad():
         far = distance(compiled(x, condition, {}), model(x, condition, {}))
     print(f"{report.summary()}; from eager: {far:.2e}")
     if args.json:
-        results = {"fused": report.counts(), "graphs": report.graphs, "distance": far}
-        args.json.write_text(json.dumps(results) + "\n")
+        args.json.write_text(json.dumps({"fused": report.counts(), "graphs": report.graphs, "distance": far}) + "\n")
 
 
 if __name__ == "__main__":
