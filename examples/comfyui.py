@@ -76,9 +76,8 @@ class DiffusionModel(nn.Module):
     def __init__(self, dim: int = 256, heads: int = 2, layers: int = 2) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block(dim, heads) for _ in range(layers))
-        for parameter in self.parameters():
-            if parameter.ndim == 1:  # norm weights of 1 and gates near 0 would hide most of the arithmetic
-                nn.init.normal_(parameter, 1.0, 0.5)
+        for parameter in (p for p in self.parameters() if p.ndim == 1):
+            nn.init.normal_(parameter, 1.0, 0.5)  # norm weights of 1 and gates near 0 would hide most of the arithmetic
 
     def forward(self, x: Tensor, condition: Tensor, transformer_options: dict[str, Any]) -> Tensor:
         for layer in self.layers:
