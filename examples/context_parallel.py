@@ -7,7 +7,7 @@ Each process has all weights and its share of the tokens. Between matmul and mat
 is exchanged; Ulysses attention trades tokens for heads, so the number of heads must be divisible by the number of
 processes. diffusers 0.42 has no plan of its own for Z-Image: `plan` says where the tokens are split and gathered.
 
-With a GPU for each process they talk through NCCL, and the model has the full size. Without one they run on the CPU,
+With a GPU for each process they talk through NCCL, and the model has the full size. Without GPUs they run on the CPU,
 talk through gloo, and the model is small. The latents and captions are random. Every process computes the whole model
 first, unsplit and eagerly, and the split one is compared with that.
 """
@@ -80,6 +80,8 @@ def main() -> None:
         parser.error("start this with torchrun, see --help")
 
     cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        parser.error("with GPUs, there must be one for each process; CUDA_VISIBLE_DEVICES= runs on the CPU")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)

@@ -98,6 +98,7 @@ def main() -> None:
     pipe.transformer.compile_repeated_blocks(backend=reference or "fusion_pass")
     report = fusion_pass.explain(pipe.transformer, *positional, backend=reference, **named)
     print(report)
+    pipe.maybe_free_model_hooks()  # explain called the transformer alone, which left it on the GPU
     compiled = image()
     far = distance(compiled, eager)
     print(f"{report.summary()}; from eager, after {args.steps} steps: {far:.2e}")
