@@ -200,6 +200,7 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
+    path = path.rpartition(".__self__")[2]  # a compiled forward that hooks wrap is reached through their closures
     path = re.sub(r"^[LG]\['\w+'\]", "", path)
     path = re.sub(r"\.__dict__\['_modules'\]", "", path)
     path = re.sub(r"\._modules\b|\['_modules'\]", "", path)

@@ -22,6 +22,7 @@ import fusion_pass
 from fusion_pass import Backend, graph_pass
 from fusion_pass.backend import fusion_pass_backend
 from fusion_pass.graph_pass import FusionPass
+from fusion_pass.report import module_path
 
 REFERENCE = Backend(kernels="reference")
 DUAL = "norm_tanh_mul_add_norm_scale"
@@ -412,6 +413,20 @@ def test_the_report_is_an_artifact_of_torchs_structured_trace(module, args, monk
     ((metadata, payload),) = seen
     assert metadata == {"name": "fusion_pass_report", "encoding": "json"}
     assert json.loads(payload)["fused"][0]["kind"] == DUAL
+
+
+@pytest.mark.parametrize(
+    ("traced", "path"),
+    [
+        ("L['self']._modules['layers']._modules['0']._modules['norm']", "layers.0.norm"),
+        ("L['self'].layers[0].norm", "layers.0.norm"),
+        ("L['fn'].forward.func.__closure__[0].cell_contents.forward.__self__._modules['norm']", "norm"),
+    ],
+)
+def test_a_module_is_named_by_its_place_in_the_model(traced: str, path: str) -> None:
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"norm": (traced, torch.nn.Module)}
+    assert module_path(node) == path
 
 
 def test_the_report_is_a_table_and_json(module, args) -> None:

@@ -333,7 +333,12 @@ def one_over_the_root(x: Tensor) -> Tensor:
     return (wide * (1 / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype)
 
 
-@pytest.mark.parametrize("norm", (quotient, one_over_the_root))
+def root_as_a_power(x: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide / (wide.pow(2).mean(-1, keepdim=True) + EPS) ** 0.5).to(x.dtype)
+
+
+@pytest.mark.parametrize("norm", (quotient, one_over_the_root, root_as_a_power))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_a_division_by_the_root_rounds_otherwise_and_is_refused_for_that_reason(norm, dtype) -> None:
     x, residual, gate, _ = inputs(Spec(dtype=dtype))

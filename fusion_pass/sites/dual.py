@@ -20,11 +20,11 @@ def find(second: Norm, survey: Survey) -> Site | None:
     upper = None if first is None else gated.grow(first)
     if first is None or upper is None or upper.y is not second.x:
         return None
-    if first.kind != second.kind:
-        raise Refused(Reason.KINDS, second.anchor, kind=KIND)
     lower = scaled.grow(second) or scaled.unscaled(second)
     if lower is None:
         return None
+    if first.kind != second.kind:
+        raise Refused(Reason.KINDS, second.anchor, kind=KIND)
     eps, eps2 = eps_operand(upper.norm.eps), eps_operand(second.eps)
     if isinstance(eps, float) != isinstance(eps2, float):
         raise Refused(Reason.EPS, second.anchor, "one eps is a constant, the other a tensor", KIND)

@@ -104,7 +104,7 @@ def _statistic(anchor: Node) -> _Statistic | None:
     measured = moments[0] if moments is not None else _squared(mean, nodes)
     if measured is None:
         return None
-    if is_call(anchor, aten.sqrt.default):
+    if _is_square_root(anchor):
         raise Refused(Reason.ROOT, anchor)
     _check_eps(eps)
     kind, centre = ("rms", None) if moments is None else ("layer", moments[1])
@@ -121,7 +121,11 @@ def _under_root(anchor: Node) -> tuple[Node, list[Node]] | None:
     if is_call(anchor, aten.pow.Tensor_Scalar) and anchor.args[1] == -0.5:
         return under, [anchor]
     divides = any(is_call(user, aten.reciprocal.default, aten.div.Tensor) for user in anchor.users)
-    return (under, [anchor]) if is_call(anchor, aten.sqrt.default) and divides else None
+    return (under, [anchor]) if _is_square_root(anchor) and divides else None
+
+
+def _is_square_root(node: Node) -> bool:
+    return is_call(node, aten.sqrt.default) or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 0.5)
 
 
 def _split_eps(variance: Node) -> tuple[Node, float | Node]:
