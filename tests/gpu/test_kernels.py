@@ -180,6 +180,10 @@ def judge_y(y: Tensor, o: Operands, op: str, options: dict[str, Any]) -> None:
         return
     p = expected.float() - o.residual.float()
     magnitude = torch.maximum(torch.maximum(p.abs(), o.residual.float().abs()), expected.float().abs())
+    if o.bias is not None:  # it cancels, as the residual does
+        gate = parameter_in_fp64(o.gate, steps.gate, torch.tanh if chain.tanh else lambda g: g)
+        share = o.bias.float().abs() * (1.0 if gate is None else gate.float().abs())
+        magnitude = torch.maximum(magnitude, share.expand_as(magnitude))
     assert_follows(
         y, expected, magnitude, Y_STEPS, coarsest_dtype(steps, y), options["rounding"], chain.norm == "layer"
     )
