@@ -82,7 +82,9 @@ class DirectKernel(ir.ExternKernel):
         numbers = wrapper.codegen_shape_tuple(self.constant_args)
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         wrapper.add_import_once("from dit_kernels.direct import DirectCall")
-        wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}, {offsets}{options})")
+        # The comment keeps graphs that differ in dtypes alone from sharing one source, and with it one DirectCall.
+        types = ", ".join(str(node.get_dtype()) for node in (*self.inputs, *self.results))
+        wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}, {offsets}{options})  # {types}")
         wrapper.writeline(f"if not {name}({', '.join((*given, *results, numbers))}):")
         wrapper.writeline(f"    {name}.checked({', '.join((*map(_written, operands.values()), *results))})")
 
@@ -114,6 +116,9 @@ def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     """The op's results, to be computed by a DirectKernel. Raises Unusual."""
     if V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False) or V.graph.aot_mode:
         raise Unusual("the wrapper is no Python code")
+    if _stream(V.graph.current_node):
+        # Inductor allocates buffers in the stream of the node before; the dispatcher in that of the call.
+        raise Unusual("it runs on a stream of its own")
     names = [argument.name for argument in op._schema.arguments if not argument.kwarg_only]
     operands = dict(zip(names, args, strict=True))
     if not all(isinstance(operands[name], float) for name in ("eps", "eps2") if name in operands):
@@ -172,6 +177,11 @@ def _rows(name: str, t: Any, d: Any) -> _Rows | None:
         elif not _known((by * t.get_dtype().itemsize) % ALIGNMENT, 0):
             raise Unusual(f"the rows of {name} are not aligned")
     return _Rows(tuple(shape), tuple(strides))
+
+
+def _stream(node: torch.fx.Node) -> Any:
+    """The stream that the model has put a node on, where it is not the default one."""
+    return node.meta.get("custom", {}).get("stream", 0)
 
 
 def _known(a: Any, b: Any) -> bool:

@@ -143,6 +143,26 @@ def test_an_error_in_the_lowering_costs_a_warning_and_the_dispatcher(
     assert_equal(got, dual(*args))
 
 
+def test_a_call_on_a_stream_of_its_own_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "_stream", lambda node: 1)
+    args = operands(2, 5)
+    got, code = compiled(dual, *args)
+    assert not is_direct(code)
+    assert_equal(got, dual(*args))
+
+
+def test_code_for_other_dtypes_is_another_source() -> None:
+    def scaled(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        return SCALED(x, w, None, scale, EPS, rounding="fp32", z_dtype=bf16)
+
+    x, w, _, _, _, scale = operands(2, 5)
+    lines = []
+    for weight in (w, w.float()):
+        _, code = compiled(scaled, x, weight, scale)
+        lines.append(next(line for line in code.splitlines() if "= DirectCall(" in line))
+    assert lines[0] != lines[1]
+
+
 def test_a_cpp_wrapper_calls_the_op_through_the_dispatcher() -> None:
     args = operands(2, 5)
     got, code = compiled(dual, *args, options={"cpp_wrapper": True})

@@ -159,6 +159,18 @@ def test_a_second_norm_with_an_fp32_weight_may_be_cast_once_for_each_matmul(cast
     assert_bit_equal(got, model(x, residual.float(), gate, weight))
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_a_bias_that_is_added_behind_a_layer_norm_is_not_the_layer_norms(dtype: torch.dtype) -> None:
+    row = torch.randn(MUTANT_ARGS[0].shape[-1]).to(dtype)
+    x, residual, gate, _ = (t.to(dtype) for t in MUTANT_ARGS)
+
+    def model(x, residual, gate, row):
+        return residual + gate.tanh() * (torch.layer_norm(x, x.shape[-1:]) + row)
+
+    _, backend = run(model, x, residual, gate, row)
+    assert backend.report.fused == []
+
+
 @given(seed=st.integers(0, 2**16), order=st.permutations(("gated", "scaled", "used", "mutated")))
 def test_the_order_of_independent_statements_does_not_matter(seed: int, order: tuple[str, ...]) -> None:
     """Between the two halves of a dual stand others that read y, and the 1 + scale; none of it changes the result."""

@@ -292,6 +292,8 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: 
             narrowed = True
             if weight is None and bias is None and statistic.kind == "rms":
                 normed = weighted = biased = dtype(user)
+        elif statistic.kind == "layer" and not _is_of_layer_norm(user):
+            break  # what the model multiplies or adds itself, it rounds itself
         elif weight is None and bias is None and (row := _row_operand(user, aten.mul.Tensor, out, x)) is not None:
             weight, narrowed = row, False
             weighted = biased = dtype(user)
