@@ -91,6 +91,11 @@ def _is_number(arg: Any, number: float) -> bool:
     return isinstance(arg, int | float) and not isinstance(arg, bool) and float(arg) == number
 
 
+def stream(node: Node) -> Any:
+    """The stream that the model has put a node on; 0 is the default one."""
+    return node.meta.get("custom", {}).get("stream", 0)
+
+
 def sole_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 

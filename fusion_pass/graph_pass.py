@@ -79,11 +79,9 @@ class FusionPass(CustomGraphPass):
         saved = None
         try:
             saved = _copied(graph, Graph())
-            gated = _has_gate(graph)
             _Rewriter(self, graph, report).run()
             graph.lint()
-            if gated:
-                _warn_if_nothing_fused(report)
+            _warn_if_nothing_fused(report, graph)
         except Exception as error:
             if saved is not None:
                 _restore(graph, saved)
@@ -310,10 +308,11 @@ def _readers(node: Node) -> Iterator[Node]:
             yield user
 
 
-def _warn_if_nothing_fused(report: FusionReport) -> None:
+def _warn_if_nothing_fused(report: FusionReport, graph: Graph) -> None:
     """Norms and gates, and no site: perhaps a spelling that the pass does not know, which must not stay unseen."""
     reasons = {site.reason_name for site in report.missed}
-    if not report.fused and reasons and reasons <= {reason.name for reason in BY_DESIGN}:
+    by_design = reasons and reasons <= {reason.name for reason in BY_DESIGN}
+    if not report.fused and by_design and _has_gate(graph):
         _warn_once("fusion_pass: a graph has norms and gates, and nothing of it was fused; see fusion_pass.explain")
 
 

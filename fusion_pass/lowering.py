@@ -15,14 +15,14 @@ from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, fallback_handler, register_lowering
 from torch._inductor.virtualized import V
 
-from dit_kernels.direct import launch_numbers
+from dit_kernels.direct import WITH_OFFSET, launch_numbers
 from dit_kernels.ops import ALIGNMENT
+from fusion_pass.dataflow import stream
 
 log = logging.getLogger("fusion_pass")
 
-_TENSORS = ("x", "weight", "bias", "gate", "residual", "weight2", "bias2", "scale")
-_WITH_OFFSET = ("x", "gate", "residual", "scale")
 _ORDER = ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2")
+_TENSORS = tuple(name for name in _ORDER if name not in ("eps", "eps2"))
 
 
 class Unusual(Exception):
@@ -76,7 +76,7 @@ class DirectKernel(ir.ExternKernel):
         results = [result.codegen_reference() for result in self.results]
         results = ["None", *results] if self.op._opname == "norm_scale" else [*results, "None"][:2]
         operands = {key: self.operands.get(key, 0.0 if key == "eps2" else None) for key in _ORDER}
-        bases = {key: _base(value) if key in _WITH_OFFSET else None for key, value in operands.items()}
+        bases = {key: _base(value) if key in WITH_OFFSET else None for key, value in operands.items()}
         offsets = {key: base[1] for key, base in bases.items() if base is not None and base[1]}
         given = [_written(value) if (base := bases[key]) is None else base[0] for key, value in operands.items()]
         numbers = wrapper.codegen_shape_tuple(self.constant_args)
@@ -116,7 +116,7 @@ def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     """The op's results, to be computed by a DirectKernel. Raises Unusual."""
     if V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False) or V.graph.aot_mode:
         raise Unusual("the wrapper is no Python code")
-    if _stream(V.graph.current_node):
+    if stream(V.graph.current_node):
         # Inductor allocates buffers in the stream of the node before; the dispatcher in that of the call.
         raise Unusual("it runs on a stream of its own")
     names = [argument.name for argument in op._schema.arguments if not argument.kwarg_only]
@@ -177,11 +177,6 @@ def _rows(name: str, t: Any, d: Any) -> _Rows | None:
         elif not _known((by * t.get_dtype().itemsize) % ALIGNMENT, 0):
             raise Unusual(f"the rows of {name} are not aligned")
     return _Rows(tuple(shape), tuple(strides))
-
-
-def _stream(node: torch.fx.Node) -> Any:
-    """The stream that the model has put a node on, where it is not the default one."""
-    return node.meta.get("custom", {}).get("stream", 0)
 
 
 def _known(a: Any, b: Any) -> bool:

@@ -144,7 +144,7 @@ def test_an_error_in_the_lowering_costs_a_warning_and_the_dispatcher(
 
 
 def test_a_call_on_a_stream_of_its_own_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering, "_stream", lambda node: 1)
+    monkeypatch.setattr(lowering, "stream", lambda node: 1)
     args = operands(2, 5)
     got, code = compiled(dual, *args)
     assert not is_direct(code)

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import FORMS
-from fusion_pass.dataflow import depends_on, is_call, known_equal, value
+from fusion_pass.dataflow import depends_on, is_call, known_equal, stream, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import Operand
 
@@ -192,9 +192,9 @@ def _prove_undisturbed(site: Site, graph: Graph) -> None:
     from torch._inductor.pattern_matcher import get_mutation_region_id
 
     first, *rest = site.nodes()
-    where = (get_mutation_region_id(graph, first), _stream(first))
+    where = (get_mutation_region_id(graph, first), stream(first))
     for node in (*rest, *_looked_through(site)):
-        if (get_mutation_region_id(graph, node), _stream(node)) != where:
+        if (get_mutation_region_id(graph, node), stream(node)) != where:
             raise Refused(Reason.MUTATION, node, kind=site.kind)
 
 
@@ -210,10 +210,6 @@ def _looked_through(site: Site) -> list[Node]:
             between.append(node)
             pending.extend(node.all_input_nodes)
     return between
-
-
-def _stream(node: Node) -> Any:
-    return node.meta.get("custom", {}).get("stream", 0)
 
 
 # --- the rewrite ------------------------------------------------------------------------------------------------------

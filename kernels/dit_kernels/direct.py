@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dit_kernels import ops
 
+WITH_OFFSET = ("x", "gate", "residual", "scale")  # the operands that models cut out of larger tensors
+
 
 def launch_numbers(x: Any, residual: Any, gate: Any, scale: Any) -> tuple[Any, ...]:
     """B, S, and the strides of these by batch item and by token, in elements: 0 where an operand has one or is absent.
@@ -31,14 +33,14 @@ class DirectCall:
 
         call(x, .., z, numbers) or call.checked(x, .., z)
 
-    op: the name of the op; options: its keyword arguments. offsets: of the four names below, the bytes by which an
+    op: the name of the op; options: its keyword arguments. offsets: of the names WITH_OFFSET, the bytes by which an
     operand of `__call__` lies behind the tensor that is given for it; `checked` is given the operands themselves. From
     one time to the next, addresses, eps, and sizes and strides but those of 1 may change; dtypes and D may not.
     """
 
     def __init__(self, op: str, offsets: dict[str, int], **options: Any) -> None:
         self.op, self.options = op, options
-        self.offsets = tuple(offsets.get(name, 0) for name in ("x", "gate", "residual", "scale"))
+        self.offsets = tuple(offsets.get(name, 0) for name in WITH_OFFSET)
         self.function: Any = None  # the kernel, for operands that are aligned
         self.device, self.processors = -1, 0
 

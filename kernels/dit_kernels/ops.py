@@ -307,19 +307,23 @@ def _run_cuda(call: Call) -> tuple[Tensor, ...]:
             _warn_once(f"dit_kernels: {missing}; the PyTorch definitions run instead")
         return _run_definition(call)
     results = _empty_results(call)
+    _run_kernel(call, results)
+    return results
+
+
+def _run_kernel(call: Call, results: tuple[Tensor, ...]) -> None:
     if call.x.numel():
         _compiler().run(call.chain, *_kernel_operands(call, results))
-    return results
 
 
 def run_into(call: Call, results: tuple[Tensor, ...]) -> None:
     """Runs a call into results that are there already: contiguous, of the shape of x and the chain's dtypes."""
-    if not has_kernel(call):
-        run = _run_cuda if call.x.is_cuda else _run_definition
-        for result, value in zip(results, run(call), strict=True):
-            result.copy_(value)
-    elif call.x.numel():
-        _compiler().run(call.chain, *_kernel_operands(call, results))
+    if has_kernel(call):
+        _run_kernel(call, results)
+        return
+    run = _run_cuda if call.x.is_cuda else _run_definition
+    for result, value in zip(results, run(call), strict=True):
+        result.copy_(value)
 
 
 def kernel_of(call: Call, results: tuple[Tensor, ...]) -> tuple[Callable[..., None], int]:
@@ -525,9 +529,7 @@ def prepare(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> None:
     """
     call = checked_call(op, *args, **kwargs)
     if has_kernel(call):
-        from dit_kernels import compile
-
-        compile.prepare(call.chain, *_kernel_operands(call, _empty_results(call), read_eps=False))
+        _compiler().prepare(call.chain, *_kernel_operands(call, _empty_results(call), read_eps=False))
 
 
 def _results(run: Callable[[Call], tuple[Tensor, ...]], make_call: Callable[..., Call]) -> Callable[..., Any]:
