@@ -20,3 +20,7 @@ class Chain:
     add_one: bool  # the scale is still to get its 1
     gated: GatedSteps | None
     scaled: ScaledSteps | None
+
+    @property
+    def op(self) -> str:
+        return "scaled" if self.gated is None else "gated" if self.scaled is None else "dual"

@@ -32,8 +32,10 @@ from cutlass.cute.runtime import load_module, make_fake_stream, make_ptr
 from filelock import FileLock
 from torch import Tensor
 
+from dit_kernels import tickets
 from dit_kernels.chain import Chain
-from dit_kernels.cute.norm_gate import CUTE_DTYPES, NormGate, Operand, Operands, held_dtype
+from dit_kernels.cute.arith import CUTE_DTYPES
+from dit_kernels.cute.norm_gate import NormGate, Operand, Operands, held_dtype
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling, row_tiling
 from dit_kernels.direct import launch_numbers
 
@@ -57,19 +59,14 @@ class Variant:
         walks = all(t is None or t.walk != "token" for t in others.values())
         aligned = all(t.access == ACCESS_BYTES and self.d * t.dtype.itemsize % ACCESS_BYTES == 0 for t in rows)
         return row_tiling(
+            chain.op,
             self.d,
             [t.dtype.itemsize for t in rows],
             [dtype.itemsize for dtype in held if dtype is not None],
             arch,
             walks,
             aligned,
-            product=_widest_product(chain),
         )
-
-
-def _widest_product(chain: Chain) -> str:
-    products = {steps.product for steps in (chain.gated, chain.scaled) if steps is not None}
-    return "fp32" if torch.float32 in products else "fp16" if torch.float16 in products else "bf16"
 
 
 # --- what a call needs ----------------------------------------------------------------------------------------------
@@ -96,10 +93,10 @@ def bound(
 ) -> tuple[Function, tuple[int, ...]]:
     """The kernel that runs a chain on these tensors, and the numbers that it is launched with.
 
-    function(x, ..., z, *numbers, stream) launches it on the current device, a tensor given by its address, and never
-    waits for the GPU. It takes all tensors that agree with these in dtype, D, which dimensions are 1, and in what
-    pointers and strides are multiples of; the numbers are `launch_numbers` and the number
-    of processors.
+    function(x, ..., z, *numbers, tickets, stream) launches it on the current device, a tensor given by its address, and
+    never waits for the GPU. It takes all tensors that agree with these in dtype, D, which dimensions are 1, and in what
+    pointers and strides are multiples of; the numbers are `launch_numbers` and the number of processors, and tickets is
+    an address that `tickets.address` gives.
 
     bf16, fp16 or fp32, each tensor its own; the last stride is 1, the others of inputs are any. A kernel that is not
     compiled yet is compiled here, except under CUDA graph capture: RuntimeError.
@@ -132,7 +129,8 @@ def run(chain: Chain, *operands: Any) -> None:
     addresses = [t.data_ptr() if isinstance(t, Tensor) else t for t in operands]
     device = operands[0].get_device()
     with torch.cuda.device(device):
-        function(*addresses, *rest, torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        function(*addresses, *rest, tickets.address(device, stream, rest[0]), stream)
 
 
 def prepare(
@@ -252,7 +250,7 @@ def compile_variant(arch: str, variant: Variant, options: str = "") -> Any:
     """Compiles for `arch` (sm_80, sm_90a, ...); needs neither a GPU nor a driver."""
     kernel = NormGate(variant.chain, variant.d, variant.operands, variant.tiling(arch))
     pointers = {name: _fake_pointer(getattr(variant.operands, name)) for name in _NAMES}
-    p, number = pointers.get, [Int32(0), Int32(0), *(Int64(0) for _ in range(8)), Int32(0)]
+    p, number = pointers.get, [Int32(0), Int32(0), *(Int64(0) for _ in range(8)), Int32(0), Int64(0)]
     return cute.compile(
         kernel,
         *(p("x"), p("weight"), p("bias"), p("gate"), p("residual"), Float32(0.0)),

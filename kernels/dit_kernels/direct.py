@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_kernels import ops
+from dit_kernels import ops, tickets
 
 WITH_OFFSET = ("x", "gate", "residual", "scale")  # the operands that models cut out of larger tensors
 
@@ -81,7 +81,9 @@ class DirectCall:
         if self.function is None or bits % ops.ALIGNMENT or not numbers[0] * numbers[1]:
             return False
         given = at_x, at_weight, at_bias, at_gate, at_residual, eps, at_weight2, at_bias2, at_scale, eps2, at_y, at_z
-        self.function(*given, *numbers, self.processors, torch._C._cuda_getCurrentRawStream(self.device))
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        counters = tickets.address(self.device, stream, numbers[0])
+        self.function(*given, *numbers, self.processors, counters, stream)
         return True
 
     def checked(self, *operands: Any) -> None:

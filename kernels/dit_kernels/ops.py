@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
-from dit_kernels import reference
+from dit_kernels import reference, tickets
 from dit_kernels.chain import Chain
 from dit_kernels.rounding import FORMS, NORMS, gated_steps, scaled_steps
 
@@ -467,6 +467,7 @@ def _make_plan(call: Call, given: list[Any]) -> _Plan | None:
     first_dtype, last_dtype = dtypes[0], dtypes[-1]
     like = c.x.is_contiguous() and set(dtypes) == {c.x.dtype}
     empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
+    tickets_at, batches = tickets.address, numbers[0]
     current_device = torch.cuda.current_device
 
     def plan(x: Tensor, given: list[Any]) -> Any:
@@ -476,14 +477,17 @@ def _make_plan(call: Call, given: list[Any]) -> _Plan | None:
         first = empty_like(x) if like else x.new_empty(shape, dtype=first_dtype)
         if dual:
             second = empty_like(x) if like else x.new_empty(shape, dtype=last_dtype)
-            function(*given, first.data_ptr(), second.data_ptr(), *numbers, stream_of(device))
+            stream = stream_of(device)
+            counters = tickets_at(device, stream, batches)
+            function(*given, first.data_ptr(), second.data_ptr(), *numbers, counters, stream)
             return first, second
         if scaled:
             x_, weight, bias, scale, eps = given
             given = [x_, weight, bias, None, None, eps, None, None, scale, 0.0, None, first.data_ptr()]
         else:
             given = [*given, None, None, None, 0.0, first.data_ptr(), None]
-        function(*given, *numbers, stream_of(device))
+        stream = stream_of(device)
+        function(*given, *numbers, tickets_at(device, stream, batches), stream)
         return first
 
     return plan

@@ -55,8 +55,9 @@ def run(kernel: Compiled, *operands: Any) -> Launch:
     program = parse(kernel.ptx)
     memory = GlobalMemory()
     arguments = [_add(memory, name, t) if isinstance(t, Tensor) else t for name, t in named.items() if t is not None]
+    tickets = memory.add_counters(named["x"].shape[0])
     memory.freeze()
-    what = launch(kernel.host, program, [*arguments, *operands[len(NAMES) :]])
+    what = launch(kernel.host, program, [*arguments, *operands[len(NAMES) :], tickets])
     assert what.threads == program.threads
     Machine(program, what.grid, what.shared_bytes, memory, what.parameters).run()
     for name in ("y", "z"):

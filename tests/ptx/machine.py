@@ -225,6 +225,7 @@ class Machine:
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}  # by CTA and address
         self.registers: dict[str, Array] = {}
         self.specials = self._specials()
+        self._written = {program.register(i, name) for i in program.instructions for name in _targets(i)}
         self.steps = [self._decode(i) for i in program.instructions]
         self.guards = [None if i.guard is None else self._source(i, i.guard, BOOL) for i in program.instructions]
         targets = set(program.labels.values())
@@ -365,6 +366,13 @@ class Machine:
         constant = _constant(instruction, name, dtype, self.program.externs)
         return lambda active: np.broadcast_to(constant, self.lanes[active].shape)
 
+    def _part(self, instruction: Instruction, name: str, dtype: np.dtype[Any]) -> Callable[[Lanes], Array]:
+        """What is packed. A register that nothing in the program writes is a part that LLVM does not care for."""
+        if self.program.register(instruction, name) in self._written or not name.startswith("%r"):
+            return self._source(instruction, name, dtype)
+        nan = np.array(-1, f"i{dtype.itemsize}").view(dtype)  # shows wherever it matters after all
+        return lambda active: np.broadcast_to(nan, self.lanes[active].shape)
+
     def _register(self, instruction: Instruction, key: str, dtype: np.dtype[Any], active: Lanes) -> Array:
         if key not in self.registers:
             raise Fault(f"{self._first(active)}, {instruction}: nothing ever wrote {key}")
@@ -452,7 +460,7 @@ class Machine:
         if source.startswith("{"):
             names = _vector(source)
             part = _BITS[bits // len(names)]
-            reads = [self._source(instruction, name, part) for name in names]
+            reads = [self._part(instruction, name, part) for name in names]
             return lambda active: write(active, np.stack([read(active) for read in reads], 1).view(dtype)[:, 0])
         read = self._source(instruction, source, dtype)
         return lambda active: write(active, read(active))
@@ -569,7 +577,21 @@ class Machine:
 
         return step
 
-    # --- bulk copies and mbarriers: few threads, so one at a time
+    # --- atomics, bulk copies and mbarriers: few threads, so one at a time
+
+    def _decode_count(self, instruction: Instruction) -> Step:
+        target, at, last = instruction.operands
+        write = self._target(instruction, target, 32)
+        address, last_of = self._address(instruction, at, U64), self._source(instruction, last, U32)
+
+        def step(active: Lanes) -> None:
+            counted = [
+                self.memory.count(int(where), int(limit))
+                for where, limit in zip(address(active), last_of(active), strict=True)
+            ]
+            write(active, np.array(counted, U32))
+
+        return step
 
     def _decode_mbarrier_init(self, instruction: Instruction) -> Step:
         address = self._address(instruction, instruction.operands[0], U32)
@@ -719,6 +741,7 @@ class Machine:
         "bra.uni": _decode_branch,
         "ret": _decode_return,
         "bar.sync": _decode_barrier,
+        "atom.global.inc.u32": _decode_count,
         "mbarrier.init.shared.b64": _decode_mbarrier_init,
         "fence.mbarrier_init.release.cluster": _decode_fence,
         "mbarrier.arrive.expect_tx.shared.b64": _decode_arrive,
@@ -726,6 +749,10 @@ class Machine:
         _BULK: _decode_bulk_copy,
         "mapa.shared::cluster.u32": _decode_map,
     }
+
+
+def _targets(instruction: Instruction) -> list[str]:
+    return _vector(instruction.operands[0]) if instruction.operands else []
 
 
 def _vector(operand: str) -> list[str]:

@@ -84,7 +84,7 @@ def parse(text: str) -> Program:
         if kind not in _SIZES:
             raise Unsupported(f"a kernel parameter of type .{kind}")
         parameters.append(Parameter(name, _SIZES[kind] * int(count or 1)))
-    threads = re.fullmatch(r"\.reqntid (\d+), 1, 1\s*", entry[3])
+    threads = re.fullmatch(r"\.reqntid (\d+), 1, 1\s*(?:\.minnctapersm \d+\s*)?", entry[3])
     if not threads:
         raise Unsupported(f"a kernel with {entry[3].strip()!r}")
     program = Program(entry[1], parameters, int(threads[1]), externs=frozenset(_EXTERN.findall(text)))
