@@ -101,6 +101,7 @@ def _pure() -> dict[str, Pure]:
         "cvt.s64.s32": Pure(lambda a: a.astype(S64), S64, (S32,)),
         "cvt.u64.u32": Pure(lambda a: a.astype(U64), U64, (U32,)),
         "cvt.u32.u64": Pure(lambda a: a.astype(U32), U32, (U64,)),
+        "neg.s32": Pure(np.negative, S32, (S32,)),
         "abs.s32": Pure(np.abs, S32, (S32,)),
         "div.s32": Pure(_divide, S32, (S32, S32)),
         "mul.wide.u32": Pure(lambda a, b: a.astype(U64) * b, U64, (U32, U32)),

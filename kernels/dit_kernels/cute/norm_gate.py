@@ -584,8 +584,8 @@ class _Parameters:
 class _Tickets:
     """Who walks which rows of a batch item, its first `given` rows apart, which are shared out evenly.
 
-    Multiprocessors are not equally fast, so whoever is done with a row draws a ticket for another one. Every CTA draws one
-    ticket that is no row; with the last of them the counter is back at 0, for the next launch.
+    Multiprocessors are not equally fast, so whoever is done with a row draws a ticket for another one. Every CTA draws
+    one ticket that is no row; with the last of them the counter is back at 0, for the next launch.
     """
 
     def __init__(self, counters: Int64, batch: Int32, walkers: Int32, given: Int32, drawn: Int32):

@@ -6,7 +6,7 @@ t, t + threads, t + 2*threads, ... so that neighbouring threads touch neighbouri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 WARP = 32
@@ -117,12 +117,12 @@ def row_tiling(
     resident = -(-total // MAX_THREADS) * registers <= ROW_REGISTERS
     most = ROW_REGISTERS // registers if resident else total
     fewest = 1 if total <= (MAX_THREADS_OF_ONE_VECTOR if bulk else MAX_THREADS) else -(-total // MAX_THREADS)
-    if resident and bulk:
-        few = min(WALKING_VECTORS, WALKING_REGISTERS // max(parameter_registers, 1), -(-total // WARP))
-        fewest = min(max(fewest, few), most)
     if resident and not walks and total % (VECTORS_OF_A_ROW * WARP) == 0:
         fewest = min(max(fewest, VECTORS_OF_A_ROW), most)
     threads, vectors = _split(total, most, fewest)
+    if resident and bulk:
+        few = min(WALKING_VECTORS, WALKING_REGISTERS // max(parameter_registers, 1), most)
+        threads, vectors = _fullest(total, range(fewest, few + 1)) or (threads, vectors)
     tail = threads * vectors != total
     held = vectors * parameter_registers
     loaded = held + vectors * sum(_registers(vector, width) for width in row_widths)
@@ -159,6 +159,12 @@ def _vector_elements(d: int, width: int) -> int:
 
 def _registers(vector: int, width: int) -> int:
     return -(-vector * width // 4)
+
+
+def _fullest(total: int, choices: Iterable[int]) -> tuple[int, int] | None:
+    """(threads, vectors of one) for `total` vectors: the fewest outside the row, and of equals the most a thread."""
+    tilings = [(-(-total // (vectors * WARP)) * WARP, vectors) for vectors in choices]
+    return min(tilings, key=lambda tiling: (tiling[0] * tiling[1], -tiling[1]), default=None)
 
 
 def _split(total: int, most: int, fewest: int) -> tuple[int, int]:
