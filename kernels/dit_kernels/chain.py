@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dit_kernels.rounding import GatedSteps, ScaledSteps
+from dit_kernels.rounding import GatedSteps, RotatedSteps, ScaledSteps, SiluSteps
 
 
 @dataclass(frozen=True)
@@ -20,3 +20,19 @@ class Chain:
     add_one: bool  # the scale is still to get its 1
     gated: GatedSteps | None
     scaled: ScaledSteps | None
+
+
+@dataclass(frozen=True)
+class RotatedChain:
+    """`rotate(norm(q))`, and the same of k with the same rotation; with one of them only, that is q."""
+
+    interleaved: bool  # pairs are neighbours; else the halves of a head
+    q: RotatedSteps
+    k: RotatedSteps | None
+
+
+@dataclass(frozen=True)
+class SiluChain:
+    """`silu(a) * b`."""
+
+    steps: SiluSteps

@@ -35,7 +35,7 @@ from torch import Tensor
 from dit_kernels.chain import Chain
 from dit_kernels.cute.norm_gate import CUTE_DTYPES, NormGate, Operand, Operands, held_dtype
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling, row_tiling
-from dit_kernels.direct import launch_numbers
+from dit_kernels.calls.norm_gate import launch_numbers
 
 Function = Callable[..., None]
 Facts = tuple[torch.dtype, str, int]  # the fields of an Operand
@@ -93,13 +93,12 @@ def bound(
     eps2: float,
     y: Tensor | None,  # (B, S, D), contiguous
     z: Tensor | None,  # (B, S, D), contiguous
-) -> tuple[Function, tuple[int, ...]]:
-    """The kernel that runs a chain on these tensors, and the numbers that it is launched with.
+) -> tuple[Function, tuple[int, ...], tuple[int, ...]]:
+    """The kernel that runs a chain on these tensors, the numbers that it is launched with, and constants of the device.
 
-    function(x, ..., z, *numbers, stream) launches it on the current device, a tensor given by its address, and never
-    waits for the GPU. It takes all tensors that agree with these in dtype, D, which dimensions are 1, and in what
-    pointers and strides are multiples of; the numbers are `launch_numbers` and the number
-    of processors.
+    function(x, ..., z, *numbers, *constants, stream) launches it on the current device, a tensor given by its
+    address, and never waits for the GPU. It takes all tensors that agree with these in dtype, D, which dimensions are 1,
+    and in what pointers and strides are multiples of; the numbers are `launch_numbers`.
 
     bf16, fp16 or fp32, each tensor its own; the last stride is 1, the others of inputs are any. A kernel that is not
     compiled yet is compiled here, except under CUDA graph capture: RuntimeError.
@@ -123,16 +122,16 @@ def bound(
     function = _kernels.get(key)
     if function is None:
         function = _kernels[key] = _function(_arch(device), _variant(chain, d, *key[3:]))
-    return function, (*launch_numbers(x, residual, gate, scale), processors(device))
+    return function, launch_numbers(x, residual, gate, scale), (processors(device),)
 
 
 def run(chain: Chain, *operands: Any) -> None:
     """Runs the kernel of a chain on the operands of `bound`, on torch's current stream of the device of x."""
-    function, rest = bound(chain, *operands)
+    function, numbers, constants = bound(chain, *operands)
     addresses = [t.data_ptr() if isinstance(t, Tensor) else t for t in operands]
     device = operands[0].get_device()
     with torch.cuda.device(device):
-        function(*addresses, *rest, torch.cuda.current_stream(device).cuda_stream)
+        function(*addresses, *numbers, *constants, torch.cuda.current_stream(device).cuda_stream)
 
 
 def prepare(

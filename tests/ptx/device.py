@@ -104,8 +104,8 @@ def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] =
 def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, ...]:
     """What torch.ops.dit_kernels.<op> does on a GPU, within `gpu`."""
     checked = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
-    results = ops._empty_results(checked)
-    operands = ops._kernel_operands(checked, results)
-    function, numbers = compile.bound(checked.chain, *operands)
-    function(*operands, *numbers)
+    results = checked.empty_results()
+    operands = checked.operands(results)
+    function, numbers, constants = compile.bound(checked.chain, *operands)
+    function(*operands, *numbers, *constants)
     return results
