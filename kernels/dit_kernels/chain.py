@@ -27,6 +27,7 @@ class RotatedChain:
     """`rotate(norm(q))`, and the same of k with the same rotation; with one of them only, that is q."""
 
     interleaved: bool  # pairs are neighbours; else the halves of a head
+    one_a_pair: bool  # there is one cosine and one sine for both of a pair; of a complex rotation always
     q: RotatedSteps
     k: RotatedSteps | None
 

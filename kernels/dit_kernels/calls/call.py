@@ -48,6 +48,7 @@ class Family:
     """What the kernels of a family are launched with."""
 
     arguments: tuple[str, ...]  # operands, then results
+    results: tuple[str, ...]
     launch_numbers: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # sizes and strides of operands, by their names
 
 

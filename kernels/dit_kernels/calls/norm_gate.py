@@ -131,7 +131,9 @@ def _launch_numbers(operands: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 FAMILY = Family(
-    ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2", "y", "z"), _launch_numbers
+    ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2", "y", "z"),
+    ("y", "z"),
+    _launch_numbers,
 )
 
 
