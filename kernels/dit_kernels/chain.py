@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dit_kernels.rounding import GatedSteps, ScaledSteps
+from dit_kernels.rounding import GatedSteps, RotatedSteps, ScaledSteps, SiluSteps
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,20 @@ class Chain:
     @property
     def op(self) -> str:
         return "scaled" if self.gated is None else "gated" if self.scaled is None else "dual"
+
+
+@dataclass(frozen=True)
+class RotatedChain:
+    """`rotate(norm(q))`, and the same of k with the same rotation; with one of them only, that is q."""
+
+    interleaved: bool  # pairs are neighbours; else the halves of a head
+    one_a_pair: bool  # there is one cosine and one sine for both of a pair; of a complex rotation always
+    q: RotatedSteps
+    k: RotatedSteps | None
+
+
+@dataclass(frozen=True)
+class SiluChain:
+    """`silu(a) * b`."""
+
+    steps: SiluSteps

@@ -11,21 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_kernels import ops, tickets
+from dit_kernels.calls.norm_gate import launch_numbers as launch_numbers  # noqa: PLC0414
 
 WITH_OFFSET = ("x", "gate", "residual", "scale")  # the operands that models cut out of larger tensors
-
-
-def launch_numbers(x: Any, residual: Any, gate: Any, scale: Any) -> tuple[Any, ...]:
-    """B, S, and the strides of these by batch item and by token, in elements: 0 where an operand has one or is absent.
-
-    Of tensors (B, S, D) as dit_kernels.compile.bound takes them, and of whatever else has a shape and stride().
-    """
-    strides = [0 if size == 1 else by for t in (x, residual, gate, scale) for size, by in _outer(t)]
-    return (x.shape[0], x.shape[1], *strides)
-
-
-def _outer(t: Any) -> list[tuple[Any, Any]]:
-    return [(1, 0)] * 2 if t is None else list(zip(t.shape[:2], t.stride()[:2], strict=True))
 
 
 class DirectCall:
@@ -100,5 +88,5 @@ class DirectCall:
         tensors = [t for t in operands if isinstance(t, Tensor)]
         if ops.has_kernel(call) and x.numel() and not any(t.data_ptr() % ops.ALIGNMENT for t in tensors):
             self.device = x.get_device()
-            function, self.processors = ops.kernel_of(call, results)
+            function, (self.processors,) = ops.kernel_of(call, results)
             self.function = function  # last: another thread may be in __call__

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels.chain import Chain
-from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps, compute_dtype
+from dit_kernels.rounding import GatedSteps, NormSteps, RotatedSteps, ScaledSteps, SiluSteps, compute_dtype
 
 
 def norm(
@@ -71,3 +71,50 @@ def scaled(
         s = scale.to(steps.scale)
         n = n * (1 + s if chain.add_one else s)
     return n.to(steps.product).to(steps.z)
+
+
+def rotated(
+    x: Tensor,
+    weight: Tensor | None,
+    rotation: Tensor,
+    sin: Tensor | None,
+    eps: float | Tensor,
+    steps: RotatedSteps,
+    interleaved: bool,
+) -> Tensor:
+    """rotate(norm(x)), the norm over the last dimension. x: [B, S, H, Dh].
+
+    rotation: complex [B|1, S, 1, Dh / 2], which multiplies the neighbouring pairs as complex numbers, as in Z-Image and
+    Lumina 2. Or, with `sin`, the cosines, both [B|1, S, 1, Dh] or [.., Dh / 2]: n * cos + turned(n) * sin, with the
+    quarter turn of neighbouring pairs, or of the halves of a head, as in Llama and Ideogram 4.
+    """
+    n = norm(x, weight, None, eps, "rms", steps.norm)
+    if sin is None:
+        pairs = torch.view_as_complex(n.to(compute_dtype(x.dtype)).reshape(*n.shape[:-1], n.shape[-1] // 2, 2))
+        turned = torch.view_as_real(pairs * rotation).flatten(3)
+    else:
+        n = n.to(steps.product)
+        cos, sin = (_for_both_of_a_pair(t.to(steps.product), x.shape[-1], interleaved) for t in (rotation, sin))
+        turned = (n * cos) + (_quarter_turn(n, interleaved) * sin)
+    return turned.to(steps.rotated).to(steps.out)
+
+
+def _for_both_of_a_pair(t: Tensor, d: int, interleaved: bool) -> Tensor:
+    if t.shape[-1] == d:
+        return t
+    return t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1)
+
+
+def _quarter_turn(n: Tensor, interleaved: bool) -> Tensor:
+    """(a, b) -> (-b, a) of every pair."""
+    if interleaved:
+        a, b = n.reshape(*n.shape[:-1], n.shape[-1] // 2, 2).unbind(-1)
+        return torch.stack((-b, a), -1).flatten(3)
+    a, b = n.chunk(2, -1)
+    return torch.cat((-b, a), -1)
+
+
+def silu_mul(a: Tensor, b: Tensor, steps: SiluSteps) -> Tensor:
+    """silu(a) * b."""
+    s = F.silu(a.to(torch.promote_types(a.dtype, steps.silu))).to(steps.silu)
+    return (s * b).to(steps.product).to(steps.out)

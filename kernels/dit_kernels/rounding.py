@@ -19,6 +19,9 @@ R(.) rounds to the dtype of a step; arithmetic is fp32 (fp64 where x is fp64); r
 After the norm: t = R(tanh(gate)), p = R(t*n), y = R(residual + p), s = R(1 + scale), z = R(norm(y)*s). The second norm
 reads the y that is stored. A layer norm is F.layer_norm itself, but in `weight_then_cast`, where the model casts x up,
 calls F.layer_norm and casts back (diffusers' FP32LayerNorm), and in `gate_in_fp32` and `fp32`, where it is not cast.
+
+Of a norm that is rotated (RoPE): with complex numbers R(n * rotation), the product in fp32, or fp64 with a complex128
+rotation; with real ones R(R(n * cos) + R(turned(n) * sin)). Of SwiGLU: R(R(silu(a)) * b).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import torch
 Form = Literal["cast_then_weight", "weight_then_cast", "native", "gate_in_fp32", "fp32"]
 FORMS: tuple[str, ...] = get_args(Form)
 NORMS: tuple[str, ...] = ("rms", "layer")
+SILU_FORMS: tuple[str, ...] = ("model", "fp32")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,25 @@ class ScaledSteps:
     scale: torch.dtype  # 1 + scale
     product: torch.dtype  # n * (1 + scale)
     z: torch.dtype  # z as it is stored
+
+
+@dataclass(frozen=True)
+class RotatedSteps:
+    """The dtype of each step of `rotate(norm(x))`."""
+
+    norm: NormSteps
+    product: torch.dtype  # n * cos and turned(n) * sin; of complex numbers, the real dtype that they are multiplied in
+    rotated: torch.dtype  # the sum of the two
+    out: torch.dtype  # as it is stored
+
+
+@dataclass(frozen=True)
+class SiluSteps:
+    """The dtype of each step of `silu(a) * b`."""
+
+    silu: torch.dtype  # silu(a), which is fp32 inside
+    product: torch.dtype
+    out: torch.dtype  # as it is stored
 
 
 def compute_dtype(x: torch.dtype) -> torch.dtype:
@@ -146,3 +169,46 @@ def scaled_steps(
         return ScaledSteps(steps, wide, wide, z_dtype or norm_dtype or x)
     product = _promote(steps.out, scale)
     return ScaledSteps(steps, scale or steps.out, product, z_dtype or product)
+
+
+def rotated_steps(
+    form: str,
+    x: torch.dtype,
+    weight: torch.dtype | None,
+    rotation: torch.dtype,
+    norm_dtype: torch.dtype | None = None,
+    rope_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> RotatedSteps:
+    """The steps of `rotate(norm(x))`, the norm an rms norm; `rotation` is complex, or the dtype of cos and sin.
+
+    `rope_dtype` is what a complex product is cast to, by default the dtype of the norm, as in `x_out.type_as(x)`; and
+    what real products and their sum are rounded to, by default what PyTorch's promotion gives. Without `out_dtype`, the
+    result has that dtype, too.
+    """
+    norm = norm_steps(form, "rms", x, weight, None, norm_dtype)
+    if form == "fp32":
+        default = rotated_steps("cast_then_weight", x, weight, rotation, norm_dtype, rope_dtype).out
+        wide = _promote(compute_dtype(x), rotation.to_real())
+        return RotatedSteps(norm, wide, wide, out_dtype or default)
+    if rotation.is_complex:
+        rotated = rope_dtype or norm.out
+        return RotatedSteps(norm, _promote(compute_dtype(x), rotation.to_real()), rotated, out_dtype or rotated)
+    rotated = rope_dtype or _promote(norm.out, rotation)
+    return RotatedSteps(norm, rotated, rotated, out_dtype or rotated)
+
+
+def silu_steps(
+    form: str,
+    a: torch.dtype,
+    b: torch.dtype,
+    silu_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> SiluSteps:
+    """The steps of `silu(a) * b`: `silu_dtype` is a's by default, `out_dtype` what PyTorch's promotion gives."""
+    silu = silu_dtype or a
+    product = _promote(silu, b)
+    if form == "fp32":
+        wide = compute_dtype(product)
+        return SiluSteps(wide, wide, out_dtype or product)
+    return SiluSteps(silu, product, out_dtype or product)

@@ -160,7 +160,7 @@ def in_fp64(op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Ten
     wide = (a.double() if isinstance(a, Tensor) else a for a in arguments)
     plain = accepted(op, {"norm": options["norm"], "tanh": False, "add_one": False})
     call = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *wide, **plain)
-    return ops._run_definition(call)[0]
+    return call.definition()[0]
 
 
 def parameter_in_fp64(raw: Tensor | None, dtype: torch.dtype, activation: Any) -> Tensor | None:
@@ -519,7 +519,7 @@ def test_an_activated_gate_may_be_infinite() -> None:
 
 def definition(o: Operands, norm: str, **options: Any) -> tuple[Tensor, ...]:
     op = torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale.default
-    return ops._run_definition(ops.checked_call(op, *o.arguments(DUAL), norm=norm, **options))
+    return ops.checked_call(op, *o.arguments(DUAL), norm=norm, **options).definition()
 
 
 # --- streams, devices, graphs, eps ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from inspect import signature
+from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -22,7 +22,6 @@ from ptx.memory import GlobalMemory
 from ptx.program import parse
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
-NAMES = tuple(signature(compile.bound).parameters)[1:]  # x .. z; before them, the chain
 
 
 @dataclass(frozen=True)
@@ -50,34 +49,34 @@ def compiled(arch: str, variant: Variant) -> Compiled:
 
 
 def run(kernel: Compiled, *operands: Any) -> Launch:
-    """Runs a kernel on the operands of `compile.bound` and the numbers after them; y and z are written in place."""
-    named = dict(zip(NAMES, operands, strict=False))
+    """Runs a kernel on the operands of `compile.bound` and the numbers after them; results are written in place."""
+    family = compile._KERNELS[type(kernel.variant.chain)].family
+    named = dict(zip(family.arguments, operands, strict=False))
     program = parse(kernel.ptx)
     memory = GlobalMemory()
-    arguments = [_add(memory, name, t) if isinstance(t, Tensor) else t for name, t in named.items() if t is not None]
-    tickets = memory.add_counters(named["x"].shape[0])
+    arguments = [
+        _add(memory, name, t, name in family.results) if isinstance(t, Tensor) else t
+        for name, t in named.items()
+        if t is not None
+    ]
+    tickets = [memory.add_counters(operands[0].shape[0])] if family.draws else []
     memory.freeze()
-    what = launch(kernel.host, program, [*arguments, *operands[len(NAMES) :], tickets])
+    what = launch(kernel.host, program, [*arguments, *operands[len(named) :], *tickets])
     assert what.threads == program.threads
     Machine(program, what.grid, what.shared_bytes, memory, what.parameters).run()
-    for name in ("y", "z"):
+    for name in family.results:
         if isinstance(named[name], Tensor):
             content = torch.frombuffer(bytearray(memory.content(name)), dtype=named[name].dtype)
             named[name].copy_(content.view(named[name].shape))
     return what
 
 
-def _add(memory: GlobalMemory, name: str, t: Tensor) -> int:
+def _add(memory: GlobalMemory, name: str, t: Tensor, result: bool) -> int:
     """Puts a tensor into global memory: only what its indices reach, at an address as aligned as its own."""
-    result = name in ("y", "z")
-    if t.ndim == 1:
-        indices: Any = [()]
-    else:
-        # A dimension of stride 0 has one row.
-        sizes = [size if stride else 1 for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True)]
-        indices = [(b, s) for b in range(sizes[0]) for s in range(sizes[1])]
+    # A dimension of stride 0 has one row.
+    sizes = [size if stride else 1 for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True)]
     rows = {}
-    for index in indices:
+    for index in product(*map(range, sizes)):
         row = t[index].contiguous() if index else t.contiguous()
         offset = sum(i * stride for i, stride in zip(index, t.stride(), strict=False)) * t.element_size()
         size = row.numel() * t.element_size()
@@ -105,8 +104,8 @@ def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] =
 def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, ...]:
     """What torch.ops.dit_kernels.<op> does on a GPU, within `gpu`."""
     checked = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
-    results = ops._empty_results(checked)
-    operands = ops._kernel_operands(checked, results)
-    function, numbers = compile.bound(checked.chain, *operands)
-    function(*operands, *numbers)
+    results = checked.empty_results()
+    operands = checked.operands(results)
+    function, numbers, constants = compile.bound(checked.chain, *operands)
+    function(*operands, *numbers, *constants)
     return results

@@ -48,6 +48,7 @@ class Operand:
     dtype: torch.dtype
     walk: Walk  # token: (1|B, S, D); batch: (1|B, 1, D); column: (D,); element: (1, 1, 1)
     access: int  # bytes of one load or store: what its pointer and strides are multiples of, 16 at most
+    heads: int = 1  # of a token, where it has several rows: (1|B, S, H, D)
 
 
 @dataclass(frozen=True)
