@@ -30,7 +30,7 @@ def of_launch(draws: bool, device: int, stream: int, numbers: Sequence[int]) -> 
 
 def address(device: int, stream: int, batches: int) -> int:
     """The address of `batches` counters for a launch on a stream, the current one of a device, the current one."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch._C._cuda_isCurrentStreamCapturing():
         return _for_capture(device, batches)
     found = _of_stream.get((device, stream))
     if found is None or found[1] < batches:
