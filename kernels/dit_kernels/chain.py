@@ -21,6 +21,10 @@ class Chain:
     gated: GatedSteps | None
     scaled: ScaledSteps | None
 
+    @property
+    def op(self) -> str:
+        return "scaled" if self.gated is None else "gated" if self.scaled is None else "dual"
+
 
 @dataclass(frozen=True)
 class RotatedChain:

@@ -1,8 +1,8 @@
 """The CUDA kernels of norm_rope, qk_norm_rope and silu_mul against the definition run on the same GPU.
 
-Bounds, on random data: of bf16 outputs at least 99.99 % (of fp16 99.9 %) are bit-equal. Where one differs, it does by at
-most two steps (ulps) at the magnitude of its pair, which a rotation keeps, or of silu(a) * b. fp32 outputs are judged by
-their error against fp64: at most twice that of the definition.
+Bounds, on random data: of bf16 outputs at least 99.99 % (of fp16 99.9 %) are bit-equal. Where one differs, it does by
+at most two steps (ulps) at the magnitude of its pair, which a rotation keeps, or of silu(a) * b. fp32 outputs are
+judged by their error against fp64: at most twice that of the definition.
 """
 
 from __future__ import annotations
@@ -361,7 +361,9 @@ def test_silu_mul_takes_halves_of_one_tensor_and_any_strides(d: int) -> None:
 
 
 def test_silu_of_large_and_special_numbers_is_eagers() -> None:
-    a = torch.tensor([-torch.inf, torch.inf, torch.nan, 0.0, -0.0, -80.0, -87.5, -88.5, -88.75, -95.0, -200.0, 88.0, 3e38])
+    a = torch.tensor(
+        [-torch.inf, torch.inf, torch.nan, 0.0, -0.0, -80.0, -87.5, -88.5, -88.75, -95.0, -200.0, 88.0, 3e38]
+    )
     a = torch.cat((a, torch.linspace(-100, 100, 1011))).to(DEVICE).view(1, -1).contiguous()
     for dtype in (BF16, FP32):
         (ours,) = call("silu_mul", a.to(dtype), torch.ones_like(a, dtype=dtype))

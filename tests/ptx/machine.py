@@ -117,9 +117,14 @@ def _pure() -> dict[str, Pure]:
         "cvt.s64.s32": Pure(lambda a: a.astype(S64), S64, (S32,)),
         "cvt.u64.u32": Pure(lambda a: a.astype(U64), U64, (U32,)),
         "cvt.u32.u64": Pure(lambda a: a.astype(U32), U32, (U64,)),
+        "neg.s32": Pure(np.negative, S32, (S32,)),
         "abs.s32": Pure(np.abs, S32, (S32,)),
         "div.s32": Pure(_divide, S32, (S32, S32)),
         "mul.wide.u32": Pure(lambda a, b: a.astype(U64) * b, U64, (U32, U32)),
+        "cvt.u16.u32": Pure(lambda a: a.astype(U16), U16, (U32,)),
+        "cvt.u64.u16": Pure(lambda a: a.astype(U64), U64, (U16,)),
+        "min.u32": Pure(np.minimum, U32, (U32, U32)),
+        "mul.hi.u16": Pure(lambda a, b: (a.astype(U32) * b >> U32.type(16)).astype(U16), U16, (U16, U16)),
         "mul.hi.u32": Pure(lambda a, b: (a.astype(U64) * b >> U64.type(32)).astype(U32), U32, (U32, U32)),
         "mul.hi.u64": Pure(_high_product, U64, (U64, U64)),
         "mul.wide.s32": Pure(lambda a, b: a.astype(S64) * b, S64, (S32, S32)),
@@ -134,14 +139,14 @@ def _pure() -> dict[str, Pure]:
         table[f"{name}.f32x2"] = Pure(table[f"{name}.f32"].function, F32, (F32, F32), 2)
         table[f"{name}.rn.f32x2"] = table[f"{name}.f32x2"]
     table["fma.rn.f32x2"] = Pure(numbers.fma_f32, F32, (F32, F32, F32), 2)
-    for name, dtype in {"s32": S32, "s64": S64}.items():
+    for name, dtype in {"s16": S16, "s32": S32, "s64": S64}.items():
         table[f"add.{name}"] = Pure(np.add, dtype, (dtype, dtype))
         table[f"sub.{name}"] = Pure(np.subtract, dtype, (dtype, dtype))
         table[f"min.{name}"] = Pure(np.minimum, dtype, (dtype, dtype))
         table[f"max.{name}"] = Pure(np.maximum, dtype, (dtype, dtype))
         table[f"mul.lo.{name}"] = Pure(np.multiply, dtype, (dtype, dtype))
         table[f"mad.lo.{name}"] = Pure(_multiply_add, dtype, (dtype, dtype, dtype))
-    for name, dtype in {"b32": U32, "b64": U64}.items():
+    for name, dtype in {"b16": U16, "b32": U32, "b64": U64}.items():
         table[f"shl.{name}"] = Pure(_shift_left, dtype, (dtype, U32))
         table[f"selp.{name}"] = Pure(_select, dtype, (dtype, dtype, BOOL))
     for name, dtype in {"pred": BOOL, "b16": U16, "b32": U32, "b64": U64}.items():
@@ -243,6 +248,7 @@ class Machine:
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}  # by CTA and address
         self.registers: dict[str, Array] = {}
         self.specials = self._specials()
+        self._written = {program.register(i, name) for i in program.instructions for name in _targets(i)}
         self.steps = [self._decode(i) for i in program.instructions]
         self.guards = [None if i.guard is None else self._source(i, i.guard, BOOL) for i in program.instructions]
         targets = set(program.labels.values())
@@ -383,6 +389,13 @@ class Machine:
         constant = _constant(instruction, name, dtype, self.program.externs)
         return lambda active: np.broadcast_to(constant, self.lanes[active].shape)
 
+    def _part(self, instruction: Instruction, name: str, dtype: np.dtype[Any]) -> Callable[[Lanes], Array]:
+        """What is packed. A register that nothing in the program writes is a part that LLVM does not care for."""
+        if self.program.register(instruction, name) in self._written or not name.startswith("%r"):
+            return self._source(instruction, name, dtype)
+        nan = np.array(-1, f"i{dtype.itemsize}").view(dtype)  # shows wherever it matters after all
+        return lambda active: np.broadcast_to(nan, self.lanes[active].shape)
+
     def _register(self, instruction: Instruction, key: str, dtype: np.dtype[Any], active: Lanes) -> Array:
         if key not in self.registers:
             raise Fault(f"{self._first(active)}, {instruction}: nothing ever wrote {key}")
@@ -470,7 +483,7 @@ class Machine:
         if source.startswith("{"):
             names = _vector(source)
             part = _BITS[bits // len(names)]
-            reads = [self._source(instruction, name, part) for name in names]
+            reads = [self._part(instruction, name, part) for name in names]
             return lambda active: write(active, np.stack([read(active) for read in reads], 1).view(dtype)[:, 0])
         read = self._source(instruction, source, dtype)
         return lambda active: write(active, read(active))
@@ -592,7 +605,21 @@ class Machine:
 
         return step
 
-    # --- bulk copies and mbarriers: few threads, so one at a time
+    # --- atomics, bulk copies and mbarriers: few threads, so one at a time
+
+    def _decode_count(self, instruction: Instruction) -> Step:
+        target, at, last = instruction.operands
+        write = self._target(instruction, target, 32)
+        address, last_of = self._address(instruction, at, U64), self._source(instruction, last, U32)
+
+        def step(active: Lanes) -> None:
+            counted = [
+                self.memory.count(int(where), int(limit))
+                for where, limit in zip(address(active), last_of(active), strict=True)
+            ]
+            write(active, np.array(counted, U32))
+
+        return step
 
     def _decode_mbarrier_init(self, instruction: Instruction) -> Step:
         address = self._address(instruction, instruction.operands[0], U32)
@@ -743,6 +770,7 @@ class Machine:
         "ret": _decode_return,
         "bar.sync": _decode_barrier,
         "bar.warp.sync": _decode_warp_barrier,
+        "atom.global.inc.u32": _decode_count,
         "mbarrier.init.shared.b64": _decode_mbarrier_init,
         "fence.mbarrier_init.release.cluster": _decode_fence,
         "mbarrier.arrive.expect_tx.shared.b64": _decode_arrive,
@@ -750,6 +778,10 @@ class Machine:
         _BULK: _decode_bulk_copy,
         "mapa.shared::cluster.u32": _decode_map,
     }
+
+
+def _targets(instruction: Instruction) -> list[str]:
+    return _vector(instruction.operands[0]) if instruction.operands else []
 
 
 def _vector(operand: str) -> list[str]:

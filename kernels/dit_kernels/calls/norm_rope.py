@@ -113,7 +113,7 @@ def _strides(t: Any, dimensions: int) -> list[Any]:
 
 FAMILY = Family(
     ("q", "k", "q_weight", "k_weight", "rotation", "sin", "q_eps", "k_eps", "q_out", "k_out"),
-    ("q_out", "k_out"),
+    {"q_out": "q", "k_out": "k"},
     launch_numbers,
 )
 
@@ -200,7 +200,9 @@ def _norm_rope_call(
     turning = _rotation(op, x, "x", rotation, sin)
     check_eps(op, "eps", eps)
     steps = _rotated_steps(rounding, x.dtype, dtype_of(weight), rotation.dtype, **dtypes)
-    return NormRopeCall(_chain(interleaved, _one_a_pair(turning, x), steps, None), x, None, weight, None, *turning, eps, 0.0)
+    return NormRopeCall(
+        _chain(interleaved, _one_a_pair(turning, x), steps, None), x, None, weight, None, *turning, eps, 0.0
+    )
 
 
 def _qk_norm_rope_call(
@@ -232,7 +234,9 @@ def _qk_norm_rope_call(
     check_eps(op, "k_eps", k_eps)
     of_q = _rotated_steps(rounding, q.dtype, dtype_of(q_weight), rotation.dtype, **dtypes)
     of_k = _rotated_steps(rounding, k.dtype, dtype_of(k_weight), rotation.dtype, **dtypes)
-    return NormRopeCall(_chain(interleaved, _one_a_pair(turning, q), of_q, of_k), q, k, q_weight, k_weight, *turning, q_eps, k_eps)
+    return NormRopeCall(
+        _chain(interleaved, _one_a_pair(turning, q), of_q, of_k), q, k, q_weight, k_weight, *turning, q_eps, k_eps
+    )
 
 
 # --- the ops --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Arithmetic on the vectors of a row: each step in fp32, and rounded to the dtype that the step has.
 
-A vector is a cute.TensorSSA in the dtype that it was rounded to; a single element, of a gate say, is a Float32. Sums and
-products of two 16-bit vectors of one dtype are done in that dtype, two elements an instruction. That is the same
-number: the product of two 16-bit floats is exact in fp32, and fp32 has more than twice their digits and two more, so that
-a sum that is rounded to fp32 first and then to 16 bits is the sum rounded once (Figueroa, When is double rounding
-innocuous?, 1995).
+A vector is a cute.TensorSSA in the dtype that it was rounded to; a single element, of a gate say, is a Float32. Sums
+and products of two 16-bit vectors of one dtype are done in that dtype, two elements an instruction. That is the same
+number: the product of two 16-bit floats is exact in fp32, and fp32 has so many more digits than they have (twice as
+many and two) that a sum rounded to fp32 first and then to 16 bits is the sum rounded once (Figueroa, When is double
+rounding innocuous?, 1995).
 
 Nothing here contracts: eager rounds every product, so none may become part of an fma with the sum after it. Hence the
 instructions with their rounding spelled out, which neither LLVM nor ptxas touches.

@@ -261,7 +261,21 @@ class NormRope:
         of_rotation = (rotation_batch, rotation_token, sin_batch, sin_token)
         ctas = cute.ceil_div(tokens, self.tiling.tokens)
         self.kernel(
-            q, k, q_weight, k_weight, rotation, sin, q_eps, k_eps, q_out, k_out, batches, tokens, of_q, of_k, of_rotation
+            q,
+            k,
+            q_weight,
+            k_weight,
+            rotation,
+            sin,
+            q_eps,
+            k_eps,
+            q_out,
+            k_out,
+            batches,
+            tokens,
+            of_q,
+            of_k,
+            of_rotation,
         ).launch(
             grid=[ctas, cutlass.min(batches, MAX_GRID_Y), cute.ceil_div(batches, MAX_GRID_Y)],
             block=[self.tiling.threads, 1, 1],
