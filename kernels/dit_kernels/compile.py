@@ -33,7 +33,6 @@ from cutlass.cute.runtime import load_module, make_fake_stream, make_ptr
 from filelock import FileLock
 from torch import Tensor
 
-from dit_kernels import tickets
 from dit_kernels.calls import norm_gate as norm_gate_call
 from dit_kernels.calls import norm_rope as norm_rope_call
 from dit_kernels.calls import silu_mul as silu_mul_call
@@ -72,7 +71,7 @@ class Kernels:
     tiling: Callable[[Variant, str], Any]  # for an architecture
     strides: int  # among the launch numbers, behind B and S
     broadcast: tuple[str, ...] = ()  # operands that a kernel is compiled to read once for several tokens or elements
-    constants: tuple[tuple[Any, Callable[[int], int]], ...] = ()  # of a device: their CuTe types, and what gives them
+    of_launch: tuple[Any, ...] = ()  # the CuTe types of what the family gives each launch
     ptxas: str = ""  # an option beside _PTXAS
 
     def facts(self, named: Mapping[str, Any], of: Callable[[Any, bool, int], Facts]) -> tuple[Facts | None, ...]:
@@ -89,18 +88,17 @@ _functions: dict[tuple[str, Variant], Function] = {}
 _compiling = threading.Lock()
 
 
-def bound(chain: Any, *operands: Any) -> tuple[Function, tuple[int, ...], tuple[int, ...]]:
-    """The kernel that runs a chain on these operands, the numbers that it is launched with, and a device's constants.
+def bound(chain: Any, *operands: Any) -> tuple[Function, tuple[int, ...]]:
+    """The kernel that runs a chain on these operands, and the numbers that it is launched with.
 
     operands: those of the chain's family (`Family.arguments`), as `Call.operands` gives them: tensors, None for those
     that are absent, eps. bf16, fp16 or fp32, each tensor its own, a rotation also complex; the last stride is 1, the
     others of inputs are any; results are contiguous.
 
-    function(*operands, *numbers, *constants, *tickets, stream) launches it on the current device, a tensor given by its
-    address, and never waits for the GPU; tickets is what `tickets.of_launch` gives for the family. It takes all tensors
-    that agree with these in dtype, D, number of heads, which dimensions are 1, and in what pointers and strides are
-    multiples of; the numbers are the family's launch numbers. A kernel that is not compiled yet is compiled here, except
-    under CUDA graph capture: RuntimeError.
+    function(*operands, *numbers, *of_launch, stream) launches it on the current device, a tensor given by its address,
+    and never waits for the GPU. It takes all tensors that agree with these in dtype, D, number of heads, which
+    dimensions are 1, and in what pointers and strides are multiples of; numbers and of_launch are what the family says.
+    A kernel that is not compiled yet is compiled here, except under CUDA graph capture: RuntimeError.
     """
     kernels = _KERNELS[type(chain)]
     named = dict(zip(kernels.family.arguments, operands, strict=True))
@@ -109,18 +107,18 @@ def bound(chain: Any, *operands: Any) -> tuple[Function, tuple[int, ...], tuple[
     function = _kernels.get(key)
     if function is None:
         function = _kernels[key] = _function(_arch(device), _variant(kernels, chain, d, key[3:]))
-    return function, kernels.family.launch_numbers(named), tuple(value(device) for _, value in kernels.constants)
+    return function, kernels.family.launch_numbers(named)
 
 
 def run(chain: Any, *operands: Any) -> None:
     """Runs the kernel of a chain on the operands of `bound`, on torch's current stream of the device of the first."""
-    function, numbers, constants = bound(chain, *operands)
+    function, numbers = bound(chain, *operands)
     addresses = [t.data_ptr() if isinstance(t, Tensor) else t for t in operands]
     device = operands[0].get_device()
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        drawn = tickets.of_launch(_KERNELS[type(chain)].family.draws, device, stream, numbers)
-        function(*addresses, *numbers, *constants, *drawn, stream)
+        of_launch = _KERNELS[type(chain)].family.of_launch(device, stream, numbers[0])
+        function(*addresses, *numbers, *of_launch, stream)
 
 
 def prepare(chain: Any, *operands: Any) -> None:
@@ -183,11 +181,6 @@ def _arch(device: int) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
-@cache
-def processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _function(arch: str, variant: Variant) -> Function:
     function = _functions.get((arch, variant))
     if function is not None:
@@ -210,8 +203,8 @@ def _function(arch: str, variant: Variant) -> Function:
 # LLVM narrows bf16(fp32(a) * fp32(b)) to a bf16 product, which is the same number; ptxas would then contract the
 # product and the sum after it into one fma, which is not: 17% of y differed.
 _PTXAS = "-fmad=false"
-# Else ptxas works on all heads of a thread at once, with 69 registers instead of 56 for q and k of Z-Image: 5 CTAs run on
-# a multiprocessor instead of 7.
+# Else ptxas works on all heads of a thread at once, with 69 registers instead of 56 for q and k of Z-Image, so that 5
+# CTAs run on a multiprocessor instead of 7.
 _ONE_AFTER_THE_OTHER = "-O1"
 
 
@@ -226,8 +219,7 @@ def compile_variant(arch: str, variant: Variant, options: str = "") -> Any:
         kernels.kernel(variant.chain, variant.d, variant.operands, variant.tiling(arch)),
         *arguments,
         *(Int32(0), Int32(0), *(Int64(0) for _ in range(kernels.strides))),
-        *(kind(0) for kind, _ in kernels.constants),
-        *([Int64(0)] if kernels.family.draws else []),
+        *(kind(0) for kind in kernels.of_launch),
         make_fake_stream(),
         options=f"--gpu-arch {arch} --enable-tvm-ffi --ptxas-options '{_PTXAS} {kernels.ptxas}' {options}",
     )
@@ -282,7 +274,7 @@ _KERNELS: dict[type, Kernels] = {
         _row_tiling,
         strides=8,
         broadcast=("gate", "scale"),
-        constants=((Int32, processors),),
+        of_launch=(Int32, Int64),
     ),
     RotatedChain: Kernels(
         norm_rope_call.FAMILY, NormRope, RopeOperands, _head_tiling, strides=10, ptxas=_ONE_AFTER_THE_OTHER

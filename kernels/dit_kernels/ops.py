@@ -40,7 +40,6 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
 
-from dit_kernels import tickets
 from dit_kernels.calls import norm_gate, norm_rope, silu_mul
 from dit_kernels.calls.call import KERNEL_DTYPES as KERNEL_DTYPES  # noqa: PLC0414  for those who build calls
 from dit_kernels.calls.call import Call, Op
@@ -80,10 +79,10 @@ def run_into(call: Call, results: tuple[Tensor, ...]) -> None:
         result.copy_(value)
 
 
-def kernel_of(call: Call, results: tuple[Tensor, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """The kernel that a call runs, and what it is launched with beside operands and their numbers."""
-    function, _, constants = _compiler().bound(call.chain, *call.operands(results))
-    return function, constants
+def kernel_of(call: Call, results: tuple[Tensor, ...]) -> Callable[..., None]:
+    """The kernel that a call runs."""
+    function: Callable[..., None] = _compiler().bound(call.chain, *call.operands(results))[0]
+    return function
 
 
 # --- which kernels there are ----------------------------------------------------------------------------------------
@@ -173,15 +172,13 @@ def _make_plan(op: Op, call: Call, tensors: list[Tensor]) -> _Plan | None:
     addresses = [t.data_ptr() for t in operands if isinstance(t, Tensor)]
     if sorted(addresses) != sorted(t.data_ptr() for t in (*tensors, *results)):
         return None
-    function, numbers, constants = _compiler().bound(call.chain, *operands)
-    rest = (*numbers, *constants)
+    function, numbers = _compiler().bound(call.chain, *operands)
     device, metadata = results[0].get_device(), [(r.shape, r.dtype) for r in results]
     x = call.like()
     alike = x.is_contiguous() and set(metadata) == {(x.shape, x.dtype)}
     several = len(results) > 1
     empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
-    current_device, arranged = torch._C._cuda_getDevice, op.arranged
-    tickets_of, draws = tickets.of_launch, op.family.draws
+    current_device, arranged, of_launch = torch._C._cuda_getDevice, op.arranged, op.family.of_launch
 
     def plan(args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
         if current_device() != device:
@@ -195,7 +192,7 @@ def _make_plan(op: Op, call: Call, tensors: list[Tensor]) -> _Plan | None:
         results = [empty_like(x) if alike else x.new_empty(shape, dtype=dtype) for shape, dtype in metadata]
         given += [r.data_ptr() for r in results]
         stream = stream_of(device)
-        function(*arranged(given), *rest, *tickets_of(draws, device, stream, numbers), stream)
+        function(*arranged(given), *numbers, *of_launch(device, stream, numbers[0]), stream)
         return tuple(results) if several else results[0]
 
     return plan

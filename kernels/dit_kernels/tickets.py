@@ -7,8 +7,6 @@ since the graph may be replayed on any stream. They come from memory that was ze
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,14 +16,6 @@ POOL = 2048 * COUNTERS  # a model compiled with mode="reduce-overhead" captures 
 _of_stream: dict[tuple[int, int], tuple[int, int]] = {}  # by device and stream: address, and for how many batch items
 _pools: dict[int, tuple[int, int]] = {}  # by device: address of memory for captured launches, and how many are left
 _kept: list[Tensor] = []  # whatever has been in use
-
-
-def of_launch(draws: bool, device: int, stream: int, numbers: Sequence[int]) -> tuple[int, ...]:
-    """What a kernel takes before the stream: if it draws its rows, the address of a counter for each batch item.
-
-    numbers: what the kernel is launched with, of which the first is the number of batch items.
-    """
-    return (address(device, stream, numbers[0]),) if draws else ()
 
 
 def address(device: int, stream: int, batches: int) -> int:

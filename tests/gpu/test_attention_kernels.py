@@ -1,8 +1,8 @@
 """The CUDA kernels of norm_rope, qk_norm_rope and silu_mul against the definition run on the same GPU.
 
-Bounds, on random data: of bf16 outputs at least 99.99 % (of fp16 99.9 %) are bit-equal. Where one differs, it does by at
-most two steps (ulps) at the magnitude of its pair, which a rotation keeps, or of silu(a) * b. fp32 outputs are judged by
-their error against fp64: at most twice that of the definition.
+Bounds, on random data: of bf16 outputs at least 99.99 % (of fp16 99.9 %) are bit-equal. Where one differs, it does by
+at most two steps (ulps) at the magnitude of its pair, which a rotation keeps, or of silu(a) * b. fp32 outputs are
+judged by their error against fp64: at most twice that of the definition.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dit_kernels import compile, ops
+from dit_kernels import compile, ops, tickets
+from dit_kernels.calls import norm_gate
 from dit_kernels.compile import Variant, compile_variant
 from ptx.host import Launch, host_function, launch
 from ptx.machine import Machine
@@ -59,9 +60,10 @@ def run(kernel: Compiled, *operands: Any) -> Launch:
         for name, t in named.items()
         if t is not None
     ]
-    tickets = [memory.add_counters(operands[0].shape[0])] if family.draws else []
+    with mock.patch.object(tickets, "address", lambda device, stream, batches: memory.add_counters(batches)):
+        of_launch = family.of_launch(0, 0, operands[0].shape[0])
     memory.freeze()
-    what = launch(kernel.host, program, [*arguments, *operands[len(named) :], *tickets])
+    what = launch(kernel.host, program, [*arguments, *operands[len(named) :], *of_launch])
     assert what.threads == program.threads
     Machine(program, what.grid, what.shared_bytes, memory, what.parameters).run()
     for name in family.results:
@@ -96,7 +98,7 @@ def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] =
         mock.patch.object(compile, "_kernels", {}),
         mock.patch.object(compile, "_function", function),
         mock.patch.object(compile, "_arch", return_value=arch),
-        mock.patch.object(compile, "processors", return_value=processors),
+        mock.patch.object(norm_gate, "processors", return_value=processors),
     ):
         yield
 
@@ -106,6 +108,6 @@ def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, .
     checked = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
     results = checked.empty_results()
     operands = checked.operands(results)
-    function, numbers, constants = compile.bound(checked.chain, *operands)
-    function(*operands, *numbers, *constants)
+    function, numbers = compile.bound(checked.chain, *operands)
+    function(*operands, *numbers)
     return results

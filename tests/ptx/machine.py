@@ -121,6 +121,10 @@ def _pure() -> dict[str, Pure]:
         "abs.s32": Pure(np.abs, S32, (S32,)),
         "div.s32": Pure(_divide, S32, (S32, S32)),
         "mul.wide.u32": Pure(lambda a, b: a.astype(U64) * b, U64, (U32, U32)),
+        "cvt.u16.u32": Pure(lambda a: a.astype(U16), U16, (U32,)),
+        "cvt.u64.u16": Pure(lambda a: a.astype(U64), U64, (U16,)),
+        "min.u32": Pure(np.minimum, U32, (U32, U32)),
+        "mul.hi.u16": Pure(lambda a, b: (a.astype(U32) * b >> U32.type(16)).astype(U16), U16, (U16, U16)),
         "mul.hi.u32": Pure(lambda a, b: (a.astype(U64) * b >> U64.type(32)).astype(U32), U32, (U32, U32)),
         "mul.hi.u64": Pure(_high_product, U64, (U64, U64)),
         "mul.wide.s32": Pure(lambda a, b: a.astype(S64) * b, S64, (S32, S32)),
@@ -135,14 +139,14 @@ def _pure() -> dict[str, Pure]:
         table[f"{name}.f32x2"] = Pure(table[f"{name}.f32"].function, F32, (F32, F32), 2)
         table[f"{name}.rn.f32x2"] = table[f"{name}.f32x2"]
     table["fma.rn.f32x2"] = Pure(numbers.fma_f32, F32, (F32, F32, F32), 2)
-    for name, dtype in {"s32": S32, "s64": S64}.items():
+    for name, dtype in {"s16": S16, "s32": S32, "s64": S64}.items():
         table[f"add.{name}"] = Pure(np.add, dtype, (dtype, dtype))
         table[f"sub.{name}"] = Pure(np.subtract, dtype, (dtype, dtype))
         table[f"min.{name}"] = Pure(np.minimum, dtype, (dtype, dtype))
         table[f"max.{name}"] = Pure(np.maximum, dtype, (dtype, dtype))
         table[f"mul.lo.{name}"] = Pure(np.multiply, dtype, (dtype, dtype))
         table[f"mad.lo.{name}"] = Pure(_multiply_add, dtype, (dtype, dtype, dtype))
-    for name, dtype in {"b32": U32, "b64": U64}.items():
+    for name, dtype in {"b16": U16, "b32": U32, "b64": U64}.items():
         table[f"shl.{name}"] = Pure(_shift_left, dtype, (dtype, U32))
         table[f"selp.{name}"] = Pure(_select, dtype, (dtype, dtype, BOOL))
     for name, dtype in {"pred": BOOL, "b16": U16, "b32": U32, "b64": U64}.items():
@@ -765,8 +769,8 @@ class Machine:
         "bra.uni": _decode_branch,
         "ret": _decode_return,
         "bar.sync": _decode_barrier,
-        "atom.global.inc.u32": _decode_count,
         "bar.warp.sync": _decode_warp_barrier,
+        "atom.global.inc.u32": _decode_count,
         "mbarrier.init.shared.b64": _decode_mbarrier_init,
         "fence.mbarrier_init.release.cluster": _decode_fence,
         "mbarrier.arrive.expect_tx.shared.b64": _decode_arrive,

@@ -56,7 +56,7 @@ def fma_f32_down(a: Array, b: Array, c: Array) -> Array:
 
 
 def fma_f64(a: Array, b: Array, c: Array) -> Array:
-    """By Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008; of numbers whose halves do not overflow."""
+    """By Boldo and Melquiond, Emulation of a FMA and correctly rounded sums, 2008. Huge products are not exact."""
     product, rest = a * b, _product_error(a, b)
     small, smaller = _two_sum(c, rest)
     large, middle = _two_sum(product, small)

@@ -1,4 +1,4 @@
-"""The kernels of norm_rope, qk_norm_rope and silu_mul, run from their PTX: operands and bounds are those of tests/gpu."""
+"""The kernels of norm_rope, qk_norm_rope and silu_mul, run from their PTX, with the bounds of tests/gpu."""
 
 from __future__ import annotations
 

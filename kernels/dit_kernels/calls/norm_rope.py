@@ -113,7 +113,7 @@ def _strides(t: Any, dimensions: int) -> list[Any]:
 
 FAMILY = Family(
     ("q", "k", "q_weight", "k_weight", "rotation", "sin", "q_eps", "k_eps", "q_out", "k_out"),
-    ("q_out", "k_out"),
+    {"q_out": "q", "k_out": "k"},
     launch_numbers,
 )
 
