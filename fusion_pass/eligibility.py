@@ -13,7 +13,7 @@ from fusion_pass.sites.site import Site
 
 def check(site: Site) -> None:
     """Raises Refused where no kernel can run the site, or where Inductor's own kernel is expected to be better."""
-    x = value(site.x)
+    x = value(site.like)
     assert x is not None
     missing = kernels_missing(x.device)
     if missing is not None:

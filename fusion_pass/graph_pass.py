@@ -225,7 +225,9 @@ class _Rewriter:
 
 def reads_too_early(call: Node) -> bool:
     """Does anything that reads a result stand before the call, because an operand of the call stands behind it?"""
-    results = [user for user in call.users if user.target is operator.getitem] or [call]
+    results = [call]
+    for result in results:  # grows: the items of the call, and these in the shapes that the graph has them in
+        results += [user for user in result.users if user.target in (operator.getitem, aten.reshape.default)]
     return any(reader < call for result in results for reader in result.users)
 
 

@@ -96,6 +96,7 @@ class Spec:
     dtype: torch.dtype = torch.bfloat16
     expanded: bool = False  # gate and scale are expanded to the shape of x
     extra_user: str | None = None  # y, z or n: who else is read
+    as_rows: tuple[bool, bool, bool] = (False, False, False)  # first norm, sum, second norm: on [rows, width]?
 
     def kind(self) -> str | None:
         """The op that the site becomes. A first norm that is read elsewhere leaves only the second one to fuse."""
@@ -133,12 +134,13 @@ class SiteModule(nn.Module):
         results = []
         y = x
         if spec.add:
-            p = n = spec.norm(x, self.weight, self.eps)
+            p = n = spec.norm(_rows(x, spec.as_rows[0]), self.weight, self.eps).view(x.shape)
             if spec.gate is not None:
                 t = gate.tanh() if spec.gate == "tanh" else gate
                 t = t.expand_as(x) if spec.expanded else t
                 p = n * t if spec.swapped[0] else t * n
-            y = p + residual if spec.swapped[1] else residual + p
+            p, residual = _rows(p, spec.as_rows[1]), _rows(residual, spec.as_rows[1])
+            y = (p + residual if spec.swapped[1] else residual + p).view(x.shape)
             results.append(y)
             if spec.extra_user == "n":
                 results.append(n * 2)
@@ -146,7 +148,7 @@ class SiteModule(nn.Module):
                 results.append(y * 2)
         if spec.second:
             weight = self.weight2 if spec.add else self.weight
-            z = n2 = spec.norm(y, weight, self.eps)
+            z = n2 = spec.norm(_rows(y, spec.as_rows[2]), weight, self.eps).view(x.shape)
             if spec.scale is not None:
                 s = scale
                 if spec.scale == "one_plus":
@@ -157,6 +159,10 @@ class SiteModule(nn.Module):
             if spec.extra_user == "z":
                 results.append(z * 2)
         return tuple(results)
+
+
+def _rows(t: Tensor, wanted: bool) -> Tensor:
+    return t.reshape(-1, t.shape[-1]) if wanted else t
 
 
 def _operand(shape: tuple[int, ...], like: str, dtype: torch.dtype) -> Tensor:
@@ -217,6 +223,7 @@ def specs(draw: st.DrawFn) -> Spec:
         dtype=draw(st.sampled_from((torch.bfloat16, torch.float16, torch.float32))),
         expanded=draw(st.booleans()),
         extra_user=draw(st.sampled_from((None, None, "y", "z", "n"))),
+        as_rows=draw(st.sampled_from(((False,) * 3,) * 3) | st.tuples(*[st.booleans()] * 3)),
     )
     # What PyTorch decomposes F.layer_norm into is not bit-equal to it: every layer norm must be part of a fused site.
     if spec.norm in LAYER_NORMS:

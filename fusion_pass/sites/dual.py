@@ -5,9 +5,14 @@ Either of gate and scale may be absent.
 
 from __future__ import annotations
 
+from torch.fx import Node
+
+from fusion_pass.dataflow import same_shape, under_views, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import gated, norm, scaled
+from fusion_pass.sites.gated import Gated
 from fusion_pass.sites.norm import Norm, eps_operand
+from fusion_pass.sites.scaled import Scaled
 from fusion_pass.sites.site import Site, Survey, choose_form
 
 KIND = "norm_tanh_mul_add_norm_scale"
@@ -15,10 +20,11 @@ KIND = "norm_tanh_mul_add_norm_scale"
 
 def find(second: Norm, survey: Survey) -> Site | None:
     """The two-output site whose second norm this is, as far as its dataflow tells. Raises Refused."""
-    anchor = survey.gated.get(second.x)
+    y = under_views(second.x)
+    anchor = survey.gated.get(y)
     first = None if anchor is None or anchor._erased else norm.find(anchor)
     upper = None if first is None else gated.grow(first)
-    if first is None or upper is None or upper.y is not second.x:
+    if first is None or upper is None or upper.y is not y:
         return None
     lower = scaled.grow(second) or scaled.unscaled(second)
     if lower is None:
@@ -43,6 +49,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
             "scale": lower.scale,
             "eps2": eps2,
         },
+        like=_like(upper, lower),
         options={
             "norm": second.kind,
             "tanh": upper.tanh,
@@ -55,3 +62,15 @@ def find(second: Norm, survey: Survey) -> Site | None:
         interior=(*upper.interior, *lower.interior),
         anchor=upper.norm.anchor,
     )
+
+
+def _like(upper: Gated, lower: Scaled) -> Node:
+    """Where gate and scale are met in other shapes of one tensor, there is none that both broadcast to."""
+    if lower.scale is None:
+        return upper.term
+    if upper.gate is None:
+        return lower.term
+    shape, other = value(upper.term), value(lower.term)
+    if shape is None or other is None or not same_shape(shape, other):
+        raise Refused(Reason.SHAPE, lower.term, "the scale's is another than the gate's", KIND)
+    return upper.term

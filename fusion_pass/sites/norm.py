@@ -30,6 +30,7 @@ from fusion_pass.dataflow import (
     is_cast,
     is_narrowing,
     is_plain_add,
+    keeps_rows,
     known_equal,
     other_operands,
     same_shape,
@@ -243,7 +244,7 @@ def _norm(statistic: _Statistic, anchor: Node) -> Norm:
     if not same_value(operand, statistic.measured):
         raise Refused(Reason.NOT_NORMALISED, product)
     x = through_widening(_before_copy(statistic.measured))
-    _check_shapes(x, statistic.rstd, product)
+    _check_shapes(statistic.measured, statistic.rstd, product)
     return _affine(statistic, anchor, x, product, nodes)
 
 
@@ -270,13 +271,13 @@ def _is_of_layer_norm(node: Node) -> bool:
     return str(node.meta.get("original_aten")).startswith("aten.native_layer_norm")
 
 
-def _check_shapes(x: Node, rstd: Node, product: Node) -> None:
+def _check_shapes(measured: Node, rstd: Node, product: Node) -> None:
     """[..., D] * [..., 1] -> [..., D]: without keepdim, the same operations divide each row by another row's root."""
-    rows, root, normed = value(x), value(rstd), value(product)
+    rows, root, normed = value(measured), value(rstd), value(product)
     if rows is None or root is None or normed is None or rows.ndim == 0:
         raise Refused(Reason.SHAPE, product)
     if not isinstance(rows.shape[-1], int):
-        raise Refused(Reason.WIDTH, x)
+        raise Refused(Reason.WIDTH, measured)
     if root.ndim == 0 or not known_equal(root.shape[-1], 1) or not same_shape(normed, rows):
         raise Refused(Reason.DIMENSION, product)
 
@@ -292,17 +293,19 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: 
             narrowed = True
             if weight is None and bias is None and statistic.kind == "rms":
                 normed = weighted = biased = dtype(user)
-        elif statistic.kind == "layer" and not _is_of_layer_norm(user):
+        elif statistic.kind == "layer" and not _is_of_layer_norm(user) and not keeps_rows(user):
             break  # what the model multiplies or adds itself, it rounds itself
         elif weight is None and bias is None and (row := _row_operand(user, aten.mul.Tensor, out, x)) is not None:
             weight, narrowed = row, False
             weighted = biased = dtype(user)
         elif bias is None and not (weight is not None and narrowed) and (row := _added_row(user, out, x)) is not None:
             bias, biased, narrowed = row, dtype(user), False
-        elif not is_call(user, aten.clone.default):  # F.rms_norm makes its result contiguous
+        elif not keeps_rows(user):  # F.rms_norm makes its result contiguous
             break
         out = user
         nodes.append(out)
+    while keeps_rows(out):  # what stands behind the norm is not its own
+        out = nodes.pop().args[0]
     dtypes = (_called_on(statistic, x), normed, weighted, biased, dtype(out))
     known = [d for d in dtypes if d is not None]
     tensors = [node for node in statistic.nodes if value(node) is not None]  # not var_mean, which gives two

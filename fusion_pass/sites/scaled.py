@@ -17,6 +17,7 @@ from fusion_pass.dataflow import (
     is_plain_add,
     is_stored,
     other_operands,
+    past_views,
     same_shape,
     sole_user,
     value,
@@ -38,6 +39,7 @@ class Scaled:
     """
 
     norm: Norm
+    term: Node  # the norm in the shape in which it meets the scale
     scale: Operand | None
     z: tuple[Node, ...]
     steps: ScaledSteps
@@ -84,6 +86,7 @@ def find(norm: Norm, survey: Survey) -> Site | None:
             "scale": scaled.scale,
             "eps": eps_operand(norm.eps),
         },
+        like=scaled.term,
         options={
             "norm": norm.kind,
             "add_one": scaled.add_one,
@@ -99,23 +102,24 @@ def find(norm: Norm, survey: Survey) -> Site | None:
 
 def grow(norm: Norm) -> Scaled | None:
     """The product with a scale that reads a norm, or None where nothing of the kind stands there. Raises Refused."""
-    product = sole_user(norm.out)
+    terms = past_views(norm.out)
+    term, product = terms[-1], sole_user(terms[-1])
     if product is None or not is_call(product, aten.mul.Tensor):
         return None
-    scale = next(other_operands(product, norm.out))
-    like, val = value(norm.x), value(product)
-    if not isinstance(scale, Node) or scale is norm.out or like is None or val is None or not same_shape(val, like):
+    scale = next(other_operands(product, term))
+    like, val = value(term), value(product)
+    if not isinstance(scale, Node) or scale is term or like is None or val is None or not same_shape(val, like):
         return None
-    follows = sole_user(product)
+    follows = sole_user(past_views(product)[-1])
     if follows is not None and (is_plain_add(follows) or is_call(follows, aten.mul.Tensor)):
         raise Refused(Reason.FOLLOWED, follows, kind=KIND)
-    if operand.gate(scale, norm.x).activated:
+    if operand.gate(scale, term).activated:
         return None  # a gate, and the residual add that it belongs to is not there
-    resolved = operand.scale(scale, norm.x)
+    resolved = operand.scale(scale, term)
     z = _stored(product)
     steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), product, z[0])
-    inside = norm.interior if z == (product,) else (*norm.interior, product)
-    return Scaled(norm, resolved, z, steps, (*inside, *resolved.absorbed))
+    inside = (*norm.interior, *terms) if z == (product,) else (*norm.interior, *terms, product)
+    return Scaled(norm, term, resolved, z, steps, (*inside, *resolved.absorbed))
 
 
 def unscaled(norm: Norm) -> Scaled | None:
@@ -127,7 +131,7 @@ def unscaled(norm: Norm) -> Scaled | None:
     if not any(is_stored(node) for node in z):
         return None
     inside = tuple(node for node in norm.interior if node not in z)
-    return Scaled(norm, None, z, _steps(norm, norm.steps.out, norm.out, z[0]), inside)
+    return Scaled(norm, norm.out, None, z, _steps(norm, norm.steps.out, norm.out, z[0]), inside)
 
 
 def _stored(product: Node) -> tuple[Node, ...]:
