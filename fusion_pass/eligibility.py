@@ -17,7 +17,7 @@ def check(site: Site) -> None:
     assert x is not None
     missing = kernels_missing(x.device)
     if missing is not None:
-        raise Refused(Reason.NO_KERNEL, detail=missing, kind=site.kind)
+        raise Refused(Reason.NO_KERNEL, site.x, missing, site.kind)
     for operand in (site.operands.get("gate"), site.operands.get("scale")):
         if isinstance(operand, Operand) and _is_computed_per_token(operand, x):
             raise Refused(Reason.PER_TOKEN, operand.source, kind=site.kind)

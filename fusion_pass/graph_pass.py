@@ -34,7 +34,7 @@ from torch.fx import Graph, Node
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  how Inductor calls what the pass inserts
 from fusion_pass import eligibility, sites
-from fusion_pass.dataflow import VIEWS, aten, dtype, is_call
+from fusion_pass.dataflow import VIEWS, aten, dtype, is_call, past_views
 from fusion_pass.report import (
     BY_DESIGN,
     FusionReport,
@@ -210,7 +210,7 @@ class _Rewriter:
             except Refused as refusal:
                 refusal.site = site
                 first_refusal = first_refusal or refusal
-        raise first_refusal or Refused(Reason.ALONE)
+        raise first_refusal or Refused(Reason.ALONE, next(iter(past_views(found.out)[-1].users), found.out))
 
     def _rewrite(self, match: Match) -> None:
         anchor = match.output_node()
@@ -275,7 +275,8 @@ def _failure(error: Exception, anchor: Node | None = None) -> ReportedSite:
     """An error of our own, for the norm that it happened at, or for the whole graph."""
     module, source, shape = ("", "", ()) if anchor is None else (module_path(anchor), source_line(anchor), ())
     kind = "graph" if anchor is None else "norm"
-    reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}"
+    at = "" if anchor is None else f", at {anchor.name}"
+    reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}{at}"
     return ReportedSite(kind, None, None, module, source, shape, None, None, reason, Reason.ERROR.name)
 
 

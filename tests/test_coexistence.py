@@ -15,7 +15,7 @@ import pytest
 import torch
 import zimage
 from graph_backend import GraphBackend, run
-from site_modules import EPS, SiteModule, Spec, diffusers_norm, inputs
+from site_modules import SiteModule, Spec, diffusers_norm, inputs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
@@ -25,7 +25,7 @@ import fusion_pass
 from fusion_pass import Backend
 
 REFERENCE = Backend(kernels="reference")
-SINGLE, DUAL = "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale"
+DUAL = "norm_tanh_mul_add_norm_scale"
 
 
 @pytest.fixture
@@ -318,70 +318,3 @@ def test_a_lora_that_is_added_switched_off_and_merged_keeps_every_site_fused() -
     transformer.enable_adapters()
     transformer.fuse_lora()
     check(3)
-
-
-# --- spellings --------------------------------------------------------------------------------------------------------
-
-
-def quotient(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
-def one_over_the_root(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide * (1 / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype)
-
-
-def root_as_a_power(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide / (wide.pow(2).mean(-1, keepdim=True) + EPS) ** 0.5).to(x.dtype)
-
-
-@pytest.mark.parametrize("norm", (quotient, one_over_the_root, root_as_a_power))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_a_division_by_the_root_rounds_otherwise_and_is_refused_for_that_reason(norm, dtype) -> None:
-    x, residual, gate, _ = inputs(Spec(dtype=dtype))
-
-    def model(x, residual, gate):
-        return residual + gate.tanh() * norm(x)
-
-    got, backend = run(model, x, residual, gate)
-    assert torch.equal(got, model(x, residual, gate))
-    assert backend.report.fused == []
-    assert [site.reason_name for site in backend.report.missed] == ["ROOT"]
-
-
-def views_of_the_same_shape(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    n = diffusers_norm(x.view_as(x), None).contiguous().detach()
-    return residual.view_as(x) + nn.functional.dropout(gate.tanh() * n, 0.1, training=False)
-
-
-def views_around_the_site(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    rows = x.flatten(0, 1).unflatten(0, x.shape[:2])
-    return (residual + gate.tanh() * diffusers_norm(rows, None)).flatten(0, 1)
-
-
-def a_view_before_the_gate(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    return residual + gate.tanh() * diffusers_norm(x.flatten(0, 1), None).view_as(x)
-
-
-def a_view_before_the_residual(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    return residual.flatten(0, 1) + (gate.tanh() * diffusers_norm(x, None)).flatten(0, 1)
-
-
-@pytest.mark.parametrize("model", (views_of_the_same_shape, views_around_the_site))
-def test_views_that_change_nothing_or_stand_outside_do_not_hide_a_site(model) -> None:
-    args = inputs(Spec())[:3]
-    got, backend = run(model, *args)
-    assert torch.equal(got, model(*args))
-    assert backend.report.counts() == {SINGLE: 1}
-
-
-@pytest.mark.parametrize("model", (a_view_before_the_gate, a_view_before_the_residual))
-def test_a_view_between_the_parts_of_a_site_leaves_the_norm_alone(model) -> None:
-    args = inputs(Spec())[:3]
-    got, backend = run(model, *args)
-    assert torch.equal(got, model(*args))
-    assert backend.report.fused == []
-    assert [site.reason_name for site in backend.report.missed] == ["ALONE"]

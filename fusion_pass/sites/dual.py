@@ -13,7 +13,7 @@ from fusion_pass.sites import gated, norm, scaled
 from fusion_pass.sites.gated import Gated
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.scaled import Scaled
-from fusion_pass.sites.site import Site, Survey, choose_form
+from fusion_pass.sites.site import Operands, Site, Survey, check_operands, choose_form
 
 KIND = "norm_tanh_mul_add_norm_scale"
 
@@ -29,11 +29,19 @@ def find(second: Norm, survey: Survey) -> Site | None:
     lower = scaled.grow(second) or scaled.unscaled(second)
     if lower is None:
         return None
-    if first.kind != second.kind:
+    if (first.kind, first.steps.root) != (second.kind, second.steps.root):
         raise Refused(Reason.KINDS, second.anchor, kind=KIND)
     eps, eps2 = eps_operand(upper.norm.eps), eps_operand(second.eps)
     if isinstance(eps, float) != isinstance(eps2, float):
         raise Refused(Reason.EPS, second.anchor, "one eps is a constant, the other a tensor", KIND)
+    operands: Operands = {
+        **upper.operands(),
+        "weight2": second.weight,
+        "bias2": second.bias,
+        "scale": lower.scale,
+        "eps2": eps2,
+    }
+    check_operands(operands, KIND)
     form = choose_form(
         second.anchor,
         KIND,
@@ -42,13 +50,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
     )
     return Site(
         kind=KIND,
-        operands={
-            **upper.operands(),
-            "weight2": second.weight,
-            "bias2": second.bias,
-            "scale": lower.scale,
-            "eps2": eps2,
-        },
+        operands=operands,
         like=_like(upper, lower),
         options={
             "norm": second.kind,
@@ -56,6 +58,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
             "add_one": lower.add_one,
             "rounding": form.rounding,
             "norm_dtype": form.norm_dtype,
+            "root": second.steps.root,
         },
         outputs=((upper.y,), lower.z),
         dtypes={"y_dtype": upper.steps.y, "z_dtype": lower.steps.z},

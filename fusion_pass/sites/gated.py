@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -25,7 +26,16 @@ from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.operand import Operand
-from fusion_pass.sites.site import Site, Survey, applied_dtype, choose_form, operand_dtype, promoting_dtype
+from fusion_pass.sites.site import (
+    Operands,
+    Site,
+    Survey,
+    applied_dtype,
+    check_operands,
+    choose_form,
+    operand_dtype,
+    promoting_dtype,
+)
 
 KIND = "norm_tanh_mul_add"
 
@@ -48,8 +58,8 @@ class Gated:
         assert x is not None and residual is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
         gate = None if self.gate is None else promoting_dtype(self.gate)
-        kind, y = self.norm.kind, self.steps.y
-        return self.steps == gated_steps(rounding, kind, x, weight, bias, gate, residual, y, norm_dtype)
+        kind, root, y = self.norm.kind, self.norm.steps.root, self.steps.y
+        return self.steps == gated_steps(rounding, kind, x, weight, bias, gate, residual, y, norm_dtype, root)
 
     def norm_dtypes(self) -> tuple[torch.dtype, ...]:
         """What the normalised value may have been cast to."""
@@ -60,7 +70,7 @@ class Gated:
         """Is the activation of a gate left to the op?"""
         return self.gate is not None and self.gate.activated
 
-    def operands(self) -> dict[str, Node | Operand | float | None]:
+    def operands(self) -> Operands:
         norm = self.norm
         return {
             "x": norm.x,
@@ -77,12 +87,20 @@ def find(norm: Norm, survey: Survey) -> Site | None:
     gated = grow(norm)
     if gated is None or (gated.gate is None and survey.gated.get(gated.y, norm.anchor) is not norm.anchor):
         return None  # of two norms that are added, one is the residual of the other: the gated one's, if there is one
+    operands = gated.operands()
+    check_operands(operands, KIND)
     form = choose_form(norm.anchor, KIND, gated.norm_dtypes(), gated.fits)
     return Site(
         kind=KIND,
-        operands=gated.operands(),
+        operands=operands,
         like=gated.term,
-        options={"norm": norm.kind, "tanh": gated.tanh, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
+        options={
+            "norm": norm.kind,
+            "tanh": gated.tanh,
+            "rounding": form.rounding,
+            "norm_dtype": form.norm_dtype,
+            "root": norm.steps.root,
+        },
         outputs=((gated.y,),),
         dtypes={"y_dtype": gated.steps.y},
         interior=gated.interior,
@@ -96,6 +114,8 @@ def grow(norm: Norm) -> Gated | None:
     reader = sole_user(terms[-1])
     if reader is None:
         return None
+    if is_call(reader, aten.addcmul.default) and _has_shape_of(terms[-1], reader.args[0]):
+        raise Refused(Reason.ROUNDING, reader, "addcmul rounds the product and the sum once", KIND)
     if is_plain_add(reader):
         return _ungated(norm, terms, reader)
     return _gated(norm, terms, reader) if is_call(reader, aten.mul.Tensor) else None
@@ -137,9 +157,12 @@ def _rounded(product: Node) -> tuple[Node, ...]:
 def _residual(term: Node, y: Node) -> Node | None:
     """What `term` is added to, if it has its shape: a narrower operand is a bias or a shift."""
     residual = next(other_operands(y, term), None)
-    val = value(residual) if isinstance(residual, Node) and residual is not term else None
-    like = value(term)
-    return residual if val is not None and like is not None and same_shape(val, like) else None
+    return residual if residual is not term and _has_shape_of(term, residual) else None
+
+
+def _has_shape_of(term: Node, node: Any) -> bool:
+    like, val = value(term), value(node) if isinstance(node, Node) else None
+    return like is not None and val is not None and same_shape(val, like)
 
 
 def _steps(norm: Norm, gate: torch.dtype, rounded: Node, y: Node) -> GatedSteps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -26,7 +27,16 @@ from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.operand import Operand
-from fusion_pass.sites.site import Site, Survey, applied_dtype, choose_form, operand_dtype, promoting_dtype
+from fusion_pass.sites.site import (
+    Operands,
+    Site,
+    Survey,
+    applied_dtype,
+    check_operands,
+    choose_form,
+    operand_dtype,
+    promoting_dtype,
+)
 
 KIND = "norm_scale"
 
@@ -51,7 +61,8 @@ class Scaled:
         assert x is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
         scale = None if self.scale is None else promoting_dtype(self.scale)
-        steps = scaled_steps(rounding, self.norm.kind, x, weight, bias, scale, self.steps.z, norm_dtype)
+        kind, root, z = self.norm.kind, self.norm.steps.root, self.steps.z
+        steps = scaled_steps(rounding, kind, x, weight, bias, scale, z, norm_dtype, root)
         return self.steps == steps if self.scale is not None else _roundings(self.steps) == _roundings(steps)
 
     @property
@@ -64,11 +75,11 @@ class Scaled:
         return (self.norm.steps.normed, self.norm.steps.out)
 
 
-def _roundings(steps: ScaledSteps) -> tuple[torch.dtype, ...]:
+def _roundings(steps: ScaledSteps) -> tuple[Any, ...]:
     """The dtypes that a norm without a scale takes in turn: whether the norm or z makes the last cast is no matter."""
     norm = steps.norm
     chain = (norm.stat, norm.normed, norm.weighted, norm.biased, norm.out, steps.product, steps.z)
-    return (*chain[:3], *(dtype for dtype, _ in groupby(chain[3:])))
+    return (norm.root, *chain[:3], *(dtype for dtype, _ in groupby(chain[3:])))
 
 
 def find(norm: Norm, survey: Survey) -> Site | None:
@@ -76,22 +87,25 @@ def find(norm: Norm, survey: Survey) -> Site | None:
     scaled = grow(norm)
     if scaled is None:
         return None
+    operands: Operands = {
+        "x": norm.x,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "scale": scaled.scale,
+        "eps": eps_operand(norm.eps),
+    }
+    check_operands(operands, KIND)
     form = choose_form(norm.anchor, KIND, scaled.norm_dtypes(), scaled.fits)
     return Site(
         kind=KIND,
-        operands={
-            "x": norm.x,
-            "weight": norm.weight,
-            "bias": norm.bias,
-            "scale": scaled.scale,
-            "eps": eps_operand(norm.eps),
-        },
+        operands=operands,
         like=scaled.term,
         options={
             "norm": norm.kind,
             "add_one": scaled.add_one,
             "rounding": form.rounding,
             "norm_dtype": form.norm_dtype,
+            "root": norm.steps.root,
         },
         outputs=(scaled.z,),
         dtypes={"z_dtype": scaled.steps.z},

@@ -17,6 +17,7 @@ from fusion_pass.dataflow import RESHAPES, aten, depends_on, is_call, is_size, k
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import Operand
 
+Operands = dict[str, "Node | Operand | float | None"]
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # real ones are constants that Inductor has folded
 MODEL_FORMS = tuple(form for form in FORMS if form != "fp32")
 
@@ -46,7 +47,7 @@ class Site:
     """
 
     kind: str
-    operands: dict[str, Node | Operand | float | None]
+    operands: Operands
     like: Node
     options: dict[str, Any]
     outputs: tuple[tuple[Node, ...], ...]
@@ -132,37 +133,39 @@ def applied_dtype(operand: Operand, out: torch.dtype, kind: str) -> torch.dtype:
     return applied
 
 
+def check_operands(operands: Operands, kind: str) -> None:
+    """Raises Refused unless these are tensors that the ops take."""
+    x = operands["x"]
+    for name, operand in operands.items():
+        node = operand.source if isinstance(operand, Operand) else operand
+        if name in ("eps", "eps2") or not isinstance(node, Node):
+            continue
+        val, like = value(node), value(x) if isinstance(x, Node) else None
+        if val is None or like is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
+            raise Refused(Reason.DTYPE, node, "not a plain tensor", kind)
+        if val.dtype not in KERNEL_DTYPES:
+            raise Refused(Reason.DTYPE, node, str(val.dtype), kind)
+        if val.device != like.device:
+            raise Refused(Reason.DEVICE, node, f"{val.device}, x on {like.device}", kind)
+
+
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
 def prove(site: Site, graph: Graph) -> None:
     """Raises Refused unless the op computes what the site's nodes compute, wherever they are read."""
-    _prove_operands(site)
-    _prove_sizes(site)
+    _prove_shapes(site)
     _prove_layout(site, graph)
     _prove_closed(site)
     _prove_order(site)
     _prove_undisturbed(site, graph)
 
 
-def _prove_operands(site: Site) -> None:
-    x, like = value(site.x), value(site.like)
-    if x is None or like is None or like.ndim < 2:
-        raise Refused(Reason.SHAPE, site.x, kind=site.kind)
-    for node in site.inputs():
-        val = value(node)
-        if val is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
-            raise Refused(Reason.DTYPE, node, "not a plain tensor", site.kind)
-        if node is site.operands["eps"] or node is site.operands.get("eps2"):
-            continue
-        if val.dtype not in KERNEL_DTYPES:
-            raise Refused(Reason.DTYPE, node, str(val.dtype), site.kind)
-        if val.device != x.device:
-            raise Refused(Reason.DEVICE, node, f"{val.device}, x on {x.device}", site.kind)
-
-
-def _prove_sizes(site: Site) -> None:
+def _prove_shapes(site: Site) -> None:
     """What the op needs in another shape can be given that shape."""
+    like = value(site.like)
+    if like is None or like.ndim < 2:
+        raise Refused(Reason.SHAPE, site.like, kind=site.kind)
     shapes = [val for node in (site.x, site.like, *site.results()) if (val := value(node)) is not None]
     if not all(same_shape(shape, shapes[0]) for shape in shapes):
         for shape in shapes:

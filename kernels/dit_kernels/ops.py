@@ -8,8 +8,9 @@ Shapes: x and residual [..., S, D]; weight and bias [D] or None; gate and scale 
 ([D], [1,1,D], [B,1,D], [B,S,D], one element, ...), with any strides. Results are fresh and contiguous, of x's shape.
 dtypes: bfloat16, float16 and float32, each operand its own; float64 in the PyTorch definition.
 `norm` is "rms" or "layer"; `tanh=False` takes a gate that is activated already, `add_one=False` a scale that holds its
-1 already; `rounding` is a form of dit_kernels.rounding. `y_dtype` and `z_dtype` default to what PyTorch's promotion
-gives the chain, `norm_dtype` (what the normalised value is cast to) to what rounding.norm_steps says.
+1 already; `rounding` is a form of dit_kernels.rounding, `root` a spelling of an rms norm's root there. `y_dtype` and
+`z_dtype` default to what PyTorch's promotion gives the chain, `norm_dtype` (what the normalised value is cast to) to
+what rounding.norm_steps says.
 Each op has an overload `.eps_tensor`, which takes eps as a one-element CPU tensor and reads it on the host.
 Bad arguments raise ValueError, which names the argument, what came and what was expected.
 
@@ -33,14 +34,14 @@ from torch._C._functorch import peek_interpreter_stack
 
 from dit_kernels import reference
 from dit_kernels.chain import Chain
-from dit_kernels.rounding import FORMS, NORMS, gated_steps, scaled_steps
+from dit_kernels.rounding import FORMS, NORMS, ROOTS, gated_steps, scaled_steps
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 MINIMUM_CAPABILITY = (8, 0)
 ALIGNMENT = 16  # bytes: of every tensor that a kernel is launched on without looking at it again
 
-_TAIL = "ScalarType? norm_dtype=None"
+_TAIL = "ScalarType? norm_dtype=None, str root='rsqrt'"
 _SCHEMAS = {
     "norm_tanh_mul_add": (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? gate, Tensor residual, {eps} eps, *, str norm='rms', "
@@ -125,11 +126,13 @@ def _check_eps(op: str, name: str, eps: float | Tensor) -> None:
         _reject(op, name, got, "one floating-point element on the CPU")
 
 
-def _check_words(op: str, norm: str, rounding: str, **dtypes: torch.dtype | None) -> None:
+def _check_words(op: str, norm: str, rounding: str, root: str, **dtypes: torch.dtype | None) -> None:
     if norm not in NORMS:
         _reject(op, "norm", repr(norm), " or ".join(map(repr, NORMS)))
     if rounding not in FORMS:
         _reject(op, "rounding", repr(rounding), ", ".join(map(repr, FORMS)))
+    if root not in ROOTS:
+        _reject(op, "root", repr(root), ", ".join(map(repr, ROOTS)))
     for name, dtype in dtypes.items():
         if dtype is not None and dtype not in DTYPES:
             _reject(op, name, dtype, "bfloat16, float16, float32 or float64")
@@ -181,9 +184,10 @@ def _gated_call(
     rounding: str = "cast_then_weight",
     y_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
     op: str = "norm_tanh_mul_add",
 ) -> Call:
-    _check_words(op, norm, rounding, y_dtype=y_dtype, norm_dtype=norm_dtype)
+    _check_words(op, norm, rounding, root, y_dtype=y_dtype, norm_dtype=norm_dtype)
     _check_x(op, x)
     _check_row(op, "weight", weight, x)
     _check_row(op, "bias", bias, x)
@@ -200,6 +204,7 @@ def _gated_call(
         residual.dtype,
         y_dtype,
         norm_dtype,
+        root,
     )
     return Call(_chain(norm, tanh, True, steps, None), x, weight, bias, gate, residual, eps)
 
@@ -216,15 +221,18 @@ def _scaled_call(
     rounding: str = "cast_then_weight",
     z_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> Call:
     op = "norm_scale"
-    _check_words(op, norm, rounding, z_dtype=z_dtype, norm_dtype=norm_dtype)
+    _check_words(op, norm, rounding, root, z_dtype=z_dtype, norm_dtype=norm_dtype)
     _check_x(op, x)
     _check_row(op, "weight", weight, x)
     _check_row(op, "bias", bias, x)
     _check_broadcast(op, "scale", scale, x)
     _check_eps(op, "eps", eps)
-    steps = _scaled_steps(rounding, norm, x.dtype, _dtype(weight), _dtype(bias), _promoting(scale), z_dtype, norm_dtype)
+    steps = _scaled_steps(
+        rounding, norm, x.dtype, _dtype(weight), _dtype(bias), _promoting(scale), z_dtype, norm_dtype, root
+    )
     return Call(_chain(norm, True, add_one, None, steps), x, weight, bias, None, None, eps, scale=scale)
 
 
@@ -247,6 +255,7 @@ def _dual_call(
     y_dtype: torch.dtype | None = None,
     z_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> Call:
     op = "norm_tanh_mul_add_norm_scale"
     first = _gated_call(
@@ -261,9 +270,10 @@ def _dual_call(
         rounding=rounding,
         y_dtype=y_dtype,
         norm_dtype=norm_dtype,
+        root=root,
         op=op,
     )
-    _check_words(op, norm, rounding, z_dtype=z_dtype)
+    _check_words(op, norm, rounding, root, z_dtype=z_dtype)
     _check_row(op, "weight2", weight2, x)
     _check_row(op, "bias2", bias2, x)
     _check_broadcast(op, "scale", scale, x)
@@ -271,7 +281,7 @@ def _dual_call(
     gated = first.chain.gated
     assert gated is not None
     steps = _scaled_steps(
-        rounding, norm, gated.y, _dtype(weight2), _dtype(bias2), _promoting(scale), z_dtype, norm_dtype
+        rounding, norm, gated.y, _dtype(weight2), _dtype(bias2), _promoting(scale), z_dtype, norm_dtype, root
     )
     chain = _chain(norm, tanh, add_one, gated, steps)
     return Call(chain, x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2)

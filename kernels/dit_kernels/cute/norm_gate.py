@@ -100,13 +100,22 @@ def _sum(value) -> Float32:
     return value.reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
 
 
+def _root(v: Float32, root: str, stat: torch.dtype) -> Float32:
+    """What x is multiplied by, or, as a quotient, divided by."""
+    if root == "rsqrt":
+        return cute.math.rsqrt(v)
+    root_of_v = _round_scalar(cute.math.sqrt(v), stat)
+    return root_of_v if root == "quotient" else Float32(1.0) / root_of_v
+
+
 def _square(x, mean, stat: torch.dtype):
     centred = x if mean is None else x - mean
     return _round(centred * centred, stat)
 
 
 def _normed(x, mean, rstd, weight, bias, steps: NormSteps):
-    n = _round((x if mean is None else x - mean) * rstd, steps.normed)
+    centred = x if mean is None else x - mean
+    n = _round(centred / rstd if steps.root == "quotient" else centred * rstd, steps.normed)
     dtype = steps.normed
     if weight is not None:
         n, dtype = _round(n * weight, steps.weighted), steps.weighted
@@ -333,7 +342,7 @@ class _Norm:
             total = _walk(place.tiling, lambda i: place.counted(i, _sum(_square(values(i), mean, stat))))
         mean_square = _round_scalar(cta_sum(total, self.partials[None, 1]) * Float32(1.0 / place.d), stat)
         shifted = _round_scalar(_add_scalars(mean_square, eps), stat)
-        self.rstd = _round_scalar(cute.math.rsqrt(shifted), stat)
+        self.rstd = _round_scalar(_root(shifted, self.steps.root, stat), stat)
 
     def __call__(self, i, value):
         """The normalised vector i."""
