@@ -17,7 +17,7 @@ up: PyTorch computes these otherwise on a CPU. The origin of the nodes, which tr
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -358,12 +358,13 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: 
         nodes.append(out)
     while keeps_rows(out):  # what stands behind the norm is not its own
         out = nodes.pop().args[0]
-    dtypes = (_called_on(statistic, x), normed, weighted, biased, dtype(out))
-    known = [d for d in dtypes if d is not None]
+    stat, last = _called_on(statistic, x), dtype(out)
     tensors = [node for node in statistic.nodes if value(node) is not None]  # not var_mean, which gives two
-    if len(known) != len(dtypes) or len({dtype(node) for node in tensors}) != 1:
+    if len({dtype(node) for node in tensors}) != 1:
         raise Refused(Reason.ROUNDING, anchor)
-    steps = replace(NormSteps(*known), root=statistic.root)
+    if stat is None or normed is None or weighted is None or biased is None or last is None:
+        raise Refused(Reason.ROUNDING, anchor)
+    steps = NormSteps(stat, normed, weighted, biased, last, statistic.root)
     return Norm(statistic.kind, anchor, x, weight, bias, statistic.eps, out, steps, tuple(nodes))
 
 
