@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusion_pass
-from fusion_pass import Backend, graph_pass
+from fusion_pass import Backend, eligibility, graph_pass
 from fusion_pass.graph_pass import FusionPass
 from fusion_pass.report import FusionReport, Reason, ReportedSite
 
@@ -348,7 +348,7 @@ ELSEWHERE = {
     Reason.DEVICE: "test_what_no_kernel_takes_is_refused_with_the_node",
     Reason.MUTATION: "tests/test_graph_pass.py",
     Reason.TRAINING: "test_training_is_refused_with_the_norm",
-    Reason.PER_TOKEN: "tests/test_per_token.py",
+    Reason.PER_TOKEN: "test_a_gate_for_each_token_is_read_only_where_inductor_would_store_it_anyway",
     Reason.NO_KERNEL: "test_a_device_without_kernels_is_refused_with_the_norm",
     Reason.ERROR: "tests/test_graph_pass.py",
 }
@@ -454,6 +454,49 @@ def test_a_sum_that_rounds_product_and_sum_at_once_is_told_from_a_shift() -> Non
         got, backend = run(model, *args)
         assert_equal(got, model(*args))
         assert [site.reason_name for site in backend.report.missed] == [reason]
+
+
+# --- what does not pay -----------------------------------------------------------------------------------------------
+
+
+def picked_by_token(a: Tensor, b: Tensor) -> Tensor:
+    """As in Z-Image's blocks with two kinds of tokens."""
+    mask = torch.arange(6)[:, None] < 4
+    return torch.where(mask, a.tanh().expand(2, 6, 32), b.tanh().expand(2, 6, 32))
+
+
+def picked_and_viewed(a: Tensor, b: Tensor) -> Tensor:
+    return picked_by_token(a, b).view(2, 6, 2, 16).view(2, 6, 32)
+
+
+def projected(a: Tensor, b: Tensor) -> Tensor:
+    return picked_by_token(a, b) @ torch.eye(32, dtype=a.dtype)
+
+
+def one_for_all_tokens(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(a > b, a.tanh(), b.tanh())
+
+
+@pytest.mark.parametrize(
+    ("gate_of", "fused"),
+    ((picked_by_token, False), (picked_and_viewed, False), (projected, True), (one_for_all_tokens, True)),
+)
+@pytest.mark.parametrize("where", ("gate", "scale"))
+def test_a_gate_for_each_token_is_read_only_where_inductor_would_store_it_anyway(
+    gate_of: Model, fused: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
+
+    def model(x, residual, a, b):
+        if where == "gate":
+            return residual + gate_of(a, b) * diffusers_norm(x, None)
+        return diffusers_norm(x, None) * gate_of(a, b)
+
+    args = tensors((2, 6, 32), (2, 6, 32), (2, 1, 32), (2, 1, 32))
+    got, backend = run(model, *args, kernels="auto")
+    assert_equal(got, model(*args))
+    assert bool(backend.report.fused) == fused
+    assert [site.reason_name for site in backend.report.missed] == ([] if fused else ["PER_TOKEN"])
 
 
 # --- what no kernel takes ---------------------------------------------------------------------------------------------
