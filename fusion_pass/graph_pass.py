@@ -12,6 +12,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,20 +83,27 @@ class FusionPass(CustomGraphPass):
             _Rewriter(self, graph, report).run()
             graph.lint()
             _warn_if_nothing_fused(report, graph)
+            self._publish(report)
         except Exception as error:
             if saved is not None:
                 _restore(graph, saved)
             if self.strict:
                 raise
-            report = FusionReport(graphs=1, missed=[_failure(error)])
             _warn_of(error)
-        self._publish(report)
+            with suppress(Exception):  # what failed may be the report
+                self._publish(FusionReport(graphs=1, missed=[_failure(error)]))
 
     def uuid(self) -> Any | None:
         """What the output of this pass depends on, beyond the graph: its sources, its options and the versions."""
         if self.collector is not None:
             return None
-        return f"fusion_pass:{_fingerprint()}:{self.options()}"
+        try:
+            return f"fusion_pass:{_fingerprint()}:{self.options()}"
+        except Exception as error:  # sources that cannot be read: nothing is cached
+            if self.strict:
+                raise
+            _warn_of(error)
+            return None
 
     def options(self) -> tuple[str, str, bool]:
         return (self.rounding, self.kernels, self.strict)
@@ -109,6 +117,7 @@ class FusionPass(CustomGraphPass):
         return hash(self.options())
 
     def _publish(self, report: FusionReport) -> None:
+        summary, details = report.summary(), report.to_json()
         if self.collector is not None:
             self.collector.merge(report)
         for site in report.fused:
@@ -116,7 +125,7 @@ class FusionPass(CustomGraphPass):
             counters["inductor"][COUNTER_PREFIX + site.kind] += 1
         counters["fusion_pass"]["graphs"] += 1
         counters["fusion_pass"]["missed"] += len(report.missed)
-        log.info("graph: %s", report.summary())
+        log.info("graph: %s", summary)
         for site in report.fused:
             log.debug("fused %s: %s at %s", site.kind, site.module, site.source)
         for site in report.missed:
@@ -124,7 +133,7 @@ class FusionPass(CustomGraphPass):
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "fusion_pass_report", "encoding": "json"},
-            payload_fn=report.to_json,
+            payload_fn=lambda: details,
         )
 
 

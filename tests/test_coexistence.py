@@ -18,7 +18,10 @@ from graph_backend import GraphBackend, run
 from site_modules import SiteModule, Spec, diffusers_norm, inputs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
+from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
 import fusion_pass
@@ -236,6 +239,51 @@ def test_passes_in_inductors_other_hooks_run_as_they_do_without_us(module, args)
             torch.compile(module, backend=backend)(*args)
     assert seen[REFERENCE] == seen["inductor"]
     assert sorted(seen["inductor"]) == sorted(HOOKS)
+
+
+class Manager(CustomGraphPass):
+    """As vLLM's: one object that runs a list of passes, and stands in the hook behind Inductor's own passes."""
+
+    def __init__(self) -> None:
+        self.graphs: list[list[str]] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.graphs.append([str(node.target) for node in graph.nodes])
+
+    def uuid(self) -> str:
+        return "manager"
+
+
+def test_a_model_that_is_split_and_compiled_by_pieces_with_a_manager_of_passes_as_vllm_does(module, args) -> None:
+    manager = Manager()
+    options = {"post_grad_custom_post_pass": manager, "combo_kernels": False, "max_autotune": False}
+    config = fusion_pass.inductor_options(kernels="reference", options=options)
+
+    def piecewise(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> object:
+        (y,) = [node for node in gm.graph.nodes if node.name == "y"]
+        split = split_module(gm, None, lambda node: int(y < node))
+        for name, piece in split.named_children():
+            setattr(split, name, Lazily(piece, config))
+        return split
+
+    got = torch.compile(module, backend=piecewise)(*args)
+    assert_equal(got, module(*args))
+    assert len(manager.graphs) == 2
+    assert ["dit_kernels.norm_tanh_mul_add.default" in graph for graph in manager.graphs] == [True, False]
+    assert ["dit_kernels.norm_scale.default" in graph for graph in manager.graphs] == [False, True]
+
+
+class Lazily(nn.Module):
+    """Compiles a piece for the arguments that it is first called with."""
+
+    def __init__(self, piece: torch.fx.GraphModule, config: dict[str, object]) -> None:
+        super().__init__()
+        self.piece, self.config, self.compiled = piece, config, None
+
+    def forward(self, *args: Tensor) -> object:
+        if self.compiled is None:
+            self.compiled = compile_fx(self.piece, args, config_patches=self.config)
+        return self.compiled(*args)
 
 
 class Constants(nn.Module):
