@@ -24,6 +24,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from fusion_pass import Backend
+
 D = 3840
 SIZES = (1056, 4128)
 CASES = [
@@ -72,9 +74,9 @@ def measure(case: Case) -> dict[str, float]:
     copied = [torch.randn(case.bytes // 4, device="cuda").to(BF16) for _ in sets]
     graphs = {"copy": graph_of([lambda t=t: t.clone() for t in copied])}
     with torch.no_grad():
-        for name, site in (("Inductor", whole), ("where + op", split)):
+        for name, site, backend in (("Inductor", whole, "inductor"), ("where + op", split, Backend())):
             torch._dynamo.reset()
-            compiled = torch.compile(site(case.op), dynamic=False)
+            compiled = torch.compile(site(case.op), backend=backend, dynamic=False)
             graphs[name] = graph_of([lambda t=t, f=compiled: f(*t) for t in sets])
         ready = [(*modulation(*t[2:4], *others, mask), t[0], t[1], t[4], t[5]) for t in sets]
         graphs["op alone"] = graph_of([lambda t=t: on_op(case.op, *t) for t in ready])
