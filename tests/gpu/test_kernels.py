@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dit_kernels import ops, reference, tickets
-from dit_kernels.rounding import FORMS, NORMS
+from dit_kernels.rounding import FORMS, NORMS, ROOTS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OPS = ("norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "norm_scale")
@@ -234,6 +234,13 @@ def check(op: str, o: Operands, **options: Any) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_op_follows_the_definition_in_every_rounding_form(op: str, form: str, norm: str) -> None:
     check(op, operands(2, 264, 3840), rounding=form, norm=norm)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_op_follows_the_definition_with_every_spelling_of_the_root(op: str, root: str, form: str) -> None:
+    check(op, operands(2, 264, 3840), rounding=form, root=root)
 
 
 @pytest.mark.parametrize("op", OPS)
