@@ -246,7 +246,14 @@ def test_strict_raises_where_a_site_cannot_be_fused(module, args) -> None:
     torch.compile(module, backend=Backend(strict=True, kernels="reference"))(*args)
 
 
-STEPS = ("norm.find", "prove", "rewrite", "eligibility.check", "stable_topological_sort", "dit_kernels.ops.prepare")
+STEPS = (
+    "sites.norm.find",
+    "prove",
+    "rewrite",
+    "eligibility.check",
+    "stable_topological_sort",
+    "dit_kernels.ops.prepare",
+)
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from fusion_pass.dataflow import add_constant, aten, broadcasts_to, is_call, sole_user, value
@@ -28,6 +29,13 @@ class Operand:
     def applied(self) -> Node:
         """The node whose value enters the product: after the tanh, or the 1, whoever computes it."""
         return self.absorbed[0] if self.absorbed else self.source
+
+    def value(self) -> torch.Tensor | None:
+        """The fake tensor that the op reads."""
+        val = value(self.source)
+        for view in self.views:
+            val = view.target(val, *view.args[1:])
+        return val
 
     def materialise(self, graph: Graph) -> Node:
         """The node that the op reads, made where the graph inserts now."""

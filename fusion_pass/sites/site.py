@@ -13,11 +13,12 @@ from torch.fx import Graph, Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import FORMS
-from fusion_pass.dataflow import depends_on, is_call, known_equal, stream, value
+from fusion_pass.dataflow import depends_on, is_call, known_equal, region, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import Operand
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # real ones are constants that Inductor has folded
+ROTATIONS = (*KERNEL_DTYPES, torch.complex64, torch.complex128)
 MODEL_FORMS = tuple(form for form in FORMS if form != "fp32")
 
 
@@ -34,6 +35,7 @@ class Survey:
     """What is known of the whole graph before the first rewrite."""
 
     gated: dict[Node, Node] = field(default_factory=dict)  # y of a residual add: the anchor of its norm
+    rotated: dict[Node, Node] = field(default_factory=dict)  # a norm that is rotated: its anchor, in the graph's order
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Site:
     """One place in a graph, and the call of an op that it becomes.
 
     operands and options are the op's arguments by name. outputs: for each result of the op, the nodes that it replaces,
-    all equal. interior: the nodes that the op replaces and that nothing else may read. `anchor` names the site.
+    all equal. interior: the nodes that the op replaces and that nothing else may read. twins: nodes that the site reads
+    and that have the value of an operand. `anchor` names the site.
     """
 
     kind: str
@@ -51,10 +54,12 @@ class Site:
     dtypes: dict[str, torch.dtype]
     interior: tuple[Node, ...]
     anchor: Node
+    twins: tuple[Node, ...] = ()
 
     @property
     def x(self) -> Node:
-        x = self.operands["x"]
+        """The first operand, which the report shows."""
+        x = next(iter(self.operands.values()))
         assert isinstance(x, Node)
         return x
 
@@ -73,12 +78,13 @@ class Site:
             elif isinstance(operand, Node):
                 yield operand
 
-    def takes_eps_as_tensor(self) -> bool:
-        return isinstance(self.operands["eps"], Node)
+    def eps(self) -> list[Node]:
+        """The eps that are tensors: all of the site's, or none."""
+        return [eps for name, eps in self.operands.items() if "eps" in name and isinstance(eps, Node)]
 
     def op(self) -> torch._ops.OpOverload:
         packet = getattr(torch.ops.dit_kernels, self.kind)
-        return packet.eps_tensor if self.takes_eps_as_tensor() else packet.default
+        return packet.eps_tensor if self.eps() else packet.default
 
     def gate(self) -> str | None:
         gate = self.operands.get("gate")
@@ -134,7 +140,7 @@ def prove(site: Site, graph: Graph) -> None:
     _prove_layout(site, graph)
     _prove_closed(site)
     _prove_order(site)
-    _prove_undisturbed(site, graph)
+    _prove_undisturbed(site)
 
 
 def _prove_operands(site: Site) -> None:
@@ -145,9 +151,9 @@ def _prove_operands(site: Site) -> None:
         val = value(node)
         if val is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
             raise Refused(Reason.DTYPE, node, "not a plain tensor", site.kind)
-        if node is site.operands["eps"] or node is site.operands.get("eps2"):
+        if node in site.eps():
             continue
-        if val.dtype not in KERNEL_DTYPES:
+        if val.dtype not in (ROTATIONS if node is site.operands.get("rotation") else KERNEL_DTYPES):
             raise Refused(Reason.DTYPE, node, str(val.dtype), site.kind)
         if val.device != x.device:
             raise Refused(Reason.DEVICE, node, f"{val.device}, x on {x.device}", site.kind)
@@ -187,20 +193,17 @@ def _prove_order(site: Site) -> None:
         raise Refused(Reason.ORDER, late, kind=site.kind)
 
 
-def _prove_undisturbed(site: Site, graph: Graph) -> None:
+def _prove_undisturbed(site: Site) -> None:
     """No mutation and no switch of streams between any two nodes of the site, or between them and a read of theirs."""
-    from torch._inductor.pattern_matcher import get_mutation_region_id
-
     first, *rest = site.nodes()
-    where = (get_mutation_region_id(graph, first), stream(first))
     for node in (*rest, *_looked_through(site)):
-        if (get_mutation_region_id(graph, node), stream(node)) != where:
+        if region(node) != region(first):
             raise Refused(Reason.MUTATION, node, kind=site.kind)
 
 
 def _looked_through(site: Site) -> list[Node]:
     """The nodes between the op's inputs and the site's own: casts and views that the op reads past."""
-    known = {*site.nodes(), *site.inputs()}
+    known = {*site.nodes(), *site.inputs(), *site.twins}
     between: list[Node] = []
     pending = [source for node in site.nodes() for source in node.all_input_nodes]
     while pending:
