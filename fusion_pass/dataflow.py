@@ -110,6 +110,12 @@ def is_stored(node: Node) -> bool:
     return any(is_stored(user) if is_call(user, *VIEWS) else not is_pointwise(user) for user in node.users)
 
 
+def is_only_joined(node: Node) -> bool:
+    """Is all that reads the node a concatenation, into whose result the kernel that makes it writes?"""
+    users = node.users
+    return all(is_only_joined(user) if is_call(user, *VIEWS) else is_call(user, aten.cat.default) for user in users)
+
+
 def stored_casts(node: Node) -> tuple[Node, ...]:
     """The node; or, where all that reads it are equal casts, those."""
     casts = tuple(node.users)

@@ -37,7 +37,7 @@ class Reason(str, Enum):
     MUTATION = "a mutation or a stream switch stands between its nodes"
     TRAINING = "a training graph, whose backward reads the values inside the site"
     UNNORMED = "what is rotated is not an RMSNorm of each head"
-    INLINE = "nothing reads its result from memory, so Inductor computes it in the kernel that reads it"
+    INLINE = "Inductor computes it in the kernel that reads it, or writes it into the tensor that it becomes a part of"
     SIGMOID = "its silu is written x * sigmoid(x), which rounds otherwise than silu"
     PER_TOKEN = "a per-token gate or scale that Inductor computes inside its own kernel"
     NO_KERNEL = "no kernel can run here"

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import RotatedSteps, rotated_steps
-from fusion_pass.dataflow import dtype, is_stored, known_equal, value
+from fusion_pass.dataflow import dtype, is_only_joined, is_stored, known_equal, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import rotation
 from fusion_pass.sites.norm import Norm, eps_operand
@@ -92,7 +92,7 @@ def grow(norm: Norm) -> Rotated | None:
         _check_table(found.sin, x)
         if dtype(found.sin) != dtype(found.by):
             raise Refused(Reason.DTYPE, found.sin, "cosines and sines of different dtypes", KIND)
-    if found.sin is not None and not any(is_stored(node) for node in found.out):
+    if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.out):
         raise Refused(Reason.INLINE, found.out[0], kind=KIND)
     return Rotated(norm, found, _steps(norm, found))
 

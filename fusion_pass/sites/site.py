@@ -240,7 +240,8 @@ def _insert_call(site: Site, graph: Graph, rounding: str) -> Node:
     args: list[Any] = []
     kwargs: dict[str, Any] = {**site.options, **site.dtypes}
     if rounding == "fp32":
-        kwargs |= {"rounding": "fp32", "norm_dtype": None}
+        kwargs["rounding"] = "fp32"
+        kwargs |= {"norm_dtype": None} if "norm_dtype" in kwargs else {}
     for argument in site.op()._schema.arguments:
         if not argument.kwarg_only:
             operand = site.operands[argument.name]
