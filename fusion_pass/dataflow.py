@@ -159,6 +159,11 @@ def readers(node: Node) -> Iterator[Node]:
                 yield user
 
 
+def is_swap(node: Any) -> bool:
+    """[B, S, H, Dh] as [B, H, S, Dh], or back."""
+    return is_call(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1, 3]
+
+
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Are the shapes equal whatever their symbols stand for? Adds no guard."""
     return a.ndim == b.ndim and all(known_equal(m, n) for m, n in zip(a.shape, b.shape, strict=True))

@@ -1,4 +1,4 @@
-"""Modules that hold one site of attention or of SwiGLU each, in the spellings that the pass should read, and mutants."""
+"""Modules that hold one rotated norm or one SwiGLU each, in the spellings that the pass should read, and mutants."""
 
 from __future__ import annotations
 
@@ -17,60 +17,60 @@ FORM_OF: dict[Norm, str] = {torch_norm: "weight_then_cast", native_norm: "native
 
 
 # --- rotations, as model codes write them -----------------------------------------------------------------------------
-# x [B, S, H, Dh]; the tables [1 or B, S, Dh], of complex numbers [1 or B, S, Dh / 2].
+# x [B, S, H, Dh]; the tables [1 or B, S, 1, Dh], of complex numbers [1 or B, S, 1, Dh / 2]. Or H before S.
 
 
 def complex_rope(x: Tensor, freqs: Tensor, _: Tensor) -> Tensor:
     """diffusers' Lumina and Z-Image."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * freqs.unsqueeze(2)).flatten(3).type_as(x)
+    return torch.view_as_real(pairs * freqs).flatten(3).type_as(x)
 
 
 def swapped_complex_rope(x: Tensor, freqs: Tensor, _: Tensor) -> Tensor:
     """The reshape before the cast, the rotation on the left."""
     pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).float())
-    return torch.view_as_real(freqs[:, :, None] * pairs).reshape(x.shape).to(x.dtype)
+    return torch.view_as_real(freqs * pairs).reshape(x.shape).to(x.dtype)
 
 
 def half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Llama's and Ideogram 4's, in the model's dtype."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos.to(x.dtype).unsqueeze(2) + turned * sin.to(x.dtype).unsqueeze(2)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 def chunked_half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """In fp32, the halves by chunk, operands the other way round."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (sin[:, :, None] * turned.float() + cos[:, :, None] * x.float()).to(x.dtype)
+    return (sin * turned.float() + cos * x.float()).to(x.dtype)
 
 
 def unbound_half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """diffusers' apply_rotary_emb(use_real_unbind_dim=-2)."""
     first, second = x.reshape(*x.shape[:-1], 2, -1).unbind(-2)
     turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos[:, :, None] + turned.float() * sin[:, :, None]).to(x.dtype)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
 def neighbours_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """diffusers' apply_rotary_emb, as FLUX calls it."""
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack([-second, first], dim=-1).flatten(3)
-    return (x.float() * cos[:, :, None] + turned.float() * sin[:, :, None]).to(x.dtype)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
 def wide_neighbours_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """JoyImage's: the pairs are taken from the fp32 copy."""
     first, second = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack([-second, first], dim=-1).flatten(3)
-    return (x.float() * cos[:, :, None] + turned * sin[:, :, None]).type_as(x)
+    return (x.float() * cos + turned * sin).type_as(x)
 
 
 def strided_neighbours_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The pairs as slices with a step, in the model's dtype."""
     turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).reshape(x.shape)
-    return x * cos.to(x.dtype)[:, :, None] + turned * sin.to(x.dtype)[:, :, None]
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 COMPLEX: tuple[Rope, ...] = (complex_rope, swapped_complex_rope)
@@ -99,6 +99,7 @@ class RopeSpec:
     table: torch.dtype = torch.complex64
     for_each: bool = False  # a table for each batch item?
     packed: bool = False  # are q and k views of one projection?
+    swapped: str = "behind"  # where [B, S, H, Dh] becomes [B, H, S, Dh]: before the norm, before the rotation, or behind
 
     def kind(self) -> str:
         return "qk_norm_rope" if self.pair else "norm_rope"
@@ -123,12 +124,20 @@ class RopeModule(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, table: Tensor, sin: Tensor) -> Tensor:
         spec = self.spec
-        q = spec.rope(spec.norm(q, self.q_weight, self.eps), table, sin)
-        if spec.pair:
-            k = spec.rope(spec.norm(k, self.k_weight, self.eps), table, sin)
+        table, sin = (t.unsqueeze(2 if spec.swapped == "behind" else 1) for t in (table, sin))
+        q = self.rotated(q, self.q_weight, table, sin)
+        k = self.rotated(k, self.k_weight, table, sin) if spec.pair else k.transpose(1, 2).to(q.dtype)
         if spec.kv_heads != spec.heads:
-            k = k.repeat_interleave(spec.heads // spec.kv_heads, dim=2)
-        return F.scaled_dot_product_attention(*(t.transpose(1, 2).to(q.dtype) for t in (q, k, k)))
+            k = k.repeat_interleave(spec.heads // spec.kv_heads, dim=1)
+        return F.scaled_dot_product_attention(q, k, k)
+
+    def rotated(self, x: Tensor, weight: Tensor | None, table: Tensor, sin: Tensor) -> Tensor:
+        spec = self.spec
+        x = x.transpose(1, 2) if spec.swapped == "before" else x
+        n = spec.norm(x, weight, self.eps)
+        n = n.transpose(1, 2) if spec.swapped == "between" else n
+        out = spec.rope(n, table, sin)
+        return out.transpose(1, 2) if spec.swapped == "behind" else out
 
 
 def rope_inputs(spec: RopeSpec, seed: int = 0) -> tuple[Tensor, ...]:
@@ -175,6 +184,7 @@ def rope_specs(draw: st.DrawFn) -> RopeSpec:
         table=draw(st.sampled_from(tables)),
         for_each=draw(st.booleans()),
         packed=draw(st.booleans()),
+        swapped=draw(st.sampled_from(("behind", "before", "between"))),
     )
 
 
@@ -454,7 +464,7 @@ class SiluModule(nn.Module):
 
 def silu_inputs(spec: SiluSpec, seed: int = 0) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
-    shape = {2: (spec.tokens, spec.width), 3: (2, spec.tokens, spec.width), 4: (2, 3, spec.tokens, spec.width)}[spec.rank]
+    shape = (2, 3, spec.tokens, spec.width)[-spec.rank :]
     if spec.packed and spec.dtype == spec.b_dtype:
         a, b = torch.randn(*shape[:-1], 2 * spec.width).to(spec.dtype).chunk(2, dim=-1)
     else:

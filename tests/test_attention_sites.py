@@ -1,8 +1,8 @@
-"""q/k-norm with RoPE, and SwiGLU: the rewritten graph computes what the original did, bit by bit; and what is neither."""
+"""q/k-norm with RoPE, and SwiGLU: the rewritten graph computes what the original did, bit by bit; what is neither."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
 
 import pytest
 import torch
@@ -14,17 +14,22 @@ from attention_modules import (
     RopeSpec,
     SiluModule,
     SiluSpec,
+    a_silu_by_a_sigmoid,
     complex_rope,
     half_rope,
     rope_inputs,
     rope_specs,
     silu_inputs,
     silu_specs,
+    the_product_is_computed_on,
 )
-from graph_backend import run
+from graph_backend import GraphBackend, run
 from hypothesis import given
 from hypothesis import strategies as st
+from test_graph_pass import assert_computes, rewritten, traced
 from test_properties import assert_bit_equal
+
+from fusion_pass import graph_pass
 
 
 @given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
@@ -79,9 +84,11 @@ def test_an_eps_that_is_a_tensor_stays_one() -> None:
 # --- what stands in the graph afterwards ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("swapped", ("behind", "before", "between"))
 @pytest.mark.parametrize("rope", (complex_rope, half_rope))
-def test_no_copy_and_no_cast_is_left_between_the_projection_and_the_attention(rope) -> None:
-    spec = RopeSpec(rope=rope, packed=True, table=torch.complex64 if rope is complex_rope else torch.bfloat16)
+def test_no_copy_and_no_cast_is_left_between_the_projection_and_the_attention(rope, swapped: str) -> None:
+    table = torch.complex64 if rope is complex_rope else torch.bfloat16
+    spec = RopeSpec(rope=rope, packed=True, table=table, swapped=swapped)
     module, args = RopeModule(spec), rope_inputs(spec)
     got, backend = run(module, *args)
     assert_bit_equal(got, module(*args))
@@ -108,7 +115,7 @@ def test_the_inserted_node_names_the_norm_of_q() -> None:
             self.norm_q, self.norm_k = torch.nn.RMSNorm(16).bfloat16(), torch.nn.RMSNorm(16).bfloat16()
 
         def forward(self, q, k, table, sin):
-            q, k = (complex_rope(norm(x), table, sin) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
+            q, k = (complex_rope(norm(x), table.unsqueeze(2), sin) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
             return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, k)))
 
     _, backend = run(torch.nn.Sequential(Wrapped(Attention())), rope_inputs(RopeSpec()))
@@ -127,9 +134,75 @@ class Wrapped(torch.nn.Module):
         return self.inner(*args)
 
 
+def test_slices_instead_of_split_make_no_difference() -> None:
+    """From torch 2.14 on, chunk arrives as slices."""
+
+    def function(packed, weight):
+        a, b = (torch.ops.aten.slice.Tensor(packed, 2, start, start + 8) for start in (0, 8))
+        s = a / (torch.exp(-a) + 1)
+        return torch.ops.aten.mm.default((s * b).reshape(6, 8), weight)
+
+    args = [torch.randn(2, 3, 16), torch.randn(8, 8)]
+    graph = traced(function, *args)
+    assert rewritten(graph).counts() == {"silu_mul": 1}
+    assert_computes(graph, lambda packed, weight: _swiglu(*packed.chunk(2, -1)).reshape(6, 8) @ weight, args)
+
+
+def _swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(a) * b
+
+
+@pytest.mark.parametrize("changed", ("the table", "something else"))
+def test_a_mutation_between_q_and_k_leaves_each_alone(changed: str) -> None:
+    """k reads the table that was changed; where it is another tensor, the two could still not stand in one place."""
+
+    def function(q, k, cos, sin, other):
+        q = half_rope(_norm(q), cos.unsqueeze(2), sin.unsqueeze(2))
+        (cos if changed == "the table" else other).mul_(2)
+        k = half_rope(_norm(k), cos.unsqueeze(2), sin.unsqueeze(2))
+        return torch.ops.aten.bmm.default(q.reshape(-1, 4, 16), k.reshape(-1, 16, 4)), other
+
+    spec = RopeSpec(rope=half_rope, table=torch.float32, dtype=torch.float32, heads=4, kv_heads=4)
+    args = [*rope_inputs(spec), torch.randn(3)]
+    graph = traced(function, *args)
+    assert rewritten(graph).counts() == {"norm_rope": 2}
+    assert_computes(graph, function, args)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def test_a_mutation_inside_a_rotated_norm_keeps_it_from_being_fused() -> None:
+    def function(q, cos, sin, other):
+        n = _norm(q)
+        other.mul_(2)
+        return torch.ops.aten.bmm.default(half_rope(n, cos.unsqueeze(2), sin.unsqueeze(2)).reshape(-1, 4, 16), other)
+
+    q, _, cos, sin = rope_inputs(RopeSpec(rope=half_rope, table=torch.float32, dtype=torch.float32, heads=4))
+    args = [q, cos, sin, torch.randn(12, 16, 2)]
+    graph = traced(function, *args)
+    assert [site.reason_name for site in rewritten(graph).missed] == ["MUTATION"]
+    assert_computes(graph, function, args)
+
+
+def test_a_conjugate_table_is_left_alone() -> None:
+    """What reads it by its address would read what it is a view of."""
+
+    def function(q, table):
+        pairs = torch.view_as_complex(_norm(q).reshape(*q.shape[:-1], -1, 2))
+        rotated = torch.view_as_real(pairs * table.conj().unsqueeze(2)).reshape(q.shape)
+        return torch.ops.aten.bmm.default(rotated.reshape(-1, 3, 16), q.reshape(-1, 16, 3))
+
+    q, _, table, _ = rope_inputs(RopeSpec(dtype=torch.float32))
+    graph = traced(function, q, table)
+    assert rewritten(graph).fused == []
+    assert_computes(graph, function, [q, table])
+
+
 # --- what is no site --------------------------------------------------------------------------------------------------
 
-SQUARE = RopeSpec(rope=half_rope, tokens=4, heads=4, kv_heads=4, table=torch.bfloat16)  # tokens and heads can be mixed up
+SQUARE = RopeSpec(rope=half_rope, tokens=4, heads=4, kv_heads=4, table=torch.bfloat16)  # axes that can be mixed up
 REASONS = {
     "the_heads_are_turned": ["ALONE"],
     "the_table_is_for_heads": ["SHAPE"],
@@ -178,3 +251,47 @@ def test_what_is_no_swiglu_is_not_fused_and_its_result_is_right(mutant, dtype: t
     assert [site.reason_name for site in backend.report.missed] == NO_SWIGLU[mutant]
     plain, _ = run(mutant, *args, fuse=False)
     assert_bit_equal(got, plain)
+
+
+def test_in_a_training_graph_nothing_is_fused_and_the_gradients_are_eagers() -> None:
+    spec = RopeSpec(rope=half_rope, dtype=torch.float32, weight=torch.float32, table=torch.float32)
+    module, args = RopeModule(spec), rope_inputs(spec)
+    module(*args).sum().backward()
+    expected = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    backend = GraphBackend()
+    torch.compile(module, backend=backend)(*args).sum().backward()
+    assert backend.report.fused == []
+    assert {site.reason_name for site in backend.report.missed if site.kind == "norm"} == {"TRAINING"}
+    for parameter, gradient in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_site_that_is_left_to_inductor_is_no_reason_to_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fusion_pass")
+        for mutant in (the_product_is_computed_on, a_silu_by_a_sigmoid):
+            _, backend = run(mutant, *silu_inputs(SiluSpec()), strict=True)
+            assert [site.kind for site in backend.report.missed] == ["silu_mul"]
+
+
+def test_gates_of_which_none_is_fused_are_warned_of_where_the_attention_is_fused() -> None:
+    module, args = RopeModule(RopeSpec()), rope_inputs(RopeSpec())
+
+    def model(q, k, table, sin):
+        y = module(q, k, table, sin)
+        return y + q.transpose(1, 2).tanh() * (torch.nn.functional.rms_norm(y, y.shape[-1:]) - 1)
+
+    graph_pass._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="norms and gates, and nothing of it was fused"):
+        _, backend = run(model, *args)
+    assert backend.report.counts() == {"qk_norm_rope": 1}
+
+
+@pytest.mark.parametrize(("width", "kinds"), ((16, ["qk_norm_rope"]), (12, [])))
+def test_what_no_kernel_takes_is_left_to_inductor(width: int, kinds: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)
+    spec = RopeSpec(width=width)
+    _, backend = run(RopeModule(spec), *rope_inputs(spec), kernels="auto")
+    assert [site.kind for site in backend.report.fused] == kinds
+    assert [site.reason_name for site in backend.report.missed] == ([] if kinds else ["UNFIT", "UNFIT"])

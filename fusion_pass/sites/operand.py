@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -13,11 +14,22 @@ from fusion_pass.report import Reason, Refused
 
 
 @dataclass(frozen=True)
+class View:
+    """A call that gives a view of its first argument."""
+
+    target: Any
+    args: tuple[Any, ...]
+
+
+SWAP = View(aten.permute.default, ([0, 2, 1, 3],))  # of [B, S, H, Dh] to [B, H, S, Dh], and back
+
+
+@dataclass(frozen=True)
 class Operand:
-    """`source` with `views` (nodes of unsqueeze) applied to it; `absorbed` are the nodes that the op replaces."""
+    """`source` with `views` applied to it; `absorbed` are the nodes that the op replaces."""
 
     source: Node
-    views: tuple[Node, ...]
+    views: tuple[View, ...]
     absorbed: tuple[Node, ...]
 
     @property
@@ -34,17 +46,23 @@ class Operand:
         """The fake tensor that the op reads."""
         val = value(self.source)
         for view in self.views:
-            val = view.target(val, *view.args[1:])
+            val = view.target(val, *view.args)
         return val
 
     def materialise(self, graph: Graph) -> Node:
         """The node that the op reads, made where the graph inserts now."""
         node = self.source
         for view in self.views:
-            node = graph.call_function(view.target, (node, *view.args[1:]))
-            node.meta = dict(view.meta)
-            node.meta["val"] = view.target(node.args[0].meta["val"], *view.args[1:])
+            node = view_of(node, view, graph)
         return node
+
+
+def view_of(node: Node, view: View, graph: Graph) -> Node:
+    """A view of a node, made where the graph inserts now."""
+    made = graph.call_function(view.target, (node, *view.args))
+    made.meta = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "custom") if k in node.meta}
+    made.meta["val"] = view.target(node.meta["val"], *view.args)
+    return made
 
 
 def gate(node: Node, x: Node) -> Operand:
@@ -68,7 +86,8 @@ def _operand(node: Node, x: Node, inner: Callable[[Node], Node | None]) -> Opera
     read_once = all(sole_user(n) is not None for n in (current, *expands))
     if source is None or not read_once or value(source) is None:
         return Operand(given, (), ())
-    return Operand(source, tuple(views), (current, *views, *expands))
+    made = tuple(View(view.target, view.args[1:]) for view in views)
+    return Operand(source, made, (current, *views, *expands))
 
 
 def _unexpanded(node: Node, x: Node) -> tuple[Node, list[Node]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
-from fusion_pass.dataflow import computed_alike, known_equal, readers, value
+from fusion_pass.dataflow import computed_alike, known_equal, readers
 from fusion_pass.report import Refused
 from fusion_pass.sites import norm, rope
 from fusion_pass.sites.norm import Norm, eps_operand
@@ -26,7 +25,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
     q = _partner(k, survey)
     if q is None:
         return None
-    if _heads(q) < _heads(k):
+    if q.size()[2] < k.size()[2]:
         q, k = k, q
     form = choose_form(
         second.anchor,
@@ -37,12 +36,11 @@ def find(second: Norm, survey: Survey) -> Site | None:
     return Site(
         kind=KIND,
         operands={
-            "q": q.norm.x,
-            "k": k.norm.x,
+            "q": q.x(),
+            "k": k.x(),
             "q_weight": q.norm.weight,
             "k_weight": k.norm.weight,
-            "rotation": q.rotation.by,
-            "sin": q.rotation.sin,
+            **q.tables(),
             "q_eps": eps_operand(q.norm.eps),
             "k_eps": eps_operand(k.norm.eps),
         },
@@ -57,6 +55,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
         interior=(*q.interior, *k.interior),
         anchor=q.norm.anchor,
         twins=tuple(table for table in (k.rotation.by, k.rotation.sin) if table is not None),
+        swapped=q.swapped,
     )
 
 
@@ -79,20 +78,12 @@ def _grown(anchor: Node) -> Rotated | None:
 
 def _is_turned_alike(q: Rotated, k: Rotated) -> bool:
     """The same tokens and width, the same rotation, computed once or twice, and the same dtypes of its steps."""
-    left, right = value(q.norm.x), value(k.norm.x)
-    assert left is not None and right is not None
-    if not all(known_equal(left.shape[dim], right.shape[dim]) for dim in (0, 1, 3)):
+    sizes = list(zip(q.size(), k.size(), strict=True))
+    heads = sizes.pop(2)
+    if q.swapped != k.swapped or not all(known_equal(m, n) for m, n in sizes) or not all(type(n) is int for n in heads):
         return False
     if isinstance(eps_operand(q.norm.eps), float) != isinstance(eps_operand(k.norm.eps), float):
-        return False
-    if not isinstance(_heads(q), int) or not isinstance(_heads(k), int):
         return False
     steps = (q.steps.product, q.steps.rotated, q.steps.out) == (k.steps.product, k.steps.rotated, k.steps.out)
     form = steps and q.rotation.interleaved == k.rotation.interleaved
     return form and computed_alike(q.rotation.by, k.rotation.by) and computed_alike(q.rotation.sin, k.rotation.sin)
-
-
-def _heads(rotated: Rotated) -> int | torch.SymInt:
-    x = value(rotated.norm.x)
-    assert x is not None
-    return x.shape[2]

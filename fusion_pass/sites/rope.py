@@ -9,10 +9,11 @@ from torch.fx import Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import RotatedSteps, rotated_steps
-from fusion_pass.dataflow import dtype, is_only_joined, is_stored, known_equal, value
+from fusion_pass.dataflow import dtype, is_only_joined, is_stored, is_swap, known_equal, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import rotation
 from fusion_pass.sites.norm import Norm, eps_operand
+from fusion_pass.sites.operand import SWAP, Operand
 from fusion_pass.sites.rotation import Rotation
 from fusion_pass.sites.site import Site, Survey, choose_form, operand_dtype
 
@@ -21,10 +22,11 @@ KIND = "norm_rope"
 
 @dataclass(frozen=True)
 class Rotated:
-    """A norm, and the rotation of it."""
+    """A norm, and the rotation of it. The op takes [B, S, H, Dh]; swapped: the rotation has [B, H, S, Dh]."""
 
     norm: Norm
     rotation: Rotation
+    swapped: bool
     steps: RotatedSteps
 
     def fits(self, rounding: str, norm_dtype: torch.dtype | None) -> bool:
@@ -34,19 +36,43 @@ class Rotated:
         weight = operand_dtype(self.norm.weight)
         return self.steps == rotated_steps(rounding, x, weight, by, norm_dtype, self.steps.rotated, self.steps.out)
 
-    @property
-    def interior(self) -> tuple[Node, ...]:
-        return (*self.norm.interior, *self.rotation.interior)
-
     def norm_dtypes(self) -> tuple[torch.dtype, ...]:
         """What the normalised value may have been cast to."""
         return (self.norm.steps.normed, self.norm.steps.out)
 
+    @property
+    def interior(self) -> tuple[Node, ...]:
+        between = () if self.rotation.x is self.norm.out else (self.rotation.x,)
+        return (*self.norm.interior, *between, *self.rotation.interior)
+
+    def x(self) -> Node | Operand:
+        """What is normed, as the op reads it; a norm may stand on the other side of the swap than its rotation."""
+        if self.swapped == (self.rotation.x is self.norm.out):
+            return self.norm.x.args[0] if is_swap(self.norm.x) else Operand(self.norm.x, (SWAP,), ())
+        return self.norm.x
+
+    def tables(self) -> dict[str, Node | Operand | None]:
+        """The rotation as the op reads it."""
+        return {"rotation": self._table(self.rotation.by), "sin": self._table(self.rotation.sin)}
+
+    def _table(self, table: Node | None) -> Node | Operand | None:
+        val = None if table is None else value(table)
+        four = val is not None and val.ndim == 4
+        return Operand(table, (SWAP,), ()) if table is not None and four and self.swapped else table
+
+    def size(self) -> tuple[int | torch.SymInt, ...]:
+        """B, S, H, Dh."""
+        x = value(self.rotation.x)
+        assert x is not None
+        batch, tokens, heads, width = x.shape
+        return (batch, heads, tokens, width) if self.swapped else (batch, tokens, heads, width)
+
 
 def note(norm: Norm, survey: Survey) -> None:
     """Notes which norms are rotated, so that q and k can find each other."""
-    if rotation.of(norm.out) is not None:
-        survey.rotated[norm.out] = norm.anchor
+    found = rotation.of(norm.out)
+    if found is not None:
+        survey.rotated[found.x] = norm.anchor
 
 
 def find(norm: Norm, survey: Survey) -> Site | None:
@@ -57,13 +83,7 @@ def find(norm: Norm, survey: Survey) -> Site | None:
     form = choose_form(norm.anchor, KIND, rotated.norm_dtypes(), rotated.fits)
     return Site(
         kind=KIND,
-        operands={
-            "x": norm.x,
-            "weight": norm.weight,
-            "rotation": rotated.rotation.by,
-            "sin": rotated.rotation.sin,
-            "eps": eps_operand(norm.eps),
-        },
+        operands={"x": rotated.x(), "weight": norm.weight, **rotated.tables(), "eps": eps_operand(norm.eps)},
         options={
             "interleaved": rotated.rotation.interleaved,
             "rounding": form.rounding,
@@ -74,6 +94,7 @@ def find(norm: Norm, survey: Survey) -> Site | None:
         dtypes={"out_dtype": rotated.steps.out},
         interior=rotated.interior,
         anchor=norm.anchor,
+        swapped=rotated.swapped,
     )
 
 
@@ -84,17 +105,18 @@ def grow(norm: Norm) -> Rotated | None:
         return None
     if norm.kind != "rms" or norm.bias is not None:
         raise Refused(Reason.UNNORMED, norm.anchor, kind=KIND)
-    x = value(norm.x)
+    x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.SHAPE, norm.x, "a head is not the last of four dimensions", KIND)
-    _check_table(found.by, x)
-    if found.sin is not None:
-        _check_table(found.sin, x)
-        if dtype(found.sin) != dtype(found.by):
-            raise Refused(Reason.DTYPE, found.sin, "cosines and sines of different dtypes", KIND)
+    swapped = not _is_table(found.by, x, False)
+    for table in (found.by, found.sin):
+        if table is not None and not _is_table(table, x, swapped):
+            raise Refused(Reason.SHAPE, table, "not a row for each token, the same for all heads", KIND)
+    if found.sin is not None and dtype(found.sin) != dtype(found.by):
+        raise Refused(Reason.DTYPE, found.sin, "cosines and sines of different dtypes", KIND)
     if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.out):
         raise Refused(Reason.INLINE, found.out[0], kind=KIND)
-    return Rotated(norm, found, _steps(norm, found))
+    return Rotated(norm, found, swapped, _steps(norm, found))
 
 
 def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:
@@ -107,16 +129,16 @@ def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:
     return RotatedSteps(norm.steps, product, out if turn.sin is None else product, out)
 
 
-def _check_table(table: Node, x: torch.Tensor) -> None:
-    """A table is [S, Dh], of complex numbers [S, Dh / 2], the same for all heads, for one batch item or for each."""
+def _is_table(table: Node, x: torch.Tensor, swapped: bool) -> bool:
+    """Is it one row for each token, of Dh numbers or Dh / 2 complex ones, for one batch item or for each?
+
+    x is [B, S, H, Dh], or swapped [B, H, S, Dh]; the table broadcasts to it along the heads.
+    """
     val = value(table)
-    if val is None or not 3 <= val.ndim <= 4:
-        raise Refused(Reason.SHAPE, table, kind=KIND)
-    batch, tokens, heads, width = (1, *val.shape)[-4:]
-    of_tokens = known_equal(tokens, x.shape[1]) and known_equal(heads, 1)
-    if not of_tokens or width != x.shape[3] // (2 if val.is_complex() else 1):
-        raise Refused(Reason.SHAPE, table, "not one row for each token, the same for all heads", KIND)
-    if not known_equal(batch, 1) and not known_equal(batch, x.shape[0]):
-        raise Refused(Reason.SHAPE, table, "neither one table nor one for each batch item", KIND)
-    if val.is_conj() or val.is_neg():
-        raise Refused(Reason.DTYPE, table, "a conjugate or negative view", KIND)
+    if val is None or not 2 <= val.ndim <= 4 or val.is_conj() or val.is_neg():
+        return False
+    batch, *middle, width = (1, 1, *val.shape)[-4:]
+    heads, tokens = middle if swapped else reversed(middle)
+    of_batch = known_equal(batch, 1) or known_equal(batch, x.shape[0])
+    of_tokens = known_equal(tokens, x.shape[2 if swapped else 1]) and known_equal(heads, 1)
+    return of_batch and of_tokens and known_equal(width, x.shape[3] // (2 if val.is_complex() else 1))

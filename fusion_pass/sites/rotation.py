@@ -24,6 +24,7 @@ from fusion_pass.dataflow import (
     dtype,
     is_call,
     is_plain_add,
+    is_swap,
     is_widening,
     known_equal,
     other_operands,
@@ -67,9 +68,11 @@ def find(anchor: Node) -> Rotation | None:
 
 
 def of(x: Node) -> Rotation | None:
-    """The rotation that reads x, or None where nothing of the kind stands there."""
-    found = (find(anchor) for anchor in _anchors_behind(x))
-    return next((rotation for rotation in found if rotation is not None and rotation.x is x), None)
+    """The rotation that reads x, or x with heads and tokens swapped; None where nothing of the kind stands there."""
+    for rotation in map(find, _anchors_behind(x)):
+        if rotation is not None and (rotation.x is x or (is_swap(rotation.x) and rotation.x.args[0] is x)):
+            return rotation
+    return None
 
 
 def measured(anchor: Node) -> Node:

@@ -15,7 +15,7 @@ from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import FORMS
 from fusion_pass.dataflow import depends_on, is_call, known_equal, region, value
 from fusion_pass.report import Reason, Refused
-from fusion_pass.sites.operand import Operand
+from fusion_pass.sites.operand import SWAP, Operand, view_of
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # real ones are constants that Inductor has folded
 ROTATIONS = (*KERNEL_DTYPES, torch.complex64, torch.complex128)
@@ -44,7 +44,8 @@ class Site:
 
     operands and options are the op's arguments by name. outputs: for each result of the op, the nodes that it replaces,
     all equal. interior: the nodes that the op replaces and that nothing else may read. twins: nodes that the site reads
-    and that have the value of an operand. `anchor` names the site.
+    and that have the value of an operand. swapped: are the results [B, S, H, Dh] where the graph has [B, H, S, Dh]?
+    `anchor` names the site.
     """
 
     kind: str
@@ -55,11 +56,13 @@ class Site:
     interior: tuple[Node, ...]
     anchor: Node
     twins: tuple[Node, ...] = ()
+    swapped: bool = False
 
     @property
     def x(self) -> Node:
         """The first operand, which the report shows."""
         x = next(iter(self.operands.values()))
+        x = x.source if isinstance(x, Operand) else x
         assert isinstance(x, Node)
         return x
 
@@ -164,7 +167,7 @@ def _prove_layout(site: Site, graph: Graph) -> None:
     nothing but as_strided can tell."""
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
-    if strided and not all(_is_contiguous(node) for node in site.results()):
+    if strided and (site.swapped or not all(_is_contiguous(node) for node in site.results())):
         raise Refused(Reason.LAYOUT, strided[0], kind=site.kind)
 
 
@@ -223,6 +226,7 @@ def rewrite(site: Site, graph: Graph, rounding: str) -> Node:
     with graph.inserting_before(_place(site)):
         call = _insert_call(site, graph, rounding)
         results = [call] if len(site.outputs) == 1 else _insert_getitems(site, graph, call)
+        results = [view_of(result, SWAP, graph) for result in results] if site.swapped else results
     for nodes, result in zip(site.outputs, results, strict=True):
         for node in nodes:
             node.replace_all_uses_with(result)
@@ -251,16 +255,16 @@ def _insert_call(site: Site, graph: Graph, rounding: str) -> Node:
     call.meta.update({k: origin.meta[k] for k in ("stack_trace", "nn_module_stack", "custom") if k in origin.meta})
     vals = tuple(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
     call.meta["eager_input_vals"] = (vals, kwargs)
-    results = tuple(_fresh(nodes[0]) for nodes in site.outputs)
+    results = tuple(_fresh(nodes[0], site.swapped) for nodes in site.outputs)
     call.meta["val"] = results if len(results) > 1 else results[0]
     return call
 
 
-def _fresh(node: Node) -> torch.Tensor:
+def _fresh(node: Node, swapped: bool) -> torch.Tensor:
     """The fake result of the op that replaces `node`: contiguous, with the sizes that the graph knows already."""
     val = value(node)
     assert val is not None
-    return val.new_empty(val.shape)
+    return val.new_empty(val.transpose(1, 2).shape if swapped else val.shape)
 
 
 def _insert_getitems(site: Site, graph: Graph, call: Node) -> list[Node]:
@@ -290,4 +294,5 @@ _PURE = (
     torch.ops.aten.clone.default,
     torch.ops.aten.unsqueeze.default,
     torch.ops.aten.expand.default,
+    torch.ops.aten.permute.default,
 )
