@@ -99,7 +99,7 @@ class RopeSpec:
     table: torch.dtype = torch.complex64
     for_each: bool = False  # a table for each batch item?
     packed: bool = False  # are q and k views of one projection?
-    swapped: str = "behind"  # where [B, S, H, Dh] becomes [B, H, S, Dh]: before the norm, before the rotation, or behind
+    swapped: str = "behind"  # where [B, S, H, Dh] becomes [B, H, S, Dh]: before the norm, between, or behind both
 
     def kind(self) -> str:
         return "qk_norm_rope" if self.pair else "norm_rope"
@@ -258,8 +258,8 @@ def a_term_has_a_factor(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tenso
     return _attend(torch.add(n * cos[:, :, None], _turned(n) * sin[:, :, None], alpha=2), k)
 
 
-def the_table_is_for_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    n = diffusers_norm(q, None)  # as many tokens as heads: of the other axis, the shapes still fit
+def a_table_for_the_other_axis(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    n = diffusers_norm(q, None)
     return _attend(n * cos[:, None] + _turned(n) * sin[:, None], k)
 
 
@@ -352,13 +352,14 @@ def complex_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _attend(torch.view_as_real(pairs * table).flatten(3).to(q.dtype), k)
 
 
-def a_complex_table_of_other_tokens(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def a_complex_table_for_the_other_axis(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = diffusers_norm(q, None)
     pairs = torch.view_as_complex(n.float().reshape(*n.shape[:-1], -1, 2))
     table = torch.polar(cos[:, None, :, ::2].float().abs(), sin[:, None, :, ::2].float())
     return _attend(torch.view_as_real(pairs * table).flatten(3).to(q.dtype), k)
 
 
+OTHER_AXIS = (a_table_for_the_other_axis, a_complex_table_for_the_other_axis)
 NEVER_TURNED = (
     the_halves_are_in_the_other_order,
     the_other_half_is_negative,
@@ -370,7 +371,6 @@ NEVER_TURNED = (
     what_is_turned_is_not_what_is_added,
     the_terms_are_subtracted,
     a_term_has_a_factor,
-    the_table_is_for_heads,
     a_table_for_each_head,
     one_row_for_all_tokens,
     the_tables_differ_in_dtype,
@@ -387,7 +387,6 @@ NEVER_TURNED = (
     the_result_is_put_into_another_tensor,
     complex_numbers_are_divided,
     complex_halves,
-    a_complex_table_of_other_tokens,
 )
 
 

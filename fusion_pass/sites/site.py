@@ -61,10 +61,14 @@ class Site:
     @property
     def x(self) -> Node:
         """The first operand, which the report shows."""
-        x = next(iter(self.operands.values()))
-        x = x.source if isinstance(x, Operand) else x
-        assert isinstance(x, Node)
+        x = self.source(next(iter(self.operands)))
+        assert x is not None
         return x
+
+    def source(self, name: str) -> Node | None:
+        """The node whose value the op reads as this operand, or a view of it."""
+        operand = self.operands.get(name)
+        return operand.source if isinstance(operand, Operand) else operand if isinstance(operand, Node) else None
 
     def results(self) -> tuple[Node, ...]:
         return tuple(node for nodes in self.outputs for node in nodes)
@@ -75,11 +79,10 @@ class Site:
 
     def inputs(self) -> Iterator[Node]:
         """The nodes whose values the op reads."""
-        for operand in self.operands.values():
-            if isinstance(operand, Operand):
-                yield operand.source
-            elif isinstance(operand, Node):
-                yield operand
+        for name in self.operands:
+            node = self.source(name)
+            if node is not None:
+                yield node
 
     def eps(self) -> list[Node]:
         """The eps that are tensors: all of the site's, or none."""
@@ -156,7 +159,7 @@ def _prove_operands(site: Site) -> None:
             raise Refused(Reason.DTYPE, node, "not a plain tensor", site.kind)
         if node in site.eps():
             continue
-        if val.dtype not in (ROTATIONS if node is site.operands.get("rotation") else KERNEL_DTYPES):
+        if val.dtype not in (ROTATIONS if node is site.source("rotation") else KERNEL_DTYPES):
             raise Refused(Reason.DTYPE, node, str(val.dtype), site.kind)
         if val.device != x.device:
             raise Refused(Reason.DEVICE, node, f"{val.device}, x on {x.device}", site.kind)
