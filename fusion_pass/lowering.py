@@ -6,7 +6,7 @@ What this does not know to be right (C++ wrappers, unusual shapes and strides) i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,12 @@ from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, fallback_handler, register_lowering
 from torch._inductor.virtualized import V
 
-from dit_kernels.direct import WITH_OFFSET, launch_numbers
-from dit_kernels.ops import ALIGNMENT
+from dit_kernels.calls import norm_gate, norm_rope, silu_mul
+from dit_kernels.calls.call import Family
+from dit_kernels.ops import ALIGNMENT, OPS
 from fusion_pass.dataflow import stream
 
 log = logging.getLogger("fusion_pass")
-
-_ORDER = ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2")
-_TENSORS = tuple(name for name in _ORDER if name not in ("eps", "eps2"))
 
 
 class Unusual(Exception):
@@ -31,7 +29,7 @@ class Unusual(Exception):
 
 @dataclass(frozen=True)
 class _Rows:
-    """The shape and the strides of an operand as (B, S, D), as launch_numbers reads them."""
+    """The shape and the strides of an operand as a kernel takes it, as launch numbers are read off them."""
 
     shape: tuple[Any, ...]
     strides: tuple[Any, ...]
@@ -51,9 +49,9 @@ class DirectKernel(ir.ExternKernel):
         numbers: Sequence[Any],
         results: Sequence[Any],
     ) -> None:
-        nodes = {name: _stored(t) for name, t in operands.items() if name in _TENSORS and t is not None}
+        nodes = {name: _stored(t) for name, t in operands.items() if _is_tensor(t)}
         self.results = [_stored(result) for result in results]
-        device = nodes["x"].get_device()
+        device = self.results[0].get_device()
         super().__init__(
             None, ir.NoneLayout(device=device), [*nodes.values(), *self.results], constant_args=tuple(numbers)
         )
@@ -74,11 +72,9 @@ class DirectKernel(ir.ExternKernel):
     def codegen(self, wrapper: Any) -> None:
         name = f"dit_kernel_{wrapper.next_kernel_suffix()}"
         results = [result.codegen_reference() for result in self.results]
-        results = ["None", *results] if self.op._opname == "norm_scale" else [*results, "None"][:2]
-        operands = {key: self.operands.get(key, 0.0 if key == "eps2" else None) for key in _ORDER}
-        bases = {key: _base(value) if key in WITH_OFFSET else None for key, value in operands.items()}
+        bases = {key: _base(value) for key, value in self.operands.items()}
         offsets = {key: base[1] for key, base in bases.items() if base is not None and base[1]}
-        given = [_written(value) if (base := bases[key]) is None else base[0] for key, value in operands.items()]
+        given = [_written(value) if (base := bases[key]) is None else base[0] for key, value in self.operands.items()]
         numbers = wrapper.codegen_shape_tuple(self.constant_args)
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         wrapper.add_import_once("from dit_kernels.direct import DirectCall")
@@ -86,7 +82,11 @@ class DirectKernel(ir.ExternKernel):
         types = ", ".join(str(node.get_dtype()) for node in (*self.inputs, *self.results))
         wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}, {offsets}{options})  # {types}")
         wrapper.writeline(f"if not {name}({', '.join((*given, *results, numbers))}):")
-        wrapper.writeline(f"    {name}.checked({', '.join((*map(_written, operands.values()), *results))})")
+        wrapper.writeline(f"    {name}.checked({', '.join((*map(_written, self.operands.values()), *results))})")
+
+
+def _is_tensor(value: Any) -> bool:
+    return value is not None and not isinstance(value, float)
 
 
 def _base(t: Any) -> tuple[str, int] | None:
@@ -119,17 +119,17 @@ def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     if stream(V.graph.current_node):
         # Inductor allocates buffers in the stream of the node before; the dispatcher in that of the call.
         raise Unusual("it runs on a stream of its own")
-    names = [argument.name for argument in op._schema.arguments if not argument.kwarg_only]
-    operands = dict(zip(names, args, strict=True))
-    if not all(isinstance(operands[name], float) for name in ("eps", "eps2") if name in operands):
+    arguments, family = OPS[op._opname].arguments, OPS[op._opname].family
+    operands = dict(zip(arguments, args, strict=False))
+    if not all(isinstance(value, float) for name, value in operands.items() if "eps" in name):
         raise Unusual("eps is no constant")
-    operands |= {name: _realized(t) for name, t in operands.items() if name in _TENSORS and t is not None}
-    numbers = _numbers(operands)
+    operands |= {name: _realized(t) for name, t in operands.items() if _is_tensor(t)}
+    numbers = _numbers(family, operands)
     vals = V.graph.current_node.meta["val"]
-    x = operands["x"]
+    like = [operands[family.results[name]] for name in arguments if name in family.results]
     results = [
         empty_strided(x.get_size(), None, dtype=val.dtype, device=x.get_device())
-        for val in (vals if isinstance(vals, tuple | list) else [vals])
+        for x, val in zip(like, vals if isinstance(vals, tuple | list) else [vals], strict=True)
     ]
     DirectKernel(op, operands, kwargs, numbers, results)
     return results if len(results) > 1 else results[0]
@@ -143,20 +143,61 @@ def _realized(t: Any) -> Any:
     return t
 
 
-def _numbers(operands: dict[str, Any]) -> tuple[Any, ...]:
-    """What launch_numbers gives, as expressions. Raises Unusual for what a kernel does not take as it is."""
-    x = operands["x"]
-    d = x.get_size()[-1]
-    if not 2 <= len(x.get_size()) <= 3 or not _static(d):
-        raise Unusual("x is not [B, S, D] with a constant D")
-    for name in ("weight", "bias", "weight2", "bias2"):
-        t = operands.get(name)
-        if t is not None and not _known(t.get_stride()[0], 1):
+def _numbers(family: Family, operands: dict[str, Any]) -> tuple[Any, ...]:
+    """The family's launch numbers, as expressions. Raises Unusual for what a kernel does not take as it is."""
+    for name, t in operands.items():
+        if _is_tensor(t) and len(t.get_size()) == 1 and not _known(t.get_stride()[0], 1):
             raise Unusual(f"{name} is not contiguous")
-    x_rows, residual = _rows("x", x, d), _rows("residual", operands.get("residual"), d)
-    gate, scale = _rows("gate", operands.get("gate"), d), _rows("scale", operands.get("scale"), d)
-    assert x_rows is not None
-    return launch_numbers(x_rows, residual, gate, scale)
+    return family.launch_numbers(_VIEWS[family](operands))
+
+
+def _views_of_rows(operands: dict[str, Any]) -> dict[str, _Rows | None]:
+    """Of norms and of silu_mul: each operand as (B, S, D), the first one as it is."""
+    first = next(iter(operands.values()))
+    d = first.get_size()[-1]
+    if not 2 <= len(first.get_size()) <= 3 or not _static(d):
+        raise Unusual("the first operand is not [B, S, D] with a constant D")
+    names = ("x", "residual", "gate", "scale", "a", "b")
+    return {name: _rows(name, operands.get(name), d) for name in names}
+
+
+def _views_of_heads(operands: dict[str, Any]) -> dict[str, _Rows]:
+    """q and k as (B, S, H, D); the rotation as (B, S, n)."""
+    tokens = operands["q"].get_size()[1]
+    present = {name: t for name, t in operands.items() if t is not None}
+    heads = {name: _aligned(name, present[name].get_size(), present[name]) for name in ("q", "k") if name in present}
+    return heads | {name: _rotation(present[name], name, tokens) for name in ("rotation", "sin") if name in present}
+
+
+def _rotation(t: Any, name: str, tokens: Any) -> _Rows:
+    """[S, n], [1|B, S, n] or [S, 1, n], [1|B, S, 1, n] as (1|B, S, n)."""
+    shape, strides = list(t.get_size()), list(t.get_stride())
+    if len(shape) == 4 or (len(shape) == 3 and not _known(shape[1], tokens)):
+        del shape[-2], strides[-2]
+    shape, strides = [1] * (3 - len(shape)) + shape, [0] * (3 - len(strides)) + strides
+    return _aligned(name, shape, t, strides)
+
+
+def _aligned(name: str, shape: Sequence[Any], t: Any, strides: Sequence[Any] | None = None) -> _Rows:
+    """Raises Unusual unless every row is known to be aligned, and which dimensions are 1."""
+    shape, strides = list(shape), list(t.get_stride() if strides is None else strides)
+    if not _known(strides[-1], 1):
+        raise Unusual(f"the last dimension of {name} has a stride")
+    for i, (size, by) in enumerate(zip(shape[:-1], strides[:-1], strict=True)):
+        if _known(size, 1):
+            shape[i] = 1
+        elif not V.graph.sizevars.statically_known_gt(size, 1):
+            raise Unusual(f"whether {name} is broadcast is not known")
+        elif not _known((by * t.get_dtype().itemsize) % ALIGNMENT, 0):
+            raise Unusual(f"the rows of {name} are not aligned")
+    return _Rows(tuple(shape), tuple(strides))
+
+
+_VIEWS: dict[Family, Callable[[dict[str, Any]], Mapping[str, _Rows | None]]] = {
+    norm_gate.FAMILY: _views_of_rows,
+    norm_rope.FAMILY: _views_of_heads,
+    silu_mul.FAMILY: _views_of_rows,
+}
 
 
 def _rows(name: str, t: Any, d: Any) -> _Rows | None:
@@ -169,14 +210,7 @@ def _rows(name: str, t: Any, d: Any) -> _Rows | None:
     shape, strides = [1] * (3 - len(shape)) + shape, [0] * (3 - len(shape)) + strides
     if len(shape) != 3 or not _known(shape[-1], d) or not _known(strides[-1], 1):
         raise Unusual(f"{name} is not [B, S, D]")
-    for i, (size, by) in enumerate(zip(shape[:2], strides[:2], strict=True)):
-        if _known(size, 1):
-            shape[i] = 1
-        elif not V.graph.sizevars.statically_known_gt(size, 1):
-            raise Unusual(f"whether {name} is broadcast is not known")
-        elif not _known((by * t.get_dtype().itemsize) % ALIGNMENT, 0):
-            raise Unusual(f"the rows of {name} are not aligned")
-    return _Rows(tuple(shape), tuple(strides))
+    return _aligned(name, shape, t, strides)
 
 
 def _known(a: Any, b: Any) -> bool:
@@ -203,5 +237,5 @@ def _register(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return lower
 
 
-for _name in ("norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "norm_scale"):
+for _name in OPS:
     _register(getattr(torch.ops.dit_kernels, _name).default)

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from dit_kernels import ops
-from dit_kernels.direct import DirectCall, launch_numbers
+from dit_kernels import ops, tickets
+from dit_kernels.calls import norm_gate
+from dit_kernels.calls.norm_gate import launch_numbers
+from dit_kernels.direct import DirectCall
 from fusion_pass import lowering
 
 D, EPS = 32, 1e-5
-PROCESSORS, STREAM = 132, 7
+PROCESSORS, COUNTERS, STREAM = 132, 4096, 7
 bf16 = torch.bfloat16
 DUAL = torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale
 GATED = torch.ops.dit_kernels.norm_tanh_mul_add
@@ -187,7 +189,9 @@ def gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "has_kernel", lambda call: True)
         patch.setattr(ops, "run_into", lambda call, results: None)
-        patch.setattr(ops, "kernel_of", lambda call, results: (launch, PROCESSORS))
+        patch.setattr(ops, "kernel_of", lambda call, results: launch)
+        patch.setattr(norm_gate, "processors", lambda device: PROCESSORS)
+        patch.setattr(tickets, "address", lambda device, stream, batches: COUNTERS)
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
         yield
 
@@ -218,7 +222,7 @@ def test_a_direct_call_launches_with_the_addresses_and_numbers_of_its_operands(d
         assert launched(call, given, numbers) is None  # the first time everything is looked at
         call.checked(*tensors)
         addresses = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
-        assert launched(call, given, numbers) == (*addresses, *numbers, PROCESSORS, STREAM)
+        assert launched(call, given, numbers) == (*addresses, *numbers, PROCESSORS, COUNTERS, STREAM)
 
 
 @pytest.mark.parametrize("askew", [0, 1, 3, 4, 6, 8, 10, 11])

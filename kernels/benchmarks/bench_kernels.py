@@ -1,6 +1,6 @@
 """Times every op on the GPU at hand against what else could run in its place.
 
-    python kernels/benchmarks/bench_kernels.py [--only dual] [--modes default,max-autotune] [--json FILE]
+    python kernels/benchmarks/bench_kernels.py [--only silu_mul] [--modes default,max-autotune] [--json FILE]
 
 Per row of the table, in microseconds: a copy of the same number of bytes (one clone; and two of half the size each),
 this package's op, Inductor's kernels for the same PyTorch code (default, max-autotune, emulate_precision_casts), a
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,27 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Run = Callable[[], Any]
 
 
+def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def name_of(op: str, *numbers: int, batch: int, dtype: torch.dtype, extra: str = "") -> str:
+    words = [f"B={batch}"] * (batch > 1) + [str(dtype).removeprefix("torch.")] * (dtype != BF16) + [extra] * bool(extra)
+    return " ".join([op, *map(str, numbers), *words])
+
+
+# --- the cases: operands, what they are in eager, and our call of them ----------------------------------------------
+
+
 @dataclass(frozen=True)
 class Case:
+    """A gated norm, a norm with a scale, or both."""
+
     op: str  # dual, gated, scaled
     d: int
     tokens: int
@@ -58,12 +78,123 @@ class Case:
 
     @property
     def name(self) -> str:
-        extra = [f"B={self.batch}"] * (self.batch > 1) + [str(self.dtype).removeprefix("torch.")] * (self.dtype != BF16)
-        extra += ["per-token"] * self.per_token + ["fp32 rounding"] * (self.rounding == "fp32")
-        return " ".join([self.op, str(self.d), str(self.tokens), *extra])
+        extra = " ".join(["per-token"] * self.per_token + ["fp32 rounding"] * (self.rounding == "fp32"))
+        return name_of(self.op, self.d, self.tokens, batch=self.batch, dtype=self.dtype, extra=extra)
+
+    def operand_sets(self, count: int) -> list[tuple[Tensor, ...]]:
+        b, s, d, dtype = self.batch, self.tokens, self.d, self.dtype
+        shared = (random(b, 1, d, dtype=dtype), random(b, 1, d, dtype=dtype))
+        weights = (random(d, dtype=dtype), random(d, dtype=dtype))
+        return [
+            (random(b, s, d, dtype=dtype) * 2, random(b, s, d, dtype=dtype))
+            + ((random(b, s, d, dtype=dtype), random(b, s, d, dtype=dtype)) if self.per_token else shared)
+            + weights
+            for _ in range(count)
+        ]
+
+    def eager(self, x: Tensor, r: Tensor, g: Tensor, s: Tensor, w: Tensor, w2: Tensor) -> Any:
+        if self.op == "scaled":
+            return norm(x, w, 1e-5) * (1 + s)
+        y = r + g.tanh() * norm(x, w, 1e-5)
+        return y if self.op == "gated" else (y, norm(y, w2, 1e-6) * (1 + s))
+
+    def ours(self, x: Tensor, r: Tensor, g: Tensor, s: Tensor, w: Tensor, w2: Tensor) -> Any:
+        ops, form = torch.ops.dit_kernels, self.rounding
+        if self.op == "dual":
+            return ops.norm_tanh_mul_add_norm_scale(x, w, None, g, r, 1e-5, w2, None, s, 1e-6, rounding=form)
+        if self.op == "gated":
+            return ops.norm_tanh_mul_add(x, w, None, g, r, 1e-5, rounding=form)
+        return ops.norm_scale(x, w, None, s, 1e-5, rounding=form)
 
 
-CASES = [
+@dataclass(frozen=True)
+class HeadCase:
+    """q and k: norm and rotation. A complex rotation, or cosines and sines of the halves of a head."""
+
+    heads: int
+    kv_heads: int
+    d: int
+    tokens: int
+    batch: int = 1
+    dtype: torch.dtype = BF16
+    rotation: torch.dtype = torch.complex64
+
+    @property
+    def bytes(self) -> int:
+        heads = 2 * self.batch * self.tokens * (self.heads + self.kv_heads) * self.d * self.dtype.itemsize
+        return heads + self.tokens * self.d * self.rotation.itemsize // (2 if self.rotation.is_complex else 1)
+
+    @property
+    def name(self) -> str:
+        extra = str(self.rotation).removeprefix("torch.") if self.rotation != torch.complex64 else ""
+        numbers = (self.heads, self.kv_heads, self.d, self.tokens)
+        return name_of("qk_norm_rope", *numbers, batch=self.batch, dtype=self.dtype, extra=extra)
+
+    def operand_sets(self, count: int) -> list[tuple[Tensor | None, ...]]:
+        b, s, d, dtype = self.batch, self.tokens, self.d, self.dtype
+        angle = torch.randn((1, s, d // 2), device="cuda", dtype=torch.float64)
+        turning: tuple[Tensor, Tensor | None]
+        if self.rotation.is_complex:
+            turning = torch.polar(torch.ones_like(angle), angle).to(self.rotation), None
+        else:
+            angle = torch.cat((angle, angle), -1)
+            turning = angle.cos().to(self.rotation), angle.sin().to(self.rotation)
+        weights = (random(d, dtype=dtype), random(d, dtype=dtype))
+        return [
+            (random(b, s, self.heads, d, dtype=dtype), random(b, s, self.kv_heads, d, dtype=dtype), *weights, *turning)
+            for _ in range(count)
+        ]
+
+    def eager(self, q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, rotation: Tensor, sin: Tensor | None) -> Any:
+        return self._turned(norm(q, wq, 1e-5), rotation, sin), self._turned(norm(k, wk, 1e-5), rotation, sin)
+
+    def _turned(self, n: Tensor, rotation: Tensor, sin: Tensor | None) -> Tensor:
+        if sin is None:
+            pairs = torch.view_as_complex(n.float().reshape(*n.shape[:-1], -1, 2))
+            return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(3).type_as(n)
+        a, b = n.chunk(2, -1)
+        return (n * rotation.unsqueeze(2)) + (torch.cat((-b, a), -1) * sin.unsqueeze(2))
+
+    def ours(self, q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, rotation: Tensor, sin: Tensor | None) -> Any:
+        op, interleaved = torch.ops.dit_kernels.qk_norm_rope, sin is None
+        return op(q, k, wq, wk, rotation, sin, 1e-5, 1e-5, interleaved=interleaved)
+
+
+@dataclass(frozen=True)
+class SiluCase:
+    """silu(a) * b; halves: of one tensor."""
+
+    d: int
+    tokens: int
+    batch: int = 1
+    dtype: torch.dtype = BF16
+    halves: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return 3 * self.batch * self.tokens * self.d * self.dtype.itemsize
+
+    @property
+    def name(self) -> str:
+        extra = "halves" if self.halves else ""
+        return name_of("silu_mul", self.d, self.tokens, batch=self.batch, dtype=self.dtype, extra=extra)
+
+    def operand_sets(self, count: int) -> list[tuple[Tensor, ...]]:
+        shape = (self.batch, self.tokens, self.d)
+        if self.halves:
+            return [random(*shape[:2], 2 * self.d, dtype=self.dtype).chunk(2, -1) for _ in range(count)]
+        return [(random(*shape, dtype=self.dtype), random(*shape, dtype=self.dtype)) for _ in range(count)]
+
+    def eager(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.silu(a) * b
+
+    def ours(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.ops.dit_kernels.silu_mul(a, b)
+
+
+AnyCase = Case | HeadCase | SiluCase
+
+CASES: list[AnyCase] = [
     *(Case(op, 3840, tokens) for op in ("dual", "gated", "scaled") for tokens in (1056, 4128, 9248, 16416)),
     *(Case("dual", d, 4128) for d in (2304, 2520, 3072, 4608, 8192)),
     *(Case(op, 3072, 4128) for op in ("gated", "scaled")),
@@ -71,64 +202,26 @@ CASES = [
     *(Case("dual", 3840, 4128, dtype=dtype) for dtype in (FP16, FP32)),
     *(Case("dual", 3840, tokens, per_token=True) for tokens in (1056, 4128)),
     Case("dual", 3840, 4128, rounding="fp32"),
+    *(HeadCase(30, 30, 128, tokens) for tokens in (1056, 4128, 9248, 16416)),  # Z-Image
+    HeadCase(24, 8, 96, 4128, rotation=torch.complex128),  # Lumina 2
+    HeadCase(18, 18, 256, 4128, rotation=BF16),  # Ideogram 4
+    HeadCase(30, 30, 128, 4128, batch=2),
+    *(HeadCase(30, 30, 128, 4128, dtype=dtype) for dtype in (FP16, FP32)),
+    *(SiluCase(10240, tokens) for tokens in (1056, 4128, 9248, 16416)),
+    SiluCase(10240, 4128, halves=True),
+    *(SiluCase(10240, 4128, dtype=dtype) for dtype in (FP16, FP32)),
 ]
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def gated(x: Tensor, r: Tensor, g: Tensor, s: Tensor, w: Tensor, w2: Tensor) -> Tensor:
-    return r + g.tanh() * norm(x, w, 1e-5)
-
-
-def scaled(x: Tensor, r: Tensor, g: Tensor, s: Tensor, w: Tensor, w2: Tensor) -> Tensor:
-    return norm(x, w, 1e-5) * (1 + s)
-
-
-def dual(x: Tensor, r: Tensor, g: Tensor, s: Tensor, w: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    y = gated(x, r, g, s, w, w2)
-    return y, norm(y, w2, 1e-6) * (1 + s)
-
-
-EAGER: dict[str, Callable[..., Any]] = {"dual": dual, "gated": gated, "scaled": scaled}
-
-
-def ours(case: Case, x: Tensor, r: Tensor, g: Tensor, s: Tensor, w: Tensor, w2: Tensor) -> Any:
-    ops, form = torch.ops.dit_kernels, case.rounding
-    if case.op == "dual":
-        return ops.norm_tanh_mul_add_norm_scale(x, w, None, g, r, 1e-5, w2, None, s, 1e-6, rounding=form)
-    if case.op == "gated":
-        return ops.norm_tanh_mul_add(x, w, None, g, r, 1e-5, rounding=form)
-    return ops.norm_scale(x, w, None, s, 1e-5, rounding=form)
-
-
-def inductor(case: Case, mode: str) -> Callable[..., Any]:
+def inductor(case: AnyCase, mode: str) -> Callable[..., Any]:
     torch._dynamo.reset()
     if mode == "emulate":
-        return torch.compile(EAGER[case.op], dynamic=False, options={"emulate_precision_casts": True})
+        return torch.compile(case.eager, dynamic=False, options={"emulate_precision_casts": True})
     name = "max-autotune-no-cudagraphs" if mode == "max-autotune" else mode
-    return torch.compile(EAGER[case.op], dynamic=False, mode=name)
-
-
-def operand_sets(case: Case) -> list[tuple[Tensor, ...]]:
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda").to(case.dtype)
-
-    b, s, d = case.batch, case.tokens, case.d
-    count = max(4, int(BYTES_IN_FLIGHT / case.bytes) + 1)
-    shared = (random(b, 1, d), random(b, 1, d))
-    weights = (random(d), random(d))
-    return [
-        (random(b, s, d) * 2, random(b, s, d))
-        + ((random(b, s, d), random(b, s, d)) if case.per_token else shared)
-        + weights
-        for _ in range(count)
-    ]
+    return torch.compile(case.eager, dynamic=False, mode=name)
 
 
 # --- timing ---------------------------------------------------------------------------------------------------------
@@ -165,31 +258,31 @@ def interleaved(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(case: Case, modes: tuple[str, ...]) -> dict[str, float]:
-    sets = operand_sets(case)
+def measure(case: AnyCase, modes: tuple[str, ...]) -> dict[str, float]:
+    sets = case.operand_sets(max(4, int(BYTES_IN_FLIGHT / case.bytes) + 1))
     half = case.bytes // case.dtype.itemsize // 2
     copied = [torch.randn(half, device="cuda").to(case.dtype) for _ in sets]
     graphs = {"copy": graph_of([lambda t=t: t.clone() for t in copied])}
     # The clone of two tensors, where as many are read and written: one launch more than an op has.
     graphs["copy of two"] = graph_of([lambda t=t: [part.clone() for part in t.chunk(2)] for t in copied])
-    graphs["ours"] = graph_of([lambda t=t: ours(case, *t) for t in sets])
+    graphs["ours"] = graph_of([lambda t=t: case.ours(*t) for t in sets])
     for mode in modes:
         compiled = inductor(case, mode)
         with torch.no_grad():
             graphs[mode] = graph_of([lambda t=t, f=compiled: f(*t) for t in sets])
-    if case.rounding != "fp32":
+    if isinstance(case, Case) and case.rounding != "fp32":
         graphs["triton"] = graph_of([lambda t=t: triton_row.run(case.op, *t) for t in sets])
-    graphs["eager"] = graph_of([lambda t=t: EAGER[case.op](*t) for t in sets])
+    graphs["eager"] = graph_of([lambda t=t: case.eager(*t) for t in sets])
     return interleaved(graphs)
 
 
 def host_times() -> dict[str, float]:
     """Microseconds on the host of one call, nothing waited for."""
-    case = Case("dual", 3840, 64)
-    operands = operand_sets(case)[0]
-    calls: dict[str, Run] = {"x + r": lambda: operands[0] + operands[1]}
-    for op in EAGER:
-        calls[op] = lambda op=op: ours(Case(op, 3840, 64), *operands)
+    cases: dict[str, AnyCase] = {op: Case(op, 3840, 64) for op in ("dual", "gated", "scaled")}
+    cases |= {"qk_norm_rope": HeadCase(30, 30, 128, 64), "silu_mul": SiluCase(10240, 64)}
+    x = random(1, 64, 3840)
+    calls: dict[str, Run] = {"x + r": lambda: x + x}
+    calls |= {name: partial(case.ours, *case.operand_sets(1)[0]) for name, case in cases.items()}
     best: dict[str, float] = dict.fromkeys(calls, float("inf"))
     with torch.no_grad():
         for _ in range(7):

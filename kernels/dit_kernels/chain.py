@@ -21,12 +21,17 @@ class Chain:
     gated: GatedSteps | None
     scaled: ScaledSteps | None
 
+    @property
+    def op(self) -> str:
+        return "scaled" if self.gated is None else "gated" if self.scaled is None else "dual"
+
 
 @dataclass(frozen=True)
 class RotatedChain:
     """`rotate(norm(q))`, and the same of k with the same rotation; with one of them only, that is q."""
 
     interleaved: bool  # pairs are neighbours; else the halves of a head
+    one_a_pair: bool  # there is one cosine and one sine for both of a pair; of a complex rotation always
     q: RotatedSteps
     k: RotatedSteps | None
 

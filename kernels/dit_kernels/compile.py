@@ -2,8 +2,9 @@
 
 `bound` finds the kernel that runs a chain on tensors; `prepare` compiles ahead what such operands will need.
 
-A kernel is compiled for an architecture and a Variant: the chain, D, and of each operand its dtype, how it broadcasts
-and what its addresses are multiples of. B, S, strides and eps are run-time arguments.
+A kernel is compiled for an architecture and a Variant: the chain, D, and of each operand its dtype, how it broadcasts,
+its number of heads and what its addresses are multiples of. B, S, strides and eps are run-time arguments. The families
+of kernels, of which the type of a chain tells one, are listed in _KERNELS.
 
 The disk cache is $DIT_KERNELS_CACHE_DIR, or dit_kernels in $XDG_CACHE_HOME or ~/.cache. What it holds is machine code,
 so it is used only where nobody but the user can write. The name of an entry is a hash of all that shapes it: versions,
@@ -18,8 +19,8 @@ import platform
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -27,49 +28,57 @@ from typing import Any
 
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Float64, Int32, Int64
 from cutlass.cute.runtime import load_module, make_fake_stream, make_ptr
 from filelock import FileLock
 from torch import Tensor
 
-from dit_kernels.chain import Chain
-from dit_kernels.cute.norm_gate import CUTE_DTYPES, NormGate, Operand, Operands, held_dtype
+from dit_kernels.calls import norm_gate as norm_gate_call
+from dit_kernels.calls import norm_rope as norm_rope_call
+from dit_kernels.calls import silu_mul as silu_mul_call
+from dit_kernels.calls.call import Family
+from dit_kernels.chain import Chain, RotatedChain, SiluChain
+from dit_kernels.cute.arith import CUTE_DTYPES
+from dit_kernels.cute.heads import HeadTiling, head_tiling
+from dit_kernels.cute.norm_gate import NormGate, Operand, Operands, held_dtype
+from dit_kernels.cute.norm_rope import NormRope, RopeOperands
+from dit_kernels.cute.silu_mul import SiluMul, SiluOperands, VectorTiling, vector_tiling
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling, row_tiling
-from dit_kernels.calls.norm_gate import launch_numbers
 
 Function = Callable[..., None]
-Facts = tuple[torch.dtype, str, int]  # the fields of an Operand
+Facts = tuple[Any, ...]  # the fields of an Operand
 
 
 @dataclass(frozen=True)
 class Variant:
     """What a kernel is compiled for, apart from the architecture."""
 
-    chain: Chain
-    d: int
-    operands: Operands
+    chain: Any  # of the type that _KERNELS knows its family by
+    d: int  # the last dimension of the first operand
+    operands: Any  # the Operands of the family
 
-    def tiling(self, arch: str) -> RowTiling:
-        o, chain = self.operands, self.chain
-        rows = [t for t in (o.x, o.residual) if t is not None]
-        others = {n: getattr(o, n) for n in ("weight", "bias", "gate", "weight2", "bias2", "scale")}
-        held = [held_dtype(chain, o, n) for n, t in others.items() if t is not None and t.walk != "element"]
-        walks = all(t is None or t.walk != "token" for t in others.values())
-        aligned = all(t.access == ACCESS_BYTES and self.d * t.dtype.itemsize % ACCESS_BYTES == 0 for t in rows)
-        return row_tiling(
-            self.d,
-            [t.dtype.itemsize for t in rows],
-            [dtype.itemsize for dtype in held if dtype is not None],
-            arch,
-            walks,
-            aligned,
-            product=_widest_product(chain),
-        )
+    def tiling(self, arch: str) -> Any:
+        return _KERNELS[type(self.chain)].tiling(self, arch)
 
 
-def _widest_product(chain: Chain) -> str:
-    products = {steps.product for steps in (chain.gated, chain.scaled) if steps is not None}
-    return "fp32" if torch.float32 in products else "fp16" if torch.float16 in products else "bf16"
+@dataclass(frozen=True)
+class Kernels:
+    """A family of kernels, to compile and to launch."""
+
+    family: Family
+    kernel: Callable[..., Any]  # of chain, d, operands and tiling; called with what the family is launched with
+    operands: Callable[..., Any]  # an Operand, or None, for each tensor among the family's arguments
+    tiling: Callable[[Variant, str], Any]  # for an architecture
+    strides: int  # among the launch numbers, behind B and S
+    broadcast: tuple[str, ...] = ()  # operands that a kernel is compiled to read once for several tokens or elements
+    of_launch: tuple[Any, ...] = ()  # the CuTe types of what the family gives each launch
+    ptxas: str = ""  # an option beside _PTXAS
+
+    def facts(self, named: Mapping[str, Any], of: Callable[[Any, bool, int], Facts]) -> tuple[Facts | None, ...]:
+        """What is compiled for, of each operand that is a tensor; None of those that are absent."""
+        d = int(named[self.family.arguments[0]].shape[-1])
+        present = ((name, t) for name, t in named.items() if "eps" not in name)
+        return tuple(None if t is None else of(t, name in self.broadcast, d) for name, t in present)
 
 
 # --- what a call needs ----------------------------------------------------------------------------------------------
@@ -79,95 +88,53 @@ _functions: dict[tuple[str, Variant], Function] = {}
 _compiling = threading.Lock()
 
 
-def bound(
-    chain: Chain,
-    x: Tensor,  # (B, S, D)
-    weight: Tensor | None,  # (D,)
-    bias: Tensor | None,  # (D,)
-    gate: Tensor | None,  # (1|B, 1|S, D) or (1, 1, 1)
-    residual: Tensor | None,  # (B, S, D)
-    eps: float,
-    weight2: Tensor | None,  # (D,)
-    bias2: Tensor | None,  # (D,)
-    scale: Tensor | None,  # as gate
-    eps2: float,
-    y: Tensor | None,  # (B, S, D), contiguous
-    z: Tensor | None,  # (B, S, D), contiguous
-) -> tuple[Function, tuple[int, ...], tuple[int, ...]]:
-    """The kernel that runs a chain on these tensors, the numbers that it is launched with, and constants of the device.
+def bound(chain: Any, *operands: Any) -> tuple[Function, tuple[int, ...]]:
+    """The kernel that runs a chain on these operands, and the numbers that it is launched with.
 
-    function(x, ..., z, *numbers, *constants, stream) launches it on the current device, a tensor given by its
-    address, and never waits for the GPU. It takes all tensors that agree with these in dtype, D, which dimensions are 1,
-    and in what pointers and strides are multiples of; the numbers are `launch_numbers`.
+    operands: those of the chain's family (`Family.arguments`), as `Call.operands` gives them: tensors, None for those
+    that are absent, eps. bf16, fp16 or fp32, each tensor its own, a rotation also complex; the last stride is 1, the
+    others of inputs are any; results are contiguous.
 
-    bf16, fp16 or fp32, each tensor its own; the last stride is 1, the others of inputs are any. A kernel that is not
-    compiled yet is compiled here, except under CUDA graph capture: RuntimeError.
+    function(*operands, *numbers, *of_launch, stream) launches it on the current device, a tensor given by its address,
+    and never waits for the GPU. It takes all tensors that agree with these in dtype, D, number of heads, which
+    dimensions are 1, and in what pointers and strides are multiples of; numbers and of_launch are what the family says.
+    A kernel that is not compiled yet is compiled here, except under CUDA graph capture: RuntimeError.
     """
-    d, device = x.shape[2], x.get_device()
-    key = (
-        chain,
-        device,
-        d,
-        _row_facts(x),
-        weight if weight is None else _facts(weight, d),
-        bias if bias is None else _facts(bias, d),
-        gate if gate is None else _facts(gate, d),
-        residual if residual is None else _row_facts(residual),
-        weight2 if weight2 is None else _facts(weight2, d),
-        bias2 if bias2 is None else _facts(bias2, d),
-        scale if scale is None else _facts(scale, d),
-        y if y is None else _row_facts(y),
-        z if z is None else _row_facts(z),
-    )
+    kernels = _KERNELS[type(chain)]
+    named = dict(zip(kernels.family.arguments, operands, strict=True))
+    device, d = operands[0].get_device(), operands[0].shape[-1]
+    key = (chain, device, d, *kernels.facts(named, _facts))
     function = _kernels.get(key)
     if function is None:
-        function = _kernels[key] = _function(_arch(device), _variant(chain, d, *key[3:]))
-    return function, launch_numbers(x, residual, gate, scale), (processors(device),)
+        function = _kernels[key] = _function(_arch(device), _variant(kernels, chain, d, key[3:]))
+    return function, kernels.family.launch_numbers(named)
 
 
-def run(chain: Chain, *operands: Any) -> None:
-    """Runs the kernel of a chain on the operands of `bound`, on torch's current stream of the device of x."""
-    function, numbers, constants = bound(chain, *operands)
+def run(chain: Any, *operands: Any) -> None:
+    """Runs the kernel of a chain on the operands of `bound`, on torch's current stream of the device of the first."""
+    function, numbers = bound(chain, *operands)
     addresses = [t.data_ptr() if isinstance(t, Tensor) else t for t in operands]
     device = operands[0].get_device()
     with torch.cuda.device(device):
-        function(*addresses, *numbers, *constants, torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        of_launch = _KERNELS[type(chain)].family.of_launch(device, stream, numbers[0])
+        function(*addresses, *numbers, *of_launch, stream)
 
 
-def prepare(
-    chain: Chain,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    scale: Tensor | None,
-    eps2: float,
-    y: Tensor | None,
-    z: Tensor | None,
-) -> None:
+def prepare(chain: Any, *operands: Any) -> None:
     """Compiles what `bound` with these arguments will ask for: fake CUDA tensors with symbolic B and S will do.
 
     Pointers are taken to be multiples of 16 bytes, as torch's allocator makes them; no guard is added.
     """
-    d = int(x.shape[2])
-    index = x.device.index
+    kernels = _KERNELS[type(chain)]
+    named = dict(zip(kernels.family.arguments, operands, strict=True))
+    d, index = int(operands[0].shape[-1]), operands[0].device.index
     arch = _arch(torch.cuda.current_device() if index is None else index)
-    facts = [
-        None if t is None else _fake_facts(t, d, row=name in ("x", "residual", "y", "z"))
-        for name, t in zip(_NAMES, (x, weight, bias, gate, residual, weight2, bias2, scale, y, z), strict=True)
-    ]
-    _function(arch, _variant(chain, d, *facts))
+    _function(arch, _variant(kernels, chain, d, kernels.facts(named, _fake_facts)))
 
 
-_NAMES = tuple(field.name for field in fields(Operands))
-
-
-def _variant(chain: Chain, d: int, *facts: Facts | None) -> Variant:
-    return Variant(chain, d, Operands(*(f if f is None else Operand(*f) for f in facts)))  # type: ignore[arg-type]
+def _variant(kernels: Kernels, chain: Any, d: int, facts: Sequence[Facts | None]) -> Variant:
+    return Variant(chain, d, kernels.operands(*(f if f is None else Operand(*f) for f in facts)))
 
 
 def _access(bits: int) -> int:
@@ -176,26 +143,21 @@ def _access(bits: int) -> int:
     return bits & -bits
 
 
-def _row_facts(t: Tensor) -> Facts:
-    batches, tokens, _ = t.shape
-    by_batch, by_token, _ = t.stride()
-    strides = (by_batch if batches != 1 else 0) | (by_token if tokens != 1 else 0)
-    return t.dtype, "token", _access(t.data_ptr() | strides * t.element_size())
-
-
-def _facts(t: Tensor, d: int) -> Facts:
+def _facts(t: Tensor, broadcasts: bool, d: int) -> Facts:
+    """The fields of the Operand that a tensor is, in a kernel for rows of d elements."""
     if t.ndim == 1:
         return t.dtype, "column", _access(t.data_ptr())
-    if t.shape[2] != d:
+    if broadcasts and t.shape[2] != d:
         return t.dtype, "element", t.element_size()
-    if t.shape[1] != 1:
-        return _row_facts(t)
-    by_batch = t.stride(0) if t.shape[0] != 1 else 0
-    return t.dtype, "batch", _access(t.data_ptr() | by_batch * t.element_size())
+    strides = 0
+    for size, by in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        strides |= by if size != 1 else 0
+    walk = "batch" if broadcasts and t.shape[1] == 1 else "token"
+    return t.dtype, walk, _access(t.data_ptr() | strides * t.element_size()), *t.shape[2:-1]
 
 
-def _fake_facts(t: Tensor, d: int, row: bool) -> Facts:
-    """`_row_facts` and `_facts` of a tensor whose sizes and strides may be symbols."""
+def _fake_facts(t: Tensor, broadcasts: bool, d: int) -> Facts:
+    """`_facts` of a tensor whose sizes and strides may be symbols."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     def is_one(size: Any) -> bool:
@@ -203,24 +165,20 @@ def _fake_facts(t: Tensor, d: int, row: bool) -> Facts:
 
     if t.ndim == 1:
         return t.dtype, "column", ACCESS_BYTES
-    if not row and d != 1 and is_one(t.shape[2]):
+    if broadcasts and d != 1 and is_one(t.shape[2]):
         return t.dtype, "element", t.element_size()
     access = ACCESS_BYTES
-    for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True):
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
         while not is_one(size) and not statically_known_true(stride * t.element_size() % access == 0):
             access //= 2
-    return t.dtype, "batch" if not row and is_one(t.shape[1]) else "token", access
+    walk = "batch" if broadcasts and is_one(t.shape[1]) else "token"
+    return t.dtype, walk, access, *(int(heads) for heads in t.shape[2:-1])
 
 
 @cache
 def _arch(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-
-
-@cache
-def processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _function(arch: str, variant: Variant) -> Function:
@@ -244,33 +202,90 @@ def _function(arch: str, variant: Variant) -> Function:
 
 # LLVM narrows bf16(fp32(a) * fp32(b)) to a bf16 product, which is the same number; ptxas would then contract the
 # product and the sum after it into one fma, which is not: 17% of y differed.
-_PTXAS = "--ptxas-options -fmad=false"
+_PTXAS = "-fmad=false"
+# Else ptxas works on all heads of a thread at once, with 69 registers instead of 56 for q and k of Z-Image, so that 5
+# CTAs run on a multiprocessor instead of 7.
+_ONE_AFTER_THE_OTHER = "-O1"
 
 
 def compile_variant(arch: str, variant: Variant, options: str = "") -> Any:
     """Compiles for `arch` (sm_80, sm_90a, ...); needs neither a GPU nor a driver."""
-    kernel = NormGate(variant.chain, variant.d, variant.operands, variant.tiling(arch))
-    pointers = {name: _fake_pointer(getattr(variant.operands, name)) for name in _NAMES}
-    p, number = pointers.get, [Int32(0), Int32(0), *(Int64(0) for _ in range(8)), Int32(0)]
+    kernels = _KERNELS[type(variant.chain)]
+    arguments = (
+        Float32(0.0) if "eps" in name else _fake_pointer(getattr(variant.operands, name))
+        for name in kernels.family.arguments
+    )
     return cute.compile(
-        kernel,
-        *(p("x"), p("weight"), p("bias"), p("gate"), p("residual"), Float32(0.0)),
-        *(p("weight2"), p("bias2"), p("scale"), Float32(0.0), p("y"), p("z"), *number),
+        kernels.kernel(variant.chain, variant.d, variant.operands, variant.tiling(arch)),
+        *arguments,
+        *(Int32(0), Int32(0), *(Int64(0) for _ in range(kernels.strides))),
+        *(kind(0) for kind in kernels.of_launch),
         make_fake_stream(),
-        options=f"--gpu-arch {arch} --enable-tvm-ffi {_PTXAS} {options}",
+        options=f"--gpu-arch {arch} --enable-tvm-ffi --ptxas-options '{_PTXAS} {kernels.ptxas}' {options}",
     )
 
 
 def _fake_pointer(operand: Operand | None) -> Any:
     if operand is None:
         return None
-    dtype, align = CUTE_DTYPES[operand.dtype], operand.access
+    real = operand.dtype.to_real()  # a complex number is two real ones
+    dtype, align = Float64 if real == torch.float64 else CUTE_DTYPES[real], operand.access
     return make_ptr(dtype, align, cute.AddressSpace.gmem, assumed_align=align)
+
+
+# --- the families ---------------------------------------------------------------------------------------------------
+
+
+def _row_tiling(variant: Variant, arch: str) -> RowTiling:
+    o, chain = variant.operands, variant.chain
+    rows = [t for t in (o.x, o.residual) if t is not None]
+    others = {n: getattr(o, n) for n in ("weight", "bias", "gate", "weight2", "bias2", "scale")}
+    held = [held_dtype(chain, o, n) for n, t in others.items() if t is not None and t.walk != "element"]
+    walks = all(t is None or t.walk != "token" for t in others.values())
+    aligned = all(t.access == ACCESS_BYTES and variant.d * t.dtype.itemsize % ACCESS_BYTES == 0 for t in rows)
+    return row_tiling(
+        chain.op,
+        variant.d,
+        [t.dtype.itemsize for t in rows],
+        [dtype.itemsize for dtype in held if dtype is not None],
+        arch,
+        walks,
+        aligned,
+    )
+
+
+def _head_tiling(variant: Variant, arch: str) -> HeadTiling:
+    o = variant.operands
+    dtypes = [t.dtype for t in (o.q, o.k) if t is not None]
+    heads = (o.q.heads, 0 if o.k is None else o.k.heads)
+    parts = 1 if variant.chain.interleaved else 2
+    return head_tiling(variant.d, heads, min(dtype.itemsize for dtype in dtypes), parts)
+
+
+def _vector_tiling(variant: Variant, arch: str) -> VectorTiling:
+    return vector_tiling(variant.d, min(t.dtype.itemsize for t in (variant.operands.a, variant.operands.b)))
+
+
+_KERNELS: dict[type, Kernels] = {
+    Chain: Kernels(
+        norm_gate_call.FAMILY,
+        NormGate,
+        Operands,
+        _row_tiling,
+        strides=8,
+        broadcast=("gate", "scale"),
+        of_launch=(Int32, Int64),
+    ),
+    RotatedChain: Kernels(
+        norm_rope_call.FAMILY, NormRope, RopeOperands, _head_tiling, strides=10, ptxas=_ONE_AFTER_THE_OTHER
+    ),
+    SiluChain: Kernels(silu_mul_call.FAMILY, SiluMul, SiluOperands, _vector_tiling, strides=4),
+}
 
 
 # --- the disk cache -------------------------------------------------------------------------------------------------
 
-_ENTRY_POINT = "norm_gate"  # the name under which every entry exports its function
+_ENTRY_POINT = "dit_kernel"  # the name under which every entry exports its function
 _DIGEST_BYTES = 32
 _LOCK_SECONDS = 120.0
 

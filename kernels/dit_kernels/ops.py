@@ -78,10 +78,10 @@ def run_into(call: Call, results: tuple[Tensor, ...]) -> None:
         result.copy_(value)
 
 
-def kernel_of(call: Call, results: tuple[Tensor, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """The kernel that a call runs, and what it is launched with beside operands and their numbers."""
-    function, _, constants = _compiler().bound(call.chain, *call.operands(results))
-    return function, constants
+def kernel_of(call: Call, results: tuple[Tensor, ...]) -> Callable[..., None]:
+    """The kernel that a call runs."""
+    function: Callable[..., None] = _compiler().bound(call.chain, *call.operands(results))[0]
+    return function
 
 
 # --- which kernels there are ----------------------------------------------------------------------------------------
@@ -155,21 +155,21 @@ def _make_plan(op: Op, call: Call, given: list[Any]) -> _Plan | None:
     addresses = [t.data_ptr() for t in operands if isinstance(t, Tensor)]
     if sorted(addresses) != sorted([a for a in given if isinstance(a, int)] + [r.data_ptr() for r in results]):
         return None
-    function, numbers, constants = _compiler().bound(call.chain, *operands)
-    rest = (*numbers, *constants)
+    function, numbers = _compiler().bound(call.chain, *operands)
     device, metadata = results[0].get_device(), [(r.shape, r.dtype) for r in results]
     x = call.like()
     alike = x.is_contiguous() and set(metadata) == {(x.shape, x.dtype)}
     several = len(results) > 1
     empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
-    current_device, arranged = torch.cuda.current_device, op.arranged
+    current_device, arranged, of_launch = torch.cuda.current_device, op.arranged, op.family.of_launch
 
     def plan(x: Tensor, given: list[Any]) -> Any:
         if current_device() != device:
             with torch.cuda.device(device):
                 return plan(x, given)
         results = tuple(empty_like(x) if alike else x.new_empty(shape, dtype=dtype) for shape, dtype in metadata)
-        function(*arranged([*given, *(r.data_ptr() for r in results)]), *rest, stream_of(device))
+        addresses, stream = arranged([*given, *(r.data_ptr() for r in results)]), stream_of(device)
+        function(*addresses, *numbers, *of_launch(device, stream, numbers[0]), stream)
         return results if several else results[0]
 
     return plan

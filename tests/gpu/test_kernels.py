@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_kernels import ops, reference
+from dit_kernels import ops, reference, tickets
 from dit_kernels.rounding import FORMS, NORMS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -561,6 +561,43 @@ def test_a_call_is_captured_into_a_graph_and_replayed_on_new_data() -> None:
     graph.replay()
     for result, expected in zip(captured, run(DUAL, o), strict=True):
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_launches_on_several_streams_and_in_graphs_that_run_at_once_do_not_take_each_others_rows(op: str) -> None:
+    o = operands(2, 3000, 3840)
+    expected = run(op, o)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    graphs, results = [torch.cuda.CUDAGraph() for _ in range(3)], []
+    for graph in graphs:  # all captured on one stream, and replayed on others
+        with torch.cuda.graph(graph):
+            results.append([run(op, o) for _ in range(2)])
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                results.append([run(op, o)])
+    torch.cuda.synchronize()
+    for outs in itertools.chain.from_iterable(results):
+        assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+
+
+def test_more_batch_items_than_multiprocessors_hold_ctas_are_all_computed() -> None:
+    check(DUAL, operands(700, 9, 3840))
+    check(DUAL, operands(3, 4000, 256))
+
+
+def test_a_capture_with_no_counters_left_zeroes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    o = operands(1, 4000, 3840)
+    expected = run(DUAL, o)
+    monkeypatch.setattr(tickets, "_pools", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = run(DUAL, o)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
 
 
 def test_a_kernel_that_is_not_compiled_is_refused_under_capture() -> None:

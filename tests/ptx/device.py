@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from inspect import signature
+from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dit_kernels import compile, ops
+from dit_kernels import compile, ops, tickets
+from dit_kernels.calls import norm_gate
 from dit_kernels.compile import Variant, compile_variant
 from ptx.host import Launch, host_function, launch
 from ptx.machine import Machine
@@ -22,7 +23,6 @@ from ptx.memory import GlobalMemory
 from ptx.program import parse
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
-NAMES = tuple(signature(compile.bound).parameters)[1:]  # x .. z; before them, the chain
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,35 @@ def compiled(arch: str, variant: Variant) -> Compiled:
 
 
 def run(kernel: Compiled, *operands: Any) -> Launch:
-    """Runs a kernel on the operands of `compile.bound` and the numbers after them; y and z are written in place."""
-    named = dict(zip(NAMES, operands, strict=False))
+    """Runs a kernel on the operands of `compile.bound` and the numbers after them; results are written in place."""
+    family = compile._KERNELS[type(kernel.variant.chain)].family
+    named = dict(zip(family.arguments, operands, strict=False))
     program = parse(kernel.ptx)
     memory = GlobalMemory()
-    arguments = [_add(memory, name, t) if isinstance(t, Tensor) else t for name, t in named.items() if t is not None]
+    arguments = [
+        _add(memory, name, t, name in family.results) if isinstance(t, Tensor) else t
+        for name, t in named.items()
+        if t is not None
+    ]
+    with mock.patch.object(tickets, "address", lambda device, stream, batches: memory.add_counters(batches)):
+        of_launch = family.of_launch(0, 0, operands[0].shape[0])
     memory.freeze()
-    what = launch(kernel.host, program, [*arguments, *operands[len(NAMES) :]])
+    what = launch(kernel.host, program, [*arguments, *operands[len(named) :], *of_launch])
     assert what.threads == program.threads
     Machine(program, what.grid, what.shared_bytes, memory, what.parameters).run()
-    for name in ("y", "z"):
+    for name in family.results:
         if isinstance(named[name], Tensor):
             content = torch.frombuffer(bytearray(memory.content(name)), dtype=named[name].dtype)
             named[name].copy_(content.view(named[name].shape))
     return what
 
 
-def _add(memory: GlobalMemory, name: str, t: Tensor) -> int:
+def _add(memory: GlobalMemory, name: str, t: Tensor, result: bool) -> int:
     """Puts a tensor into global memory: only what its indices reach, at an address as aligned as its own."""
-    result = name in ("y", "z")
-    if t.ndim == 1:
-        indices: Any = [()]
-    else:
-        # A dimension of stride 0 has one row.
-        sizes = [size if stride else 1 for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True)]
-        indices = [(b, s) for b in range(sizes[0]) for s in range(sizes[1])]
+    # A dimension of stride 0 has one row.
+    sizes = [size if stride else 1 for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True)]
     rows = {}
-    for index in indices:
+    for index in product(*map(range, sizes)):
         row = t[index].contiguous() if index else t.contiguous()
         offset = sum(i * stride for i, stride in zip(index, t.stride(), strict=False)) * t.element_size()
         size = row.numel() * t.element_size()
@@ -96,7 +98,7 @@ def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] =
         mock.patch.object(compile, "_kernels", {}),
         mock.patch.object(compile, "_function", function),
         mock.patch.object(compile, "_arch", return_value=arch),
-        mock.patch.object(compile, "processors", return_value=processors),
+        mock.patch.object(norm_gate, "processors", return_value=processors),
     ):
         yield
 
@@ -106,6 +108,6 @@ def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, .
     checked = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
     results = checked.empty_results()
     operands = checked.operands(results)
-    function, numbers, constants = compile.bound(checked.chain, *operands)
-    function(*operands, *numbers, *constants)
+    function, numbers = compile.bound(checked.chain, *operands)
+    function(*operands, *numbers)
     return results

@@ -80,9 +80,14 @@ _SLOT = re.compile(r"\s*(%\d+) = llvm\.alloca ")
 _STORE = re.compile(r"\s*llvm\.store (%\w+), (%\d+) : (.*), !llvm\.ptr$")
 
 
-def _signed(value: int, bits: int = 32) -> int:
+def _signed(value: int, bits: int) -> int:
     value %= 2**bits
     return value - 2**bits if value >= 2 ** (bits - 1) else value
+
+
+def _bits(line: str) -> int:
+    """Of the integer that a line computes: the last type that it names."""
+    return int(re.findall(r"\bi(\d+)\b", line)[-1])
 
 
 def _divide(a: int, b: int) -> int:
@@ -91,14 +96,15 @@ def _divide(a: int, b: int) -> int:
 
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "add": lambda a, b: _signed(a + b),
-    "sub": lambda a, b: _signed(a - b),
-    "mul": lambda a, b: _signed(a * b),
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
     "sdiv": _divide,
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "xor": lambda a, b: a ^ b,
 }
+_CONVERSIONS = ("sext", "trunc")
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
@@ -126,7 +132,7 @@ def _compute(line: str, values: dict[str, Value]) -> None:
     if None in operands:
         return
     if operation in _OPERATIONS:
-        values[name] = _OPERATIONS[operation](*operands)
+        values[name] = _signed(_OPERATIONS[operation](*operands), _bits(line))
     elif operation == "icmp":
         compare = _COMPARISONS.get(rest.split('"')[1])
         if compare is not None:
@@ -134,8 +140,8 @@ def _compute(line: str, values: dict[str, Value]) -> None:
     elif operation == "select":
         condition, yes, no = operands
         values[name] = yes if condition else no
-    elif operation == "sext":
-        values[name] = operands[0]
+    elif operation in _CONVERSIONS:
+        values[name] = _signed(operands[0], _bits(line))
     elif operation == "insertvalue":
         value, structure = operands
         indices = [int(index) for index in re.search(r"\[([\d, ]+)\]", rest)[1].split(",")]  # type: ignore[index]
@@ -188,7 +194,7 @@ def _bytes(kind: str, value: Value) -> bytes:
     content = b""
     largest = 1
     for leaf, number in zip(_leaves(kind), flat, strict=True):
-        form, size = _FORMATS[leaf]
+        form, size = _FORMATS[leaf.removeprefix("!llvm.")]
         content += bytes(-len(content) % size) + struct.pack(form, number)
         largest = max(largest, size)
     return content + bytes(-len(content) % largest)

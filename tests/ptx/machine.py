@@ -17,7 +17,7 @@ import numpy as np
 
 from ptx import numbers
 from ptx.memory import SHARED_BASE, Copy, Fault, GlobalMemory, SharedMemory, Threads
-from ptx.numbers import F32, U16, U32, U64, Array
+from ptx.numbers import F32, F64, U16, U32, U64, Array
 from ptx.program import Instruction, Program, Unsupported
 
 WARP = 32
@@ -25,7 +25,7 @@ MBARRIERS = 8  # of one CTA, at most
 
 BOOL, S16, S32, S64 = np.dtype(bool), np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.int64)
 _BITS = {1: BOOL, 16: U16, 32: U32, 64: U64}
-_TYPES = {"b16": U16, "u16": U16, "b32": U32, "u32": U32, "f32": U32, "b64": U64, "u64": U64}
+_TYPES = {"b16": U16, "u16": U16, "b32": U32, "u32": U32, "f32": U32, "b64": U64, "u64": U64, "f64": U64}
 
 RUNNING, AT_BARRIER, AT_MBARRIER, ENDED = range(4)
 
@@ -67,6 +67,14 @@ def _multiply_add(a: Array, b: Array, c: Array) -> Array:
     return a * b + c
 
 
+def _high_product(a: Array, b: Array) -> Array:
+    """The upper half of a product of 64-bit numbers."""
+    low, half = U64.type(0xFFFFFFFF), U64.type(32)
+    a1, a0, b1, b0 = a >> half, a & low, b >> half, b & low
+    middle = a1 * b0 + (a0 * b0 >> half)
+    return a1 * b1 + (middle >> half) + (a0 * b1 + (middle & low) >> half)
+
+
 def _mixed(widen: Callable[[Array], Array]) -> dict[str, Callable[..., Array]]:
     """Instructions that widen their first operands, exactly, on the way into fp32 arithmetic."""
     return {
@@ -86,12 +94,20 @@ def _pure() -> dict[str, Pure]:
         "sub.f32": Pure(np.subtract, F32, (F32, F32)),
         "mul.f32": Pure(np.multiply, F32, (F32, F32)),
         "fma.rn.f32": Pure(numbers.fma_f32, F32, (F32, F32, F32)),
+        "fma.rm.f32": Pure(numbers.fma_f32_down, F32, (F32, F32, F32)),
+        "div.rn.f32": Pure(np.divide, F32, (F32, F32)),
+        "mul.f64": Pure(np.multiply, F64, (F64, F64)),
+        "neg.f64": Pure(np.negative, F64, (F64,)),
+        "fma.rn.f64": Pure(numbers.fma_f64, F64, (F64, F64, F64)),
         "abs.f32": Pure(np.abs, F32, (F32,)),
         "neg.f32": Pure(np.negative, F32, (F32,)),
         "copysign.f32": Pure(lambda sign, a: np.copysign(a, sign), F32, (F32, F32)),
         "ex2.approx.ftz.f32": Pure(numbers.ex2_ftz, F32, (F32,)),
         "rcp.approx.ftz.f32": Pure(numbers.rcp_ftz, F32, (F32,)),
         "rsqrt.approx.f32": Pure(numbers.rsqrt, F32, (F32,)),
+        "cvt.f64.f32": Pure(lambda a: a.astype(F64), F64, (F32,)),
+        "cvt.rn.f32.f64": Pure(lambda a: a.astype(F32), F32, (F64,)),
+        "cvt.sat.f32.f32": Pure(lambda a: np.where(np.isnan(a), F32.type(0), np.clip(a, 0, 1)), F32, (F32,)),
         "cvt.f32.bf16": Pure(numbers.from_bf16, F32, (U16,)),
         "cvt.f32.f16": Pure(numbers.from_f16, F32, (U16,)),
         "cvt.rn.bf16.f32": Pure(numbers.to_bf16, U16, (F32,)),
@@ -101,9 +117,16 @@ def _pure() -> dict[str, Pure]:
         "cvt.s64.s32": Pure(lambda a: a.astype(S64), S64, (S32,)),
         "cvt.u64.u32": Pure(lambda a: a.astype(U64), U64, (U32,)),
         "cvt.u32.u64": Pure(lambda a: a.astype(U32), U32, (U64,)),
+        "neg.s32": Pure(np.negative, S32, (S32,)),
         "abs.s32": Pure(np.abs, S32, (S32,)),
         "div.s32": Pure(_divide, S32, (S32, S32)),
         "mul.wide.u32": Pure(lambda a, b: a.astype(U64) * b, U64, (U32, U32)),
+        "cvt.u16.u32": Pure(lambda a: a.astype(U16), U16, (U32,)),
+        "cvt.u64.u16": Pure(lambda a: a.astype(U64), U64, (U16,)),
+        "min.u32": Pure(np.minimum, U32, (U32, U32)),
+        "mul.hi.u16": Pure(lambda a, b: (a.astype(U32) * b >> U32.type(16)).astype(U16), U16, (U16, U16)),
+        "mul.hi.u32": Pure(lambda a, b: (a.astype(U64) * b >> U64.type(32)).astype(U32), U32, (U32, U32)),
+        "mul.hi.u64": Pure(_high_product, U64, (U64, U64)),
         "mul.wide.s32": Pure(lambda a, b: a.astype(S64) * b, S64, (S32, S32)),
         "shr.u16": Pure(_shift_right, U16, (U16, U32)),
         "shr.u32": Pure(_shift_right, U32, (U32, U32)),
@@ -116,14 +139,14 @@ def _pure() -> dict[str, Pure]:
         table[f"{name}.f32x2"] = Pure(table[f"{name}.f32"].function, F32, (F32, F32), 2)
         table[f"{name}.rn.f32x2"] = table[f"{name}.f32x2"]
     table["fma.rn.f32x2"] = Pure(numbers.fma_f32, F32, (F32, F32, F32), 2)
-    for name, dtype in {"s32": S32, "s64": S64}.items():
+    for name, dtype in {"s16": S16, "s32": S32, "s64": S64}.items():
         table[f"add.{name}"] = Pure(np.add, dtype, (dtype, dtype))
         table[f"sub.{name}"] = Pure(np.subtract, dtype, (dtype, dtype))
         table[f"min.{name}"] = Pure(np.minimum, dtype, (dtype, dtype))
         table[f"max.{name}"] = Pure(np.maximum, dtype, (dtype, dtype))
         table[f"mul.lo.{name}"] = Pure(np.multiply, dtype, (dtype, dtype))
         table[f"mad.lo.{name}"] = Pure(_multiply_add, dtype, (dtype, dtype, dtype))
-    for name, dtype in {"b32": U32, "b64": U64}.items():
+    for name, dtype in {"b16": U16, "b32": U32, "b64": U64}.items():
         table[f"shl.{name}"] = Pure(_shift_left, dtype, (dtype, U32))
         table[f"selp.{name}"] = Pure(_select, dtype, (dtype, dtype, BOOL))
     for name, dtype in {"pred": BOOL, "b16": U16, "b32": U32, "b64": U64}.items():
@@ -225,6 +248,7 @@ class Machine:
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}  # by CTA and address
         self.registers: dict[str, Array] = {}
         self.specials = self._specials()
+        self._written = {program.register(i, name) for i in program.instructions for name in _targets(i)}
         self.steps = [self._decode(i) for i in program.instructions]
         self.guards = [None if i.guard is None else self._source(i, i.guard, BOOL) for i in program.instructions]
         targets = set(program.labels.values())
@@ -365,6 +389,13 @@ class Machine:
         constant = _constant(instruction, name, dtype, self.program.externs)
         return lambda active: np.broadcast_to(constant, self.lanes[active].shape)
 
+    def _part(self, instruction: Instruction, name: str, dtype: np.dtype[Any]) -> Callable[[Lanes], Array]:
+        """What is packed. A register that nothing in the program writes is a part that LLVM does not care for."""
+        if self.program.register(instruction, name) in self._written or not name.startswith("%r"):
+            return self._source(instruction, name, dtype)
+        nan = np.array(-1, f"i{dtype.itemsize}").view(dtype)  # shows wherever it matters after all
+        return lambda active: np.broadcast_to(nan, self.lanes[active].shape)
+
     def _register(self, instruction: Instruction, key: str, dtype: np.dtype[Any], active: Lanes) -> Array:
         if key not in self.registers:
             raise Fault(f"{self._first(active)}, {instruction}: nothing ever wrote {key}")
@@ -452,7 +483,7 @@ class Machine:
         if source.startswith("{"):
             names = _vector(source)
             part = _BITS[bits // len(names)]
-            reads = [self._source(instruction, name, part) for name in names]
+            reads = [self._part(instruction, name, part) for name in names]
             return lambda active: write(active, np.stack([read(active) for read in reads], 1).view(dtype)[:, 0])
         read = self._source(instruction, source, dtype)
         return lambda active: write(active, read(active))
@@ -560,6 +591,11 @@ class Machine:
 
         return step
 
+    def _decode_warp_barrier(self, instruction: Instruction) -> Step:
+        if instruction.operands != ("-1",):
+            raise Unsupported(f"{instruction}: a barrier of some threads only")
+        return partial(self._check_full_warps, instruction)
+
     def _decode_barrier(self, instruction: Instruction) -> Step:
         if instruction.operands != ("0",):
             raise Unsupported(f"{instruction}: a barrier of some threads only")
@@ -569,7 +605,21 @@ class Machine:
 
         return step
 
-    # --- bulk copies and mbarriers: few threads, so one at a time
+    # --- atomics, bulk copies and mbarriers: few threads, so one at a time
+
+    def _decode_count(self, instruction: Instruction) -> Step:
+        target, at, last = instruction.operands
+        write = self._target(instruction, target, 32)
+        address, last_of = self._address(instruction, at, U64), self._source(instruction, last, U32)
+
+        def step(active: Lanes) -> None:
+            counted = [
+                self.memory.count(int(where), int(limit))
+                for where, limit in zip(address(active), last_of(active), strict=True)
+            ]
+            write(active, np.array(counted, U32))
+
+        return step
 
     def _decode_mbarrier_init(self, instruction: Instruction) -> Step:
         address = self._address(instruction, instruction.operands[0], U32)
@@ -719,6 +769,8 @@ class Machine:
         "bra.uni": _decode_branch,
         "ret": _decode_return,
         "bar.sync": _decode_barrier,
+        "bar.warp.sync": _decode_warp_barrier,
+        "atom.global.inc.u32": _decode_count,
         "mbarrier.init.shared.b64": _decode_mbarrier_init,
         "fence.mbarrier_init.release.cluster": _decode_fence,
         "mbarrier.arrive.expect_tx.shared.b64": _decode_arrive,
@@ -726,6 +778,10 @@ class Machine:
         _BULK: _decode_bulk_copy,
         "mapa.shared::cluster.u32": _decode_map,
     }
+
+
+def _targets(instruction: Instruction) -> list[str]:
+    return _vector(instruction.operands[0]) if instruction.operands else []
 
 
 def _vector(operand: str) -> list[str]:
@@ -737,6 +793,8 @@ def _constant(instruction: Instruction, text: str, dtype: np.dtype[Any], externs
         return np.array(SHARED_BASE, U32).view(dtype)
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
         return np.array(int("0x" + text[2:], 0), U32).view(dtype)
+    if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
+        return np.array(int("0x" + text[2:], 0), U64).view(dtype)
     if re.fullmatch(r"-?\d+|0[xX][0-9a-fA-F]+", text) and dtype.kind in "iu":
         bits = dtype.itemsize * 8
         return np.array(int(text, 0) % 2**bits, f"u{dtype.itemsize}").view(dtype)

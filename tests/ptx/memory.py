@@ -84,6 +84,7 @@ class GlobalMemory:
         self.buffers: list[Buffer] = []
         self._pending: list[tuple[int, bytes | int, int]] = []  # address, content or its size, buffer
         self._end = 0x7F0000000000
+        self.counters: dict[int, int] = {}  # by address: what only atomics read and write
 
     def add(
         self,
@@ -105,6 +106,21 @@ class GlobalMemory:
         self.buffers.append(Buffer(name, address, itemsize, indices, row_bytes, writable))
         self._pending += [(address + o, content, len(self.buffers) - 1) for o, (_, content) in rows.items()]
         return address
+
+    def add_counters(self, count: int) -> int:
+        """Adds numbers of four bytes, all 0, that only atomics may reach, and gives the address of the first."""
+        address = self._end = -(-self._end // 256) * 256 + 4096
+        self._end += 4 * count
+        self.counters |= {address + 4 * i: 0 for i in range(count)}
+        return address
+
+    def count(self, address: int, last: int) -> int:
+        """atom.inc: the counter, which is then one more, or 0 again behind `last`."""
+        if address not in self.counters:
+            raise Fault(f"counts at 0x{address:x}, where no counter is")
+        before = self.counters[address]
+        self.counters[address] = 0 if before >= last else before + 1
+        return before
 
     def freeze(self) -> None:
         """Lays the buffers out in the arena: runs of rows that touch become one segment."""
@@ -227,7 +243,10 @@ class GlobalMemory:
         return self.data[offset : offset + size]
 
     def check_complete(self) -> None:
-        """Every element of every result was written."""
+        """Every element of every result was written, and every counter is at 0 for the next launch."""
+        left = {address: value for address, value in self.counters.items() if value}
+        if left:
+            raise Fault(f"the kernel ended and left counters at {sorted(left.values())}")
         for segment in np.flatnonzero(self._writable):
             start = int(self._offsets[segment])
             size = int(self._ends[segment] - self._starts[segment])

@@ -36,10 +36,7 @@ def _away_from_even(rounded: Array, error: Array, bits: np.dtype[Any]) -> Array:
 
 def _sum_to_odd(a: Array, b: Array) -> Array:
     """a + b in fp64, rounded to odd."""
-    total = a + b
-    part = total - a
-    error = (a - (total - part)) + (b - part)
-    return _away_from_even(total, error, U64)
+    return _away_from_even(*_two_sum(a, b), U64)
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
@@ -49,6 +46,41 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
     return fma(a, b, c).astype(F32)
+
+
+def fma_f32_down(a: Array, b: Array, c: Array) -> Array:
+    """Rounded towards minus infinity."""
+    exact = fma(a, b, c)
+    nearest = exact.astype(F32)
+    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
+def fma_f64(a: Array, b: Array, c: Array) -> Array:
+    """By Boldo and Melquiond, Emulation of a FMA and correctly rounded sums, 2008. Huge products are not exact."""
+    product, rest = a * b, _product_error(a, b)
+    small, smaller = _two_sum(c, rest)
+    large, middle = _two_sum(product, small)
+    total = large + _sum_to_odd(smaller, middle)
+    return np.where(np.isfinite(product), total, product + c)
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b, rounded, and what that is off."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _product_error(a: Array, b: Array) -> Array:
+    """a * b less what it is rounded to (Dekker)."""
+    (a1, a2), (b1, b2) = _halves(a), _halves(b)
+    return a2 * b2 - (((a * b - a1 * b1) - a2 * b1) - a1 * b2)
+
+
+def _halves(a: Array) -> tuple[Array, Array]:
+    scaled = a * 134217729.0  # 2^27 + 1
+    high = scaled - (scaled - a)
+    return high, a - high
 
 
 def from_bf16(a: Array) -> Array:

@@ -63,7 +63,9 @@ def _outwards(scope: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 _ENTRY = re.compile(r"\.visible\s+\.entry\s+([\w$]+)\s*\((.*?)\)\s*((?:\.\w+[^{]*)?)\{", re.DOTALL)
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+\.global\s+\.align\s+\d+\s+)?([\w$]+)(?:\[(\d+)\])?"
+)
 _EXTERN = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]\s*;")
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
 _STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
@@ -84,7 +86,7 @@ def parse(text: str) -> Program:
         if kind not in _SIZES:
             raise Unsupported(f"a kernel parameter of type .{kind}")
         parameters.append(Parameter(name, _SIZES[kind] * int(count or 1)))
-    threads = re.fullmatch(r"\.reqntid (\d+), 1, 1\s*", entry[3])
+    threads = re.fullmatch(r"\.reqntid (\d+), 1, 1\s*(?:\.minnctapersm \d+\s*)?", entry[3])
     if not threads:
         raise Unsupported(f"a kernel with {entry[3].strip()!r}")
     program = Program(entry[1], parameters, int(threads[1]), externs=frozenset(_EXTERN.findall(text)))

@@ -71,14 +71,24 @@ def test_a_missing_barrier_before_a_stage_is_filled_again_is_found() -> None:
         run(without(r"bar\.sync\s+0;", -1), op="norm_tanh_mul_add", dtype=torch.float32)
 
 
-def test_mbarriers_used_before_a_barrier_are_found() -> None:
-    with pytest.raises(Fault, match=WHERE + "mbarrier.try_wait.*initialised: no barrier between"):
+def test_a_row_looked_up_before_a_barrier_is_found() -> None:
+    with pytest.raises(Fault, match=WHERE + "ld.shared.b32.*wrote: no barrier between"):
         run(without(r"bar\.sync\s+0;", 0))
+
+
+def test_mbarriers_used_before_a_barrier_are_found() -> None:
+    def edit(ptx: str) -> str:
+        """No barrier, and all threads begin with the row that is the first of the first CTA."""
+        ptx = re.sub(r"ld\.shared\.b32(\s+%r\d+), \[%r\d+\+\d+\];", r"mov.b32\1, 0;", ptx, count=1)
+        return without(r"bar\.sync\s+0;", 0)(ptx)
+
+    with pytest.raises(Fault, match=WHERE + "mbarrier.try_wait.*initialised: no barrier between"):
+        run(edit)
 
 
 def test_a_reduction_buffer_used_for_two_sums_is_found() -> None:
     def edit(ptx: str) -> str:
-        first, second = re.findall(r"ld\.shared\.b32\s+%r\d+, \[%r\d+\+(\d+)\]", ptx)
+        _, first, second, *_ = re.findall(r"ld\.shared\.b32\s+%r\d+, \[%r\d+\+(\d+)\]", ptx)  # before them, the row
         return ptx.replace(f"+{second}]", f"+{first}]")
 
     with pytest.raises(Fault, match=WHERE + "st.shared.*no barrier between"):
@@ -88,7 +98,7 @@ def test_a_reduction_buffer_used_for_two_sums_is_found() -> None:
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90a"))
 def test_a_lane_that_reads_one_partial_sum_too_many_is_found(arch: str) -> None:
     with pytest.raises(Fault, match=WHERE + "ld.shared.*(nothing wrote|out of bounds|no barrier)"):
-        run(swapped(r"(setp\.gt\.u32\s+%p\d+, %r\d+), 14;", r"\1, 15;"), arch)
+        run(swapped(r"(setp\.eq\.b32\s+%p\d+, %r\d+), 15;", r"\1, 16;"), arch)
 
 
 def test_a_tail_predicate_off_by_one_is_found() -> None:
@@ -138,9 +148,24 @@ def test_a_barrier_under_a_branch_of_one_lane_is_found() -> None:
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90a"))
 def test_a_missing_one_plus_is_found(arch: str) -> None:
+    def edit(ptx: str) -> str:
+        """Of the sums with 1, those of tanh end in a division."""
+        divided = set(re.findall(r"rcp\.approx\.ftz\.f32\s+%r\d+, (%r\d+)", ptx))
+        one = r"add\.f32\s+(%r\d+), (%r\d+), 0f3F800000;"
+        return re.sub(one, lambda m: m[0] if m[1] in divided else f"mov.b32 {m[1]}, {m[2]};", ptx)
+
     with pytest.raises(AssertionError, match=VALUE):
-        # sm_80 computes scale * 1 + 1 as one fma, whose constant is the same register twice
-        run(swapped(r"(mov\.b32\s+%r\d+), 1065369472;", r"\1, 0;"), arch)
+        run(edit, arch)
+
+
+def test_a_counter_that_is_not_at_zero_again_is_found() -> None:
+    with pytest.raises(Fault, match="left counters at"):
+        run(swapped(r"(atom\.global\.inc\.u32\s+%r\d+, \[%rd\d+\]), %r\d+;", r"\1, 1000000;"))
+
+
+def test_a_ticket_of_another_counter_is_found() -> None:
+    with pytest.raises(Fault, match=WHERE + "atom.*where no counter is"):
+        run(swapped(r"(atom\.global\.inc\.u32\s+%r\d+, \[%rd\d+)\]", r"\1+64]"))
 
 
 def test_a_wrong_eps_is_found() -> None:

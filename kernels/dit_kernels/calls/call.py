@@ -43,12 +43,14 @@ class Call:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """What the kernels of a family are launched with."""
 
     arguments: tuple[str, ...]  # operands, then results
-    launch_numbers: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # sizes and strides of operands, by their names
+    results: dict[str, str]  # and the operands whose shapes they have
+    launch_numbers: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # B, S and strides of operands, by their names
+    of_launch: Callable[[int, int, int], tuple[int, ...]] = lambda device, stream, batches: ()  # what each launch needs
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_kernels import reference
+from dit_kernels import reference, tickets
 from dit_kernels.calls.call import (
     KERNEL_DTYPES,
     Call,
@@ -126,12 +126,24 @@ def _outer(t: Any) -> list[tuple[Any, Any]]:
     return [(1, 0)] * 2 if t is None else list(zip(t.shape[:2], t.stride()[:2], strict=True))
 
 
+@cache
+def processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _of_launch(device: int, stream: int, batches: int) -> tuple[int, ...]:
+    return processors(device), tickets.address(device, stream, batches)
+
+
 def _launch_numbers(operands: Mapping[str, Any]) -> tuple[Any, ...]:
     return launch_numbers(*(operands.get(name) for name in ("x", "residual", "gate", "scale")))
 
 
 FAMILY = Family(
-    ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2", "y", "z"), _launch_numbers
+    ("x", "weight", "bias", "gate", "residual", "eps", "weight2", "bias2", "scale", "eps2", "y", "z"),
+    {"y": "x", "z": "x"},
+    _launch_numbers,
+    _of_launch,
 )
 
 

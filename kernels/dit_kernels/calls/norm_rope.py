@@ -112,7 +112,9 @@ def _strides(t: Any, dimensions: int) -> list[Any]:
 
 
 FAMILY = Family(
-    ("q", "k", "q_weight", "k_weight", "rotation", "sin", "q_eps", "k_eps", "q_out", "k_out"), launch_numbers
+    ("q", "k", "q_weight", "k_weight", "rotation", "sin", "q_eps", "k_eps", "q_out", "k_out"),
+    {"q_out": "q", "k_out": "k"},
+    launch_numbers,
 )
 
 
@@ -168,6 +170,11 @@ def _check_words(op: str, interleaved: bool, sin: Tensor | None, rounding: str, 
 
 # --- arguments to a call --------------------------------------------------------------------------------------------
 
+
+def _one_a_pair(turning: tuple[Tensor, Tensor | None], x: Tensor) -> bool:
+    return bool(turning[0].shape[3] == x.shape[3] // 2)
+
+
 _rotated_steps = lru_cache(maxsize=None)(rotated_steps)
 _chain = lru_cache(maxsize=None)(RotatedChain)
 
@@ -193,7 +200,9 @@ def _norm_rope_call(
     turning = _rotation(op, x, "x", rotation, sin)
     check_eps(op, "eps", eps)
     steps = _rotated_steps(rounding, x.dtype, dtype_of(weight), rotation.dtype, **dtypes)
-    return NormRopeCall(_chain(interleaved, steps, None), x, None, weight, None, *turning, eps, 0.0)
+    return NormRopeCall(
+        _chain(interleaved, _one_a_pair(turning, x), steps, None), x, None, weight, None, *turning, eps, 0.0
+    )
 
 
 def _qk_norm_rope_call(
@@ -225,7 +234,9 @@ def _qk_norm_rope_call(
     check_eps(op, "k_eps", k_eps)
     of_q = _rotated_steps(rounding, q.dtype, dtype_of(q_weight), rotation.dtype, **dtypes)
     of_k = _rotated_steps(rounding, k.dtype, dtype_of(k_weight), rotation.dtype, **dtypes)
-    return NormRopeCall(_chain(interleaved, of_q, of_k), q, k, q_weight, k_weight, *turning, q_eps, k_eps)
+    return NormRopeCall(
+        _chain(interleaved, _one_a_pair(turning, q), of_q, of_k), q, k, q_weight, k_weight, *turning, q_eps, k_eps
+    )
 
 
 # --- the ops --------------------------------------------------------------------------------------------------------

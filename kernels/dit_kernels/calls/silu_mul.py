@@ -57,7 +57,7 @@ def launch_numbers(operands: Mapping[str, Any]) -> tuple[Any, ...]:
     return (a.shape[0], a.shape[1], *strides)
 
 
-FAMILY = Family(("a", "b", "out"), launch_numbers)
+FAMILY = Family(("a", "b", "out"), {"out": "a"}, launch_numbers)
 
 _silu_steps = lru_cache(maxsize=None)(silu_steps)
 _chain = lru_cache(maxsize=None)(SiluChain)

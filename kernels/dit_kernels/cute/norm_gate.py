@@ -26,20 +26,17 @@ from typing import Any, Literal
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.arch.nvvm_wrappers import inline_ptx
 from cutlass.cute.nvgpu.cpasync import CopyBulkG2SOp
 from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.memory import SmemAllocator
 
 from dit_kernels.chain import Chain
+from dit_kernels.cute.arith import add, product, rounded, total, widen
 from dit_kernels.cute.reduce import cta_sum
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling
 from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps
-
-CUTE_DTYPES = {torch.bfloat16: BFloat16, torch.float16: Float16, torch.float32: Float32}
-
-MAX_GRID_Y = 32768  # the hardware's limit is 65535
 
 Walk = Literal["token", "batch", "column", "element"]
 
@@ -51,6 +48,7 @@ class Operand:
     dtype: torch.dtype
     walk: Walk  # token: (1|B, S, D); batch: (1|B, 1, D); column: (D,); element: (1, 1, 1)
     access: int  # bytes of one load or store: what its pointer and strides are multiples of, 16 at most
+    heads: int = 1  # of a token, where it has several rows: (1|B, S, H, D)
 
 
 @dataclass(frozen=True)
@@ -70,69 +68,41 @@ class Operands:
 
 
 # --- one vector -----------------------------------------------------------------------------------------------------
-# Plain Python: these run while a kernel is traced. A value is a cute.TensorSSA of `vector` fp32 elements; mean is None
-# in an rms norm, and any parameter may be.
-
-
-def _round(value, dtype: torch.dtype):
-    return value if dtype == torch.float32 else value.to(CUTE_DTYPES[dtype]).to(Float32)
-
-
-def _round_scalar(value: Float32, dtype: torch.dtype) -> Float32:
-    return value if dtype == torch.float32 else Float32(CUTE_DTYPES[dtype](value))
-
-
-@dsl_user_op
-def _add_scalars(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
-    add = "add.rn.f32 {$w0}, {$r0}, {$r1};"
-    return inline_ptx(add, write_only_types=[Float32], read_only_args=[a, b], loc=loc, ip=ip)
-
-
-def _add_apart(a, b):
-    """a + b where a is an fp32 product: eager rounds it, so LLVM must not contract the two into an fma."""
-    total = cute.make_rmem_tensor(a.shape, Float32)
-    for i in range(cute.size(a.shape)):
-        total[i] = _add_scalars(a[i], b[i])
-    return total.load()
+# Plain Python: these run while a kernel is traced. Values are those of `arith`; mean is None in an rms norm, and any
+# parameter may be.
 
 
 def _sum(value) -> Float32:
-    return value.reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+    return widen(value).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
 
 
 def _square(x, mean, stat: torch.dtype):
-    centred = x if mean is None else x - mean
-    return _round(centred * centred, stat)
+    centred = x if mean is None else widen(x) - mean
+    return product(centred, centred, stat)
 
 
 def _normed(x, mean, rstd, weight, bias, steps: NormSteps):
-    n = _round((x if mean is None else x - mean) * rstd, steps.normed)
-    dtype = steps.normed
+    x = widen(x)
+    n = rounded((x if mean is None else x - mean) * rstd, steps.normed)
     if weight is not None:
-        n, dtype = _round(n * weight, steps.weighted), steps.weighted
+        n = product(n, weight, steps.weighted)
     if bias is not None:
         # A layer norm is one kernel in eager, too, and contracts.
-        n = _add_apart(n, bias) if dtype == torch.float32 and mean is None else n + bias
-        n, dtype = _round(n, steps.biased), steps.biased
-    return n if dtype == steps.out else _round(n, steps.out)
-
-
-def _round_any(value, dtype: torch.dtype):
-    """`_round` of a vector, or of the scalar that an operand of one element is."""
-    return _round_scalar(value, dtype) if isinstance(value, Float32) else _round(value, dtype)
+        contracts = mean is not None and steps.biased == torch.float32
+        n = widen(n) + widen(bias) if contracts else total(n, bias, steps.biased)
+    return rounded(n, steps.out)
 
 
 def _gated(n, gate, residual, steps: GatedSteps):
-    """y = residual + gate * n, as it is stored; gate may be a scalar."""
-    product = _round(n if gate is None else n * gate, steps.product)
-    total = _add_apart(product, residual) if steps.product == torch.float32 else residual + product
-    return total.to(CUTE_DTYPES[steps.sum]).to(CUTE_DTYPES[steps.y])
+    """y = residual + gate * n, as it is stored; gate may be a single element."""
+    p = rounded(n, steps.product) if gate is None else product(n, gate, steps.product)
+    return rounded(total(residual, p, steps.sum), steps.y)
 
 
 def _scaled(n, scale, steps: ScaledSteps):
-    """z = n * scale, as it is stored; scale may be a scalar."""
-    n = n if scale is None else n * scale
-    return n.to(CUTE_DTYPES[steps.product]).to(CUTE_DTYPES[steps.z])
+    """z = n * scale, as it is stored; scale may be a single element."""
+    z = rounded(n, steps.product) if scale is None else product(n, scale, steps.product)
+    return rounded(z, steps.z)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -183,13 +153,10 @@ def _store(value: cute.TensorSSA, row: cute.Tensor, index: Int32, inside: Boolea
     return fragment
 
 
-def _wide(fragment: cute.Tensor):
-    return fragment.load().to(Float32)
-
-
 def _packed(value, dtype: torch.dtype) -> cute.Tensor:
-    fragment = cute.make_rmem_tensor(value.shape, CUTE_DTYPES[dtype])
-    fragment.store(value.to(CUTE_DTYPES[dtype]))
+    value = rounded(value, dtype)
+    fragment = cute.make_rmem_tensor(value.shape, value.dtype)
+    fragment.store(value)
     return fragment
 
 
@@ -218,7 +185,7 @@ class _Place:
 
 
 class _Reader:
-    """This thread's vectors of one operand as fp32: loaded ahead and kept packed, or loaded when asked for."""
+    """This thread's vectors of one operand: loaded ahead and kept, or loaded when asked for."""
 
     def __init__(self, place: _Place, row: cute.Tensor | None, element: Float32 | None = None, ahead: bool = False):
         self.place, self.row, self.element = place, row, element
@@ -240,7 +207,7 @@ class _Reader:
         """Vector i, a scalar for a single element, or None for an absent operand."""
         if self.row is None:
             return self.element
-        return _wide(self.fragments[i] if self.fragments else self._load(i))
+        return (self.fragments[i] if self.fragments else self._load(i)).load()
 
 
 def held_dtype(chain: Chain, operands: Operands, name: str) -> torch.dtype | None:
@@ -322,18 +289,17 @@ class _Norm:
 
     def moment(self, i, value) -> Float32:
         place = self.place
-        part = value * Float32(1.0 / place.d) if self.layer else _square(value, None, self.stat)
+        part = widen(value) * Float32(1.0 / place.d) if self.layer else _square(value, None, self.stat)
         return place.counted(i, _sum(part))
 
-    def finish(self, total: Float32, values: _Reader, eps: Float32) -> None:
-        """total: this thread's moments; values: the row. A mean is a product with 1/D, as in torch.mean."""
+    def finish(self, moments: Float32, values: _Reader, eps: Float32) -> None:
+        """moments: this thread's; values: the row. A mean is a product with 1/D, as in torch.mean."""
         place, stat = self.place, self.stat
         if self.layer:
-            self.mean = mean = cta_sum(total, self.partials[None, 0])
-            total = _walk(place.tiling, lambda i: place.counted(i, _sum(_square(values(i), mean, stat))))
-        mean_square = _round_scalar(cta_sum(total, self.partials[None, 1]) * Float32(1.0 / place.d), stat)
-        shifted = _round_scalar(_add_scalars(mean_square, eps), stat)
-        self.rstd = _round_scalar(cute.math.rsqrt(shifted), stat)
+            self.mean = mean = cta_sum(moments, self.partials[None, 0])
+            moments = _walk(place.tiling, lambda i: place.counted(i, _sum(_square(values(i), mean, stat))))
+        mean_square = rounded(cta_sum(moments, self.partials[None, 1]) * Float32(1.0 / place.d), stat)
+        self.rstd = rounded(cute.math.rsqrt(rounded(add(mean_square, eps), stat)), stat)
 
     def __call__(self, i, value):
         """The normalised vector i."""
@@ -375,6 +341,7 @@ class NormGate:
         scale_batch: Int64,
         scale_token: Int64,
         processors: Int32,  # streaming multiprocessors of the device
+        tickets: Int64,  # the address of a counter for each batch item, all 0 before the launch and after it
         stream,
     ):
         rows = partial(self.tensor, batches, tokens)
@@ -391,18 +358,18 @@ class NormGate:
                 grid=[batches * tokens, 1, 1], block=block, stream=stream
             )
         else:
-            # For each batch item `walkers` CTAs, as many as run at once, take `rounds` rows each. Those left go to CTAs
-            # of `chunk` rows, which start wherever one has ended, since multiprocessors are not equally fast.
+            # As many CTAs as run at once, shared out among the batch items.
             walkers = cutlass.min(cutlass.max(processors * schedule.ctas // batches, 1), tokens)
-            every = cute.ceil_div(tokens, walkers)
-            some = tokens * schedule.share // (walkers * 16)
-            rounds = cutlass.select_(every > schedule.short, some, every)
-            rest = cutlass.max(tokens - walkers * rounds, 0)
-            ctas = walkers + cute.ceil_div(rest, schedule.chunk)
-            grid = [batches, cutlass.min(ctas, MAX_GRID_Y), cute.ceil_div(ctas, MAX_GRID_Y)]
             kernel = self.staged_kernel if const_expr(schedule.stages) else self.persistent_kernel
-            kernel(x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z, walkers, rounds).launch(
-                grid=grid, block=block, stream=stream
+            given = walkers * (schedule.stages or 2)
+            drawn = cutlass.max(tokens - given, 0)
+            operands = (x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2, y, z)
+            kernel(*operands, walkers, given, drawn, tickets).launch(
+                grid=[batches, walkers, 1],
+                block=block,
+                stream=stream,
+                min_blocks_per_mp=schedule.ctas,
+                preferred_smem_carveout=100,
             )
 
     def tensor(self, batches: Int32, tokens: Int32, name: str, pointer, by_batch: Any = 0, by_token: Any = 0):
@@ -461,30 +428,41 @@ class NormGate:
         y: cute.Tensor | None,
         z: cute.Tensor | None,
         walkers: Int32,
-        rounds: Int32,
+        given: Int32,
+        drawn: Int32,
+        tickets: Int64,
     ):
         """A CTA walks rows of one batch item and loads the next one into registers while it works on one."""
-        batch, cta, many = cute.arch.block_idx()
-        cta += many * MAX_GRID_Y
-        first, step, end = _rows_of(self.tiling.schedule, cta, walkers, rounds, x.shape[1])
-        some = cutlass.min(first, x.shape[1] - 1)  # there may be CTAs without a row
-        place = _Place(self.tiling, self.d, batch, some, cute.arch.thread_idx()[0])
+        thread, tokens = cute.arch.thread_idx()[0], x.shape[1]
+        batch, token, _ = cute.arch.block_idx()
+        place = _Place(self.tiling, self.d, batch, token, thread)
         next_values = _Reader.of(x, self.operands.x, place, True)
         next_residuals = _Reader.of(residual, self.operands.residual, place, True)
         parameters = _Parameters(self, place, gate, scale, weight, bias, weight2, bias2)
+        tickets = _Tickets(tickets, batch, walkers, given, drawn)
+        token_at = SmemAllocator().allocate_tensor(Int32, cute.make_layout(2))
+        draw, row_of = tickets.draw, tickets.row_of
+        ticket = Int32(0)
+        if thread == 0:
+            ticket = draw(ticket)
         parameters.hold()
         # A row with one sum has one barrier: a fast warp may be at the next row's while a slow one reads this one's.
         partials = self.partials(2)
-        parity = Int32(0)
-        for token in cutlass.range(first, end, step):
+        parity, ahead = Int32(0), cutlass.select_(token + walkers < tokens, token + walkers, Int32(-1))
+        while token >= 0:
             here = replace(place, token=token)
             values = _taken(next_values, here)
             residuals = _taken(next_residuals, here)
-            ahead = replace(place, token=token + step)
-            wanted = ahead.token < end
-            _refill(next_values.fragments, _Reader.of(x, self.operands.x, ahead), wanted)
-            _refill(next_residuals.fragments, _Reader.of(residual, self.operands.residual, ahead), wanted)
+            there = replace(place, token=ahead)
+            _refill(next_values.fragments, _Reader.of(x, self.operands.x, there), ahead >= 0)
+            _refill(next_residuals.fragments, _Reader.of(residual, self.operands.residual, there), ahead >= 0)
+            if thread == 0:  # the row after next: a ticket takes as long to come as a row
+                token_at[parity] = row_of(ticket)
+                ticket = draw(ticket)
             self.run(here, values, residuals, parameters, eps, eps2, y, z, partials[None, None, None, parity])
+            if const_expr(self.tiling.warps == 1):
+                cute.arch.sync_threads()  # its sums have no barrier
+            token, ahead = ahead, cute.arch.make_warp_uniform(token_at[parity])
             parity = 1 - parity
 
     @cute.kernel
@@ -503,44 +481,52 @@ class NormGate:
         y: cute.Tensor | None,
         z: cute.Tensor | None,
         walkers: Int32,
-        rounds: Int32,
+        given: Int32,
+        drawn: Int32,
+        tickets: Int64,
     ):
         """A CTA walks rows of one batch item; bulk copies bring the next ones into shared memory."""
-        schedule, thread = self.tiling.schedule, cute.arch.thread_idx()[0]
-        batch, cta, many = cute.arch.block_idx()
-        cta += many * MAX_GRID_Y
-        first, step, end = _rows_of(schedule, cta, walkers, rounds, x.shape[1])
-        place = _Place(self.tiling, self.d, batch, first, thread)
+        stages, thread, tokens = self.tiling.schedule.stages, cute.arch.thread_idx()[0], x.shape[1]
+        batch, walker, _ = cute.arch.block_idx()
+        place = _Place(self.tiling, self.d, batch, walker, thread)
         allocator = SmemAllocator()
-        arrived = allocator.allocate_array(Int64, schedule.stages)
+        arrived = allocator.allocate_array(Int64, stages)
         xs = _Ring(allocator, x, self.operands.x, self.tiling)
         rs = _Ring(allocator, residual, self.operands.residual, self.tiling)
-        fetch, values_at, residuals_at = partial(_fetch, (xs, rs), arrived), xs.reader, rs.reader
+        token_at = allocator.allocate_tensor(Int32, cute.make_layout(stages))  # the row in each stage; -1: none
+        fetch, values_at, residuals_at = partial(_fetch, (xs, rs), arrived, token_at, batch), xs.reader, rs.reader
+        tickets = _Tickets(tickets, batch, walkers, given, drawn)
+        draw, row_of = tickets.draw, tickets.row_of
+        ticket = Int32(0)
         if thread == 0:
-            for stage in cutlass.range_constexpr(schedule.stages):
+            for stage in cutlass.range_constexpr(stages):
                 cute.arch.mbarrier_init(arrived + stage, 1)
             cute.arch.mbarrier_init_fence()
-        for stage in cutlass.range_constexpr(schedule.stages):
-            token = first + stage * step
-            fetch(batch, token, stage, (thread == 0) & (token < end))
+            for stage in cutlass.range_constexpr(stages):
+                token = walker + stage * walkers
+                fetch(cutlass.select_(token < tokens, token, Int32(-1)), stage)
+            ticket = draw(ticket)
         parameters = _Parameters(self, place, gate, scale, weight, bias, weight2, bias2)
         parameters.hold()
         partials = self.partials(2)
         cute.arch.sync_threads()  # the barriers are initialised
         stage, phase, parity = Int32(0), Int32(0), Int32(0)
-        for token in cutlass.range(first, end, step):
+        token = token_at[0]
+        while token >= 0:
             here = replace(place, token=token)
             cute.arch.mbarrier_wait(arrived + stage, phase)
             values, residuals = values_at(here, stage), residuals_at(here, stage)
             self.run(here, values, residuals, parameters, eps, eps2, y, z, partials[None, None, None, parity])
             cute.arch.sync_threads()  # nobody reads this stage any more
-            ahead = token + schedule.stages * step
-            fetch(batch, ahead, stage, (thread == 0) & (ahead < end))
+            if thread == 0:
+                fetch(row_of(ticket), stage)
+                ticket = draw(ticket)
             parity = 1 - parity
             stage += 1
-            if stage == schedule.stages:
+            if stage == stages:
                 stage = Int32(0)
                 phase = 1 - phase
+            token = cute.arch.make_warp_uniform(token_at[stage])
 
     def partials(self, stages: int) -> cute.Tensor:
         """The partial sums of the warps, (warps, moment, norm, stage)."""
@@ -583,10 +569,10 @@ class _Parameters:
         self.bias2 = _Reader.of(bias2, operands.bias2, place, ahead)
 
     def _tanh(self, gate):
-        return _round_any(cute.math.tanh(gate), self.chain.gated.gate)
+        return rounded(cute.math.tanh(widen(gate)), self.chain.gated.gate)
 
     def _add_one(self, scale):
-        return _round_any(scale + 1.0, self.chain.scaled.scale)
+        return rounded(widen(scale) + 1.0, self.chain.scaled.scale)
 
     def hold(self) -> None:
         """Activates gate and scale once, for all the rows to come."""
@@ -596,15 +582,37 @@ class _Parameters:
                 getattr(self, name).hold(dtype)
 
 
+class _Tickets:
+    """Who walks which rows of a batch item, its first `given` rows apart, which are shared out evenly.
+
+    Multiprocessors are not equally fast, so whoever is done with a row draws a ticket for another one. Every CTA draws
+    one ticket that is no row; with the last of them the counter is back at 0, for the next launch.
+    """
+
+    def __init__(self, counters: Int64, batch: Int32, walkers: Int32, given: Int32, drawn: Int32):
+        self.counter, self.walkers, self.given, self.drawn = counters + Int64(batch) * 4, walkers, given, drawn
+
+    def draw(self, ticket: Int32) -> Int32:
+        """A new ticket for one that stands for a row; one that does not is kept. Ticket 0 will do for the first."""
+        return _draw(self.counter, self.drawn + self.walkers - 1, ticket, self.drawn)
+
+    def row_of(self, ticket: Int32) -> Int32:
+        """The row that a ticket stands for, -1 for none."""
+        return cutlass.select_(ticket < self.drawn, self.given + ticket, Int32(-1))
+
+
 @cute.jit
-def _rows_of(schedule: cutlass.Constexpr, cta: Int32, walkers: Int32, rounds: Int32, tokens: Int32):
-    """(first, step, end) of the rows that a CTA walks."""
-    walked = walkers * rounds
-    first, step, end = cta, walkers, cutlass.min(walked, tokens)
-    if cta >= walkers:
-        first, step = walked + (cta - walkers) * schedule.chunk, Int32(1)
-        end = cutlass.min(first + schedule.chunk, tokens)
-    return first, step, end
+def _draw(counter: Int64, last: Int32, ticket: Int32, rows: Int32) -> Int32:
+    if ticket < rows:
+        ticket = _count(counter, last)
+    return ticket
+
+
+@dsl_user_op
+def _count(counter: Int64, last: Int32, *, loc=None, ip=None) -> Int32:
+    """The counter, which is then one more, or 0 again behind `last`."""
+    count = "atom.global.inc.u32 {$w0}, [{$r0}], {$r1};"
+    return inline_ptx(count, write_only_types=[Int32], read_only_args=[counter, last], loc=loc, ip=ip)
 
 
 class _Ring:
@@ -629,28 +637,21 @@ class _Ring:
         return _Reader(place, None if self.operand is None else self.row(stage, place.tiling.vector))
 
 
-def _fetch(rings: tuple[_Ring, ...], arrived: cute.Pointer, batch: Int32, token: Int32, stage, wanted: Boolean) -> None:
-    """Starts the copies of a token's rows; `wanted` in one thread at most."""
-    present = [ring for ring in rings if ring.operand is not None]
-    sources = [_row_of(ring.tensor, ring.operand, batch, token, ring.d) for ring in present]
-    size = sum(ring.d * ring.operand.dtype.itemsize for ring in present)
-    _copy_rows(sources, [ring.row(stage, ring.d) for ring in present], arrived + stage, size, wanted)
-
-
 @cute.jit
-def _copy_rows(
-    sources: list[cute.Tensor],
-    targets: list[cute.Tensor],
-    arrived: cute.Pointer,
-    size: cutlass.Constexpr,
-    wanted: Boolean,
+def _fetch(
+    rings: cutlass.Constexpr, arrived: cute.Pointer, token_at: cute.Tensor, batch: Int32, token: Int32, stage: Int32
 ):
-    if wanted:
-        cute.arch.mbarrier_arrive_and_expect_tx(arrived, size)
-        for source, target in zip(sources, targets, strict=True):
-            bits = cute.size(source) * source.element_type.width
+    """Starts the copies of a token's rows into a stage; of none where the token is negative. In one thread."""
+    present = [ring for ring in rings if ring.operand is not None]
+    size = sum(ring.d * ring.operand.dtype.itemsize for ring in present)
+    token_at[stage] = token
+    if token >= 0:
+        cute.arch.mbarrier_arrive_and_expect_tx(arrived + stage, size)
+        for ring in present:
+            source, target = _row_of(ring.tensor, ring.operand, batch, token, ring.d), ring.row(stage, ring.d)
+            bits = ring.d * ring.operand.dtype.itemsize * 8
             atom = cute.make_copy_atom(CopyBulkG2SOp(), source.element_type, num_bits_per_copy=bits)
-            cute.copy(atom, source[0, None], target[0, None], mbar_ptr=arrived)
+            cute.copy(atom, source[0, None], target[0, None], mbar_ptr=arrived + stage)
 
 
 def _taken(ahead: _Reader, place: _Place) -> _Reader:
@@ -675,7 +676,7 @@ def _write_y(chain: Chain, norm: _Norm, values: _Reader, gates, residuals: _Read
 
     def visit(i) -> Float32:
         fragment = y.store(i, _gated(norm(i, values(i)), gates(i), residuals(i), chain.gated))
-        return Float32(0.0) if norm2 is None else norm2.moment(i, _wide(fragment))
+        return Float32(0.0) if norm2 is None else norm2.moment(i, fragment.load())
 
     return _walk(y.place.tiling, visit)
 

@@ -10,9 +10,9 @@ from dit_kernels.cute.tiling import WARP
 
 
 @cute.jit
-def warp_sum(value: Float32) -> Float32:
-    """The sum over a warp, in every lane of it, by the same tree in each lane."""
-    for step in cutlass.range_constexpr(5):
+def warp_sum(value: Float32, lanes: cutlass.Constexpr = WARP) -> Float32:
+    """The sum over each group of `lanes` lanes, in every lane of it, by the same tree in each."""
+    for step in cutlass.range_constexpr(lanes.bit_length() - 1):
         value += cute.arch.shuffle_sync_bfly(value, offset=1 << step)
     return value
 
@@ -32,8 +32,10 @@ def cta_sum(value: Float32, partials: cute.Tensor) -> Float32:  # partials: (war
         if lane == 0:
             partials[warp] = value
         cute.arch.sync_threads()
+        lanes = const_expr(1 << (warps - 1).bit_length())  # of a group that reads every partial sum once
+        group_lane = lane % lanes
         value = Float32(0.0)
-        if lane < warps:
-            value = partials[lane]
-        value = warp_sum(value)
+        if group_lane < warps:
+            value = partials[group_lane]
+        value = warp_sum(value, lanes)
     return value

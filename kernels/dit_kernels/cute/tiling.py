@@ -6,7 +6,7 @@ t, t + threads, t + 2*threads, ... so that neighbouring threads touch neighbouri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 WARP = 32
@@ -25,26 +25,26 @@ LOADED_REGISTERS_OF_A_ROW = 80
 
 # What follows was measured on an H200 in bf16, D=3840, in microseconds (benchmarks/NOTES.md has the rest).
 #
-# The next row comes into registers where few are needed. Threads of such a kernel on one multiprocessor, by the
-# registers of a thread's loaded operands, S=4128, from two runs, and a copy of the same bytes:
-#                   1024    1536    2048 threads   copy
-#   scaled norm     21.2    19.5    17.6           16.8
-#   gated norm      26.2    24.9    28.2           24.3
-#   dual            38.0    42.6    38.9           31.8     34.0 staged
-RESIDENT_THREADS = ((12, 2048), (16, 1536), (LOADED_REGISTERS, 1024))
-FEW_REGISTERS = 16
+# Threads of walking CTAs on one multiprocessor, by op: those of a CTA, CTAs, and the stages of each.
+#   S                               1056    4128   16416
+#   dual     copy                   9.69   31.83   119.3
+#            480 threads x 3, 2    10.69   33.12   122.8
+#            480 x 2, 3            10.84   32.91   121.9
+#            160 x 4, 2            10.86   34.02
+#   gated    copy                   7.75   24.39   90.90
+#            480 x 4, 2             8.51   24.95   89.28
+#            160 x 6, 2             8.09   24.97   89.62
+#            160 x 8, 2             9.25   25.37   89.79
+#   scaled   copy                   5.81   16.96   61.07
+#            480 x 4, 2             6.63   17.60   63.48
+#            160 x 6, 3             6.08   17.44   62.95
+#            160 x 8, 2             6.14   17.34   63.17
+WALKING_THREADS = {"dual": 1152, "gated": 1024, "scaled": 1280}
+WALKING_REGISTERS = 24  # of a thread, for parameters, up to which it takes a further vector of the row
+WALKING_VECTORS = 3
 
-# As the times tell it, multiprocessors get unequal shares of the memory's bandwidth: where all CTAs walk as many rows,
-# S=16416 takes the dual 140.9, the gated norm 94.8 and the scaled norm 65.8. Where some rows are left to CTAs that
-# start as others end: 124.0, 89.4 and 62.0 (copies 119.5, 90.3 and 60.8). Chunks of 1 or 4 rows are slower, and so is
-# a CTA that starts anew where all walk a few rows only (S=2112: gated norm 14.5 against 14.0).
-# A chain whose products are not bf16 has more instructions, and what a CTA does once, tanh among them, counts for more:
-# the dual at S=4128 in fp16 takes 34.9 with 11 sixteenths of the rows walked, 35.1 with 14; in the form fp32, 35.8 and
-# 35.2.
-SHARE_FROM_REGISTERS = 14
-SHARE_FROM_SHARED = {"bf16": 6, "fp16": 11, "fp32": 14}  # by the dtype of the products
-CHUNK = 2
-SHORT = 6
+# Without bulk copies the next row comes into registers: threads on one multiprocessor, by a thread's registers for it.
+UNSTAGED_THREADS = ((12, 1536), (24, 1024), (LOADED_REGISTERS, 768))
 
 REGISTERS = 65536  # of one multiprocessor
 OTHER_SHARED_BYTES = 1536  # of one CTA: what the system takes, barriers and partial sums
@@ -52,13 +52,10 @@ OTHER_SHARED_BYTES = 1536  # of one CTA: what the system takes, barriers and par
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the rows of a batch item are shared out, where CTAs walk rows."""
+    """CTAs that walk rows."""
 
-    ctas: int  # on a multiprocessor, each of which walks many rows
-    stages: int  # rows on their way through shared memory; 0: the next row comes into registers
-    share: int  # sixteenths of the rows that are walked so; the rest goes to CTAs of `chunk` rows
-    chunk: int = CHUNK
-    short: int = SHORT  # with no more rows than this for each, the walkers take them all
+    ctas: int  # on a multiprocessor
+    stages: int  # rows of a CTA in shared memory, under way or worked on; 0: the next row comes into registers
 
 
 @dataclass(frozen=True)
@@ -90,27 +87,30 @@ def machine(arch: str) -> Machine:
     number = int(arch.removeprefix("sm_").rstrip("af"))
     if number < 90:
         return Machine(0, 0)
-    return Machine((227 if number < 120 else 99) * 1024, 0 if number == 90 else 16)
+    if number < 120:
+        return Machine(227 * 1024, 0 if number == 90 else 4)
+    return Machine(99 * 1024, 20)
 
 
 def row_tiling(
+    op: str,
     d: int,
     row_widths: Sequence[int],
     parameter_widths: Sequence[int],
     arch: str,
     walks: bool = True,
     aligned: bool = True,
-    product: str = "bf16",
 ) -> RowTiling:
     """The tiling for rows of `d` elements.
 
-    row_widths: bytes of an element of each tensor read per row (x, residual); parameter_widths: of each other operand
-    that is read as vectors, as it is kept. The vector is as wide as the narrowest row operand needs for a 16-byte
-    access. walks: no parameter differs from row to row; aligned: rows start and end at multiples of 16 bytes, as bulk
-    copies need them; product: the dtype of the products, two of which are one instruction in bf16.
+    op: "dual", "gated" or "scaled". row_widths: bytes of an element of each tensor read per row (x, residual);
+    parameter_widths: of each other operand that is read as vectors, as it is kept. The vector is as wide as the
+    narrowest row operand needs for a 16-byte access. walks: no parameter differs from row to row; aligned: rows start
+    and end at multiples of 16 bytes, as bulk copies need them.
     """
     vector = _vector_elements(d, min(row_widths))
     registers = _registers(vector, max(row_widths))
+    parameter_registers = sum(_registers(vector, width) for width in parameter_widths)
     total = d // vector
     on = machine(arch)
     bulk = walks and aligned and on.shared_bytes > 0
@@ -120,14 +120,18 @@ def row_tiling(
     if resident and not walks and total % (VECTORS_OF_A_ROW * WARP) == 0:
         fewest = min(max(fewest, VECTORS_OF_A_ROW), most)
     threads, vectors = _split(total, most, fewest)
+    if resident and bulk:
+        few = min(WALKING_VECTORS, WALKING_REGISTERS // max(parameter_registers, 1), most)
+        threads, vectors = _fullest(total, range(fewest, few + 1)) or (threads, vectors)
     tail = threads * vectors != total
-    held = vectors * sum(_registers(vector, width) for width in parameter_widths)
+    held = vectors * parameter_registers
     loaded = held + vectors * sum(_registers(vector, width) for width in row_widths)
     schedule = None
     if walks and resident:
-        if bulk and loaded > FEW_REGISTERS and held <= HELD_REGISTERS:
-            used = 16 + held + held // 2 + 8 * tail + on.more_registers
-            schedule = _staged(threads, used, d * sum(row_widths), on.shared_bytes, SHARE_FROM_SHARED[product])
+        if bulk and held <= HELD_REGISTERS:
+            used = 15 + held + held // 2 + 8 * tail + on.more_registers
+            most_ctas = min(WALKING_THREADS[op] // threads, REGISTERS // (threads * used))
+            schedule = _staged(most_ctas, d * sum(row_widths), on.shared_bytes)
         elif loaded <= LOADED_REGISTERS:
             schedule = _unstaged(threads, loaded)
     most_loaded = LOADED_REGISTERS if walks else LOADED_REGISTERS_OF_A_ROW
@@ -136,16 +140,15 @@ def row_tiling(
 
 
 def _unstaged(threads: int, loaded: int) -> Schedule:
-    most = next(most for registers, most in RESIDENT_THREADS if loaded <= registers)
-    return Schedule(max(1, min(most // threads, MAX_CTAS)), 0, SHARE_FROM_REGISTERS)
+    most = next(most for registers, most in UNSTAGED_THREADS if loaded <= registers)
+    return Schedule(max(1, min(most // threads, MAX_CTAS)), 0)
 
 
-def _staged(threads: int, registers: int, row_bytes: int, shared_bytes: int, share: int) -> Schedule | None:
-    """`registers`: those of a thread, by estimate. A CTA more than run at once would make the walkers unequal."""
-    for ctas in range(max(1, min(REGISTERS // (threads * registers), MAX_CTAS)), 0, -1):
+def _staged(most_ctas: int, row_bytes: int, shared_bytes: int) -> Schedule | None:
+    for ctas in range(max(1, min(most_ctas, MAX_CTAS)), 0, -1):
         room = (shared_bytes // ctas - OTHER_SHARED_BYTES) // row_bytes
         if room >= 2:
-            return Schedule(ctas, 3 if ctas <= 2 and room >= 3 else 2, share)
+            return Schedule(ctas, 3 if ctas <= 2 and room >= 3 else 2)
     return None
 
 
@@ -156,6 +159,12 @@ def _vector_elements(d: int, width: int) -> int:
 
 def _registers(vector: int, width: int) -> int:
     return -(-vector * width // 4)
+
+
+def _fullest(total: int, choices: Iterable[int]) -> tuple[int, int] | None:
+    """(threads, vectors of one) for `total` vectors: the fewest outside the row, and of equals the most a thread."""
+    tilings = [(-(-total // (vectors * WARP)) * WARP, vectors) for vectors in choices]
+    return min(tilings, key=lambda tiling: (tiling[0] * tiling[1], -tiling[1]), default=None)
 
 
 def _split(total: int, most: int, fewest: int) -> tuple[int, int]:

@@ -1,0 +1,152 @@
+"""The kernels of norm_rope, qk_norm_rope and silu_mul, run from their PTX, with the bounds of tests/gpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
+
+from dit_kernels.rounding import FORMS, SILU_FORMS
+from ptx import numbers
+from ptx.device import ARCHS, call, gpu
+from ptx.judging import rsqrt
+
+_SPEC = importlib.util.spec_from_file_location("attention", Path(__file__).parents[1] / "gpu/test_attention_kernels.py")
+assert _SPEC is not None and _SPEC.loader is not None
+bounds: Any = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = bounds
+_SPEC.loader.exec_module(bounds)
+bounds.DEVICE, bounds.call = "cpu", lambda op, *args, **options: call(op, args, **options)
+check_heads, check_silu, heads, random = bounds.check_heads, bounds.check_silu, bounds.heads, bounds.random
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+COMPLEX64, COMPLEX128 = torch.complex64, torch.complex128
+
+
+class _LikeCuda(torch.overrides.TorchFunctionMode):
+    """Products of complex numbers as CUDA's compiler contracts them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.Tensor.mul and args[0].is_complex():
+            dtype = torch.promote_types(args[0].dtype, args[1].dtype)
+            fma = numbers.fma_f32 if dtype == COMPLEX64 else numbers.fma_f64
+            x, y = (torch.view_as_real(t.to(dtype)).numpy() for t in torch.broadcast_tensors(*args))
+            (a, b), (c, d) = (x[..., 0], x[..., 1]), (y[..., 0], y[..., 1])
+            parts = np.stack((fma(a, c, -(b * d)), fma(b, c, a * d)), -1)
+            return torch.view_as_complex(torch.from_numpy(parts))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def definition_like_cuda() -> Iterator[None]:
+    with mock.patch.object(torch, "rsqrt", rsqrt), _LikeCuda():
+        yield
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, dict[str, Any]] = {
+    "Z-Image": dict(sizes=(2, 3, 30, 30, 128)),
+    "Lumina 2": dict(sizes=(1, 3, 24, 8, 96), rotation=COMPLEX128),
+    "Ideogram 4": dict(sizes=(1, 3, 18, 18, 256), rotation=BF16, interleaved=False),
+    "Flux": dict(sizes=(2, 2, 24, 24, 128), rotation=FP32, rope_dtype=FP32, out_dtype=BF16),
+    "fp32": dict(sizes=(1, 2, 5, 3, 64), dtype=FP32),
+    "fp16": dict(sizes=(2, 3, 6, 2, 120), dtype=FP16, rotation=FP16),
+    "several tokens a CTA": dict(sizes=(2, 7, 1, 1, 64)),
+}
+
+
+def check_kind(kind: str, **options: Any) -> None:
+    given = {**KINDS[kind], **options}
+    of_operands = {name: given.pop(name) for name in ("dtype", "rotation", "weight") if name in given}
+    sizes, interleaved = given.pop("sizes"), given.get("interleaved", True)
+    check_heads(heads(*sizes, **of_operands, interleaved=interleaved), **given)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_models_heads_follow_the_definition(arch: str, kind: str) -> None:
+    with gpu(arch, 1):
+        check_kind(kind)
+
+
+@pytest.mark.parametrize("kind", ("Z-Image", "Ideogram 4"))
+@pytest.mark.parametrize("form", FORMS)
+def test_heads_follow_the_definition_in_every_rounding_form(kind: str, form: str) -> None:
+    with gpu("sm_90a", 1):
+        check_kind(kind, rounding=form, out_dtype=BF16)
+
+
+@settings(max_examples=12)
+@given(
+    d=st.sampled_from((8, 24, 40, 64, 72, 128, 160, 384)),
+    numbers_of_heads=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    dtype=st.sampled_from((BF16, FP16, FP32)),
+    rotation=st.sampled_from((COMPLEX64, COMPLEX128, BF16, FP32)),
+    interleaved=st.booleans(),
+    weight=st.sampled_from((None, FP32)),
+    view=st.sampled_from((bounds.heads_first, bounds.misaligned, bounds.one_for_all)),
+    own=st.booleans(),
+    one_a_pair=st.booleans(),
+)
+def test_heads_of_any_layout_follow_the_definition(
+    d, numbers_of_heads, dtype, rotation, interleaved, weight, view, own, one_a_pair
+) -> None:
+    interleaved = interleaved or rotation.is_complex
+    o = heads(2, 3, *numbers_of_heads, d, dtype, rotation, weight, interleaved)
+    turning = [o.rotation, o.sin]
+    if own:
+        turning = [None if t is None else torch.cat((t, t.flip(1))) for t in turning]
+    if one_a_pair and o.sin is not None:
+        turning = [t[..., ::2].contiguous() if interleaved else t[..., : d // 2] for t in turning]
+    o = replace(o, q=view(o.q), rotation=turning[0], sin=turning[1])
+    with gpu("sm_90a", 1):
+        check_heads(o, interleaved=interleaved)
+
+
+def test_a_batch_wider_than_the_grid_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_kernels.cute import norm_rope, silu_mul
+    from ptx.device import compiled
+
+    monkeypatch.setattr(norm_rope, "MAX_GRID_Y", 2)
+    monkeypatch.setattr(silu_mul, "MAX_GRID_Y", 2)
+    with gpu("sm_90a", 1, compiled.__wrapped__):
+        check_heads(heads(5, 2, 2, 1, 64))
+        check_silu(random(5, 2, 64), random(5, 2, 64, seed=1))
+
+
+# --- silu -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("form", SILU_FORMS)
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32))
+def test_silu_mul_follows_the_definition(arch: str, form: str, dtype: torch.dtype) -> None:
+    a, b = random(2, 3, 1000, dtype=dtype, seed=1) * 3, random(2, 3, 1000, dtype=dtype, seed=2)
+    with gpu(arch, 1):
+        check_silu(a, b, rounding=form)
+
+
+@pytest.mark.parametrize("d", (7, 512))
+def test_silu_mul_of_halves_of_one_tensor_and_of_strides_follows_the_definition(d: int) -> None:
+    with gpu("sm_90a", 1):
+        check_silu(*(random(2, 5, 2 * d) * 3).chunk(2, -1))
+        check_silu(bounds.misaligned(random(2, 5, d)), bounds.tokens_first(random(2, 5, d, seed=1)))
+        check_silu(random(2, 5, d), random(2, 5, d, seed=1).float(), silu_dtype=FP32)
+
+
+def test_silu_of_large_and_special_numbers_is_eagers() -> None:
+    with gpu("sm_90a", 1):
+        bounds.test_silu_of_large_and_special_numbers_is_eagers()
