@@ -82,6 +82,13 @@ class Gated:
         }
 
 
+def note(norm: Norm, survey: Survey) -> None:
+    """Notes which y a norm makes, so that the norm that reads it can find its site."""
+    upper = grow(norm)
+    if upper is not None and (upper.gate is not None or upper.y not in survey.gated):
+        survey.gated[upper.y] = norm.anchor
+
+
 def find(norm: Norm, survey: Survey) -> Site | None:
     """The site whose norm this is, as far as its dataflow tells. Raises Refused."""
     gated = grow(norm)

@@ -44,6 +44,8 @@ from fusion_pass.dataflow import (
 )
 from fusion_pass.report import Reason, Refused
 
+NAME = "norm"
+ALONE = Reason.ALONE
 ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
 
 
