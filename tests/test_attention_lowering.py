@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_lowering import STREAM, assert_equal, compiled, gpu, is_direct, launched, random
+from test_lowering import STREAM, addresses, assert_equal, compiled, gpu, is_direct, launched, random
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 import fusion_pass.lowering  # noqa: F401  Inductor's way to call the ops
-from dit_kernels.calls import norm_rope, silu_mul
 from dit_kernels.direct import DirectCall
+from dit_kernels.ops import OPS
 
 ops = torch.ops.dit_kernels
 B, S, H, HK, D, EPS = 2, 5, 4, 2, 16, 1e-5
@@ -59,7 +59,7 @@ def test_q_and_k_are_read_where_the_projection_has_left_them(rotation: tuple[Ten
     args = (random(B, S, PACKED), random(D), *rotation)
     got, code = compiled(qk, *args)
     assert is_direct(code)
-    assert f"{{'k': {2 * H * D}}}" in code
+    assert f".data_ptr() + {2 * H * D}, " in code
     assert code.count(" = empty_strided_cpu(") == 2
     assert_equal(got, qk(*args))
 
@@ -82,7 +82,7 @@ def test_silu_mul_of_halves_is_called_directly_on_their_buffer() -> None:
     x = random(B * S, 2 * D)
     got, code = compiled(halves, x)
     assert is_direct(code)
-    assert f"{{'b': {2 * D}}}" in code
+    assert f".data_ptr() + {2 * D}, " in code
     assert_equal(got, halves(x))
 
 
@@ -117,21 +117,17 @@ def test_what_a_kernel_does_not_take_as_it_is_goes_through_the_dispatcher(unusua
 def test_a_direct_call_launches_with_the_addresses_and_numbers_of_its_operands() -> None:
     q, k, w, rotation = random(B, S, H, D), random(B, S, HK, D), random(D), freqs(1, S)
     results = random(B, S, H, D), random(B, S, HK, D)
-    at = lambda *tensors: tuple(t if t is None or isinstance(t, float) else t.data_ptr() for t in tensors)  # noqa: E731
     cases = {
         "qk_norm_rope": ((q, k, w, None, rotation, None, EPS, EPS, *results), dict(q=q, k=k, rotation=rotation)),
         "norm_rope": ((q, w, rotation, None, EPS, results[0]), dict(q=q, rotation=rotation)),
         "silu_mul": ((q[0], q[1], results[0][0]), dict(a=q[0], b=q[1])),
     }
-    expected = {
-        "qk_norm_rope": at(q, k, w, None, rotation, None, EPS, EPS, *results),
-        "norm_rope": at(q, None, w, None, rotation, None, EPS, 0.0, results[0], None),
-        "silu_mul": at(q[0], q[1], results[0][0]),
-    }
+    alone = (q, None, w, None, rotation, None, EPS, 0.0, results[0], None)
     for name, (given, named) in cases.items():
-        family = silu_mul.FAMILY if name == "silu_mul" else norm_rope.FAMILY
-        numbers = family.launch_numbers(named)
-        call = DirectCall(name, {})
+        numbers = OPS[name].family.launch_numbers(named)
+        arguments = alone if name == "norm_rope" else given
+        assert tuple(OPS[name].arranged(given)) == arguments
+        call = DirectCall(name)
         with gpu():
             call.checked(*given)
-            assert launched(call, given, numbers) == (*expected[name], *numbers, STREAM)
+            assert launched(call, arguments, numbers) == (*addresses(*arguments), *numbers, STREAM)
