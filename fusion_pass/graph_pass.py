@@ -12,6 +12,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch.fx import Graph, Node
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  how Inductor calls what the pass inserts
 from fusion_pass import eligibility, sites
-from fusion_pass.dataflow import VIEWS, aten, dtype, is_call
+from fusion_pass.dataflow import VIEWS, aten, dtype, is_call, past_views
 from fusion_pass.report import (
     BY_DESIGN,
     FusionReport,
@@ -82,20 +83,27 @@ class FusionPass(CustomGraphPass):
             _Rewriter(self, graph, report).run()
             graph.lint()
             _warn_if_nothing_fused(report, graph)
+            self._publish(report)
         except Exception as error:
             if saved is not None:
                 _restore(graph, saved)
             if self.strict:
                 raise
-            report = FusionReport(graphs=1, missed=[_failure(error)])
             _warn_of(error)
-        self._publish(report)
+            with suppress(Exception):  # what failed may be the report
+                self._publish(FusionReport(graphs=1, missed=[_failure(error)]))
 
     def uuid(self) -> Any | None:
         """What the output of this pass depends on, beyond the graph: its sources, its options and the versions."""
         if self.collector is not None:
             return None
-        return f"fusion_pass:{_fingerprint()}:{self.options()}"
+        try:
+            return f"fusion_pass:{_fingerprint()}:{self.options()}"
+        except Exception as error:  # sources that cannot be read: nothing is cached
+            if self.strict:
+                raise
+            _warn_of(error)
+            return None
 
     def options(self) -> tuple[str, str, bool]:
         return (self.rounding, self.kernels, self.strict)
@@ -109,6 +117,7 @@ class FusionPass(CustomGraphPass):
         return hash(self.options())
 
     def _publish(self, report: FusionReport) -> None:
+        summary, details = report.summary(), report.to_json()
         if self.collector is not None:
             self.collector.merge(report)
         for site in report.fused:
@@ -116,7 +125,7 @@ class FusionPass(CustomGraphPass):
             counters["inductor"][COUNTER_PREFIX + site.kind] += 1
         counters["fusion_pass"]["graphs"] += 1
         counters["fusion_pass"]["missed"] += len(report.missed)
-        log.info("graph: %s", report.summary())
+        log.info("graph: %s", summary)
         for site in report.fused:
             log.debug("fused %s: %s at %s", site.kind, site.module, site.source)
         for site in report.missed:
@@ -124,7 +133,7 @@ class FusionPass(CustomGraphPass):
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "fusion_pass_report", "encoding": "json"},
-            payload_fn=report.to_json,
+            payload_fn=lambda: details,
         )
 
 
@@ -210,7 +219,7 @@ class _Rewriter:
             except Refused as refusal:
                 refusal.site = site
                 first_refusal = first_refusal or refusal
-        raise first_refusal or Refused(Reason.ALONE)
+        raise first_refusal or Refused(Reason.ALONE, next(iter(past_views(found.out)[-1].users), found.out))
 
     def _rewrite(self, match: Match) -> None:
         anchor = match.output_node()
@@ -225,7 +234,9 @@ class _Rewriter:
 
 def reads_too_early(call: Node) -> bool:
     """Does anything that reads a result stand before the call, because an operand of the call stands behind it?"""
-    results = [user for user in call.users if user.target is operator.getitem] or [call]
+    results = [call]
+    for result in results:  # grows: the items of the call, and these in the shapes that the graph has them in
+        results += [user for user in result.users if user.target in (operator.getitem, aten.reshape.default)]
     return any(reader < call for result in results for reader in result.users)
 
 
@@ -273,7 +284,8 @@ def _failure(error: Exception, anchor: Node | None = None) -> ReportedSite:
     """An error of our own, for the norm that it happened at, or for the whole graph."""
     module, source, shape = ("", "", ()) if anchor is None else (module_path(anchor), source_line(anchor), ())
     kind = "graph" if anchor is None else "norm"
-    reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}"
+    at = "" if anchor is None else f", at {anchor.name}"
+    reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}{at}"
     return ReportedSite(kind, None, None, module, source, shape, None, None, reason, Reason.ERROR.name)
 
 

@@ -1,6 +1,8 @@
 """How Inductor calls the ops: by dit_kernels.direct instead of the dispatcher, into buffers that it plans itself.
 
-What this does not know to be right (C++ wrappers, unusual shapes and strides) is called as any custom op is.
+What this does not know to be right (C++ wrappers, unusual shapes and strides) is called as any custom op is. So are ops
+that are called by hand under plain Inductor: the code that is emitted here fits one version of dit_kernels.direct, and
+only our pass in the hook makes that version part of the key of Inductor's caches.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._inductor import ir
+from torch._inductor import config, ir
 from torch._inductor.lowering import empty_strided, fallback_handler, register_lowering
 from torch._inductor.virtualized import V
 
@@ -112,6 +114,10 @@ def _stored(t: Any) -> Any:
 
 def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The op's results, to be computed by a DirectKernel. Raises Unusual."""
+    from fusion_pass.hook import holds_ours  # which imports the pass, which imports this
+
+    if not holds_ours(config.post_grad_custom_pre_pass):
+        raise Unusual("Inductor's caches do not know our version")
     if V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False) or V.graph.aot_mode:
         raise Unusual("the wrapper is no Python code")
     if stream(V.graph.current_node):

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+import fusion_pass
 from dit_kernels import ops, tickets
 from dit_kernels.calls import norm_gate
 from dit_kernels.calls.norm_gate import launch_numbers
 from dit_kernels.direct import DirectCall
-from fusion_pass import lowering
+from fusion_pass import Backend, lowering
 
 D, EPS = 32, 1e-5
 PROCESSORS, COUNTERS, STREAM = 132, 4096, 7
@@ -43,7 +44,7 @@ def random(*shape: int) -> Tensor:
 def compiled(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str]:
     """The result of Inductor's code, and the code."""
     torch._dynamo.reset()
-    result, codes = run_and_get_code(torch.compile(function, **options), *args)
+    result, codes = run_and_get_code(torch.compile(function, backend=Backend(), **options), *args)
     return result, "\n".join(codes)
 
 
@@ -100,7 +101,7 @@ def test_a_view_is_given_as_its_buffer_and_an_offset() -> None:
 
 
 def test_sizes_may_change_without_another_compilation() -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = torch._dynamo.testing.CompileCounterWithBackend(Backend())
     function = torch.compile(lambda x, w, r: GATED(x, w, None, None, r, EPS, tanh=False), backend=counter, dynamic=None)
     w = random(D)
     for tokens in (5, 7, 11, 13):
@@ -163,6 +164,15 @@ def test_code_for_other_dtypes_is_another_source() -> None:
         _, code = compiled(scaled, x, weight, scale)
         lines.append(next(line for line in code.splitlines() if "= DirectCall(" in line))
     assert lines[0] != lines[1]
+
+
+def test_under_plain_inductor_whose_caches_do_not_know_our_version_the_op_goes_through_the_dispatcher() -> None:
+    args = operands(2, 5)
+    for options, direct in ((None, False), (fusion_pass.inductor_options(), True)):
+        torch._dynamo.reset()
+        got, codes = run_and_get_code(torch.compile(dual, options=options), *args)
+        assert is_direct("\n".join(codes)) == direct
+        assert_equal(got, dual(*args))
 
 
 def test_a_cpp_wrapper_calls_the_op_through_the_dispatcher() -> None:

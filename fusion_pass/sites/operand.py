@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
-from fusion_pass.dataflow import add_constant, aten, broadcasts_to, is_call, sole_user, value
+from fusion_pass.dataflow import RESHAPES, add_constant, aten, broadcasts_to, is_call, sole_user, value
 from fusion_pass.report import Reason, Refused
 
 
 @dataclass(frozen=True)
 class Operand:
-    """`source` with `views` (nodes of unsqueeze) applied to it; `absorbed` are the nodes that the op replaces."""
+    """`source` with `views` (nodes of the graph) applied to it; `absorbed` are the nodes that the op replaces."""
 
     source: Node
     views: tuple[Node, ...]
@@ -35,7 +36,7 @@ class Operand:
         for view in self.views:
             node = graph.call_function(view.target, (node, *view.args[1:]))
             node.meta = dict(view.meta)
-            node.meta["val"] = view.target(node.args[0].meta["val"], *view.args[1:])
+            node.meta["val"] = view.target(*map_arg(node.args, lambda n: n.meta["val"]))
         return node
 
 
@@ -53,7 +54,7 @@ def _operand(node: Node, x: Node, inner: Callable[[Node], Node | None]) -> Opera
     given, expands = _unexpanded(node, x)
     views: list[Node] = []
     current = given
-    while is_call(current, aten.unsqueeze.default) and sole_user(current) is not None:
+    while is_call(current, *RESHAPES) and sole_user(current) is not None:
         views.insert(0, current)
         current = current.args[0]
     source = inner(current)

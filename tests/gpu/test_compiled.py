@@ -123,7 +123,7 @@ def dual(x: torch.Tensor, w: torch.Tensor, m: torch.Tensor, r: torch.Tensor, w2:
 
 
 def test_a_direct_call_is_looked_at_once_and_computes_what_the_op_does(looked_at: list[str]) -> None:
-    function = torch.compile(dual, dynamic=None)
+    function = torch.compile(dual, backend=Backend(), dynamic=None)
     for tokens in (64, 64, 96, 128, 64):
         args = dual_operands(2, tokens)
         for got, expected in zip(function(*args), dual(*args), strict=True):
@@ -132,7 +132,7 @@ def test_a_direct_call_is_looked_at_once_and_computes_what_the_op_does(looked_at
 
 
 def test_a_direct_call_takes_an_operand_that_is_not_aligned(looked_at: list[str]) -> None:
-    function = torch.compile(dual, dynamic=False)
+    function = torch.compile(dual, backend=Backend(), dynamic=False)
     for skip in (0, 0, 1, 4, 0):
         args = dual_operands(1, 64, skip)
         for got, expected in zip(function(*args), dual(*args), strict=True):
@@ -141,7 +141,7 @@ def test_a_direct_call_takes_an_operand_that_is_not_aligned(looked_at: list[str]
 
 
 def test_a_direct_call_runs_on_the_current_stream() -> None:
-    function, args = torch.compile(dual, dynamic=False), dual_operands(1, 64)
+    function, args = torch.compile(dual, backend=Backend(), dynamic=False), dual_operands(1, 64)
     function(*args)
     stream, done = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(stream):

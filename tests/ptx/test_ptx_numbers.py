@@ -315,6 +315,16 @@ $LESS:
     assert stored_by_each_lane(body) == ([2] * 16 + [1] * 8 + [2] * 8) * 2
 
 
+def test_roots_and_quotients_are_rounded_once() -> None:
+    values = [2.0, 3.0, 1e-40, 1e30, 0.0, math.inf]
+    exact = np.array(values, F32).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        assert computed("sqrt.rn.f32", values) == list(np.sqrt(exact).astype(F32))
+        assert computed("rcp.rn.f32", values) == list((1 / exact).astype(F32))
+        assert computed("div.rn.f32", [7.0] * 6, values) == list((7 / exact).astype(F32))
+    assert math.isnan(computed("sqrt.rn.f32", [-1.0])[0])
+
+
 # --- approximate instructions ---------------------------------------------------------------------------------------
 
 

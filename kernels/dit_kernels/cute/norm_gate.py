@@ -76,6 +76,14 @@ def _sum(value) -> Float32:
     return widen(value).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
 
 
+def _root(v: Float32, root: str, stat: torch.dtype) -> Float32:
+    """What x is multiplied by, or, as a quotient, divided by."""
+    if root == "rsqrt":
+        return cute.math.rsqrt(v)
+    root_of_v = rounded(cute.math.sqrt(v), stat)
+    return root_of_v if root == "quotient" else Float32(1.0) / root_of_v
+
+
 def _square(x, mean, stat: torch.dtype):
     centred = x if mean is None else widen(x) - mean
     return product(centred, centred, stat)
@@ -83,7 +91,8 @@ def _square(x, mean, stat: torch.dtype):
 
 def _normed(x, mean, rstd, weight, bias, steps: NormSteps):
     x = widen(x)
-    n = rounded((x if mean is None else x - mean) * rstd, steps.normed)
+    centred = x if mean is None else x - mean
+    n = rounded(centred / rstd if steps.root == "quotient" else centred * rstd, steps.normed)
     if weight is not None:
         n = product(n, weight, steps.weighted)
     if bias is not None:
@@ -299,7 +308,7 @@ class _Norm:
             self.mean = mean = cta_sum(moments, self.partials[None, 0])
             moments = _walk(place.tiling, lambda i: place.counted(i, _sum(_square(values(i), mean, stat))))
         mean_square = rounded(cta_sum(moments, self.partials[None, 1]) * Float32(1.0 / place.d), stat)
-        self.rstd = rounded(cute.math.rsqrt(rounded(add(mean_square, eps), stat)), stat)
+        self.rstd = rounded(_root(rounded(add(mean_square, eps), stat), self.steps.root, stat), stat)
 
     def __call__(self, i, value):
         """The normalised vector i."""
