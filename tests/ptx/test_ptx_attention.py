@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from dit_kernels.cute import norm_rope, silu_mul
-from dit_kernels.rounding import FORMS, SILU_FORMS
+from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
 from ptx import numbers
 from ptx.device import ARCHS, call, compiled, gpu
 from ptx.judging import rsqrt
@@ -82,6 +82,13 @@ def check_kind(kind: str, **options: Any) -> None:
 def test_each_models_heads_follow_the_definition(arch: str, kind: str) -> None:
     with gpu(arch, 1):
         check_kind(kind)
+
+
+@pytest.mark.parametrize("root", ROOTS[1:])
+def test_heads_follow_the_definition_with_every_spelling_of_the_root(root: str) -> None:
+    with gpu("sm_90a", 1):
+        check_kind("Z-Image", root=root)
+        check_kind("Ideogram 4", root=root, rounding="native")
 
 
 @pytest.mark.parametrize("kind", ("Z-Image", "Ideogram 4"))
