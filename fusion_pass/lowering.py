@@ -73,36 +73,34 @@ class DirectKernel(ir.ExternKernel):
 
     def codegen(self, wrapper: Any) -> None:
         name = f"dit_kernel_{wrapper.next_kernel_suffix()}"
-        results = [result.codegen_reference() for result in self.results]
-        bases = {key: _base(value) for key, value in self.operands.items()}
-        offsets = {key: base[1] for key, base in bases.items() if base is not None and base[1]}
-        given = [_written(value) if (base := bases[key]) is None else base[0] for key, value in self.operands.items()]
+        given = [*self.operands.values(), *self.results]
+        addresses = OPS[self.op._opname].arranged([_address(value) for value in given])
         numbers = wrapper.codegen_shape_tuple(self.constant_args)
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         wrapper.add_import_once("from dit_kernels.direct import DirectCall")
         # The comment keeps graphs that differ in dtypes alone from sharing one source, and with it one DirectCall.
         types = ", ".join(str(node.get_dtype()) for node in (*self.inputs, *self.results))
-        wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}, {offsets}{options})  # {types}")
-        wrapper.writeline(f"if not {name}({', '.join((*given, *results, numbers))}):")
-        wrapper.writeline(f"    {name}.checked({', '.join((*map(_written, self.operands.values()), *results))})")
+        wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}{options})  # {types}")
+        wrapper.writeline(f"if not {name}(({', '.join(map(str, addresses))}), {numbers}):")
+        wrapper.writeline(f"    {name}.checked({', '.join(map(_written, given))})")
 
 
 def _is_tensor(value: Any) -> bool:
     return value is not None and not isinstance(value, float)
 
 
-def _base(t: Any) -> tuple[str, int] | None:
-    """Where an operand is a view of a buffer: the buffer, and the bytes by which the view lies behind it.
-
-    A view costs the host as much to make as a launch; its address is a sum.
-    """
-    if not isinstance(t, ir.ReinterpretView):
-        return None
-    buffer = t.data.data if isinstance(t.data, ir.StorageBox) else t.data
-    if not isinstance(buffer, ir.Buffer) or buffer.get_layout().offset != 0 or buffer.get_dtype() != t.get_dtype():
-        return None
-    offset = t.get_layout().offset
-    return (buffer.get_name(), int(offset) * t.get_dtype().itemsize) if _static(offset) else None
+def _address(value: Any) -> str:
+    """An operand as a kernel takes it. A view costs the host as much to make as a launch; its address is a sum."""
+    if not _is_tensor(value):
+        return repr(value)
+    if not isinstance(value, ir.ReinterpretView):
+        return f"{value.codegen_reference()}.data_ptr()"
+    buffer = value.data.data if isinstance(value.data, ir.StorageBox) else value.data
+    offset = value.get_layout().offset
+    plain = isinstance(buffer, ir.Buffer) and buffer.get_layout().offset == 0
+    if not plain or buffer.get_dtype() != value.get_dtype() or not _static(offset):
+        return f"{value.codegen_reference()}.data_ptr()"
+    return f"{buffer.get_name()}.data_ptr() + {int(offset) * value.get_dtype().itemsize}"
 
 
 def _written(value: Any) -> str:

@@ -188,6 +188,7 @@ def rotated_steps(
     norm_dtype: torch.dtype | None = None,
     rope_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> RotatedSteps:
     """The steps of `rotate(norm(x))`, the norm an rms norm; `rotation` is complex, or the dtype of cos and sin.
 
@@ -195,7 +196,7 @@ def rotated_steps(
     what real products and their sum are rounded to, by default what PyTorch's promotion gives. Without `out_dtype`, the
     result has that dtype, too.
     """
-    norm = norm_steps(form, "rms", x, weight, None, norm_dtype)
+    norm = norm_steps(form, "rms", x, weight, None, norm_dtype, root)
     if form == "fp32":
         default = rotated_steps("cast_then_weight", x, weight, rotation, norm_dtype, rope_dtype).out
         wide = _promote(compute_dtype(x), rotation.to_real())
