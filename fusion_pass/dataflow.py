@@ -85,9 +85,9 @@ def under_views(node: Any) -> Any:
 
 
 def past_views(node: Node) -> tuple[Node, ...]:
-    """The node, and the other shapes that it is brought into before anything else reads it."""
+    """The node, and the other shapes, or fp32, that it is brought into before anything else reads it."""
     chain = [node]
-    while (user := sole_user(chain[-1])) is not None and keeps_rows(user):
+    while (user := sole_user(chain[-1])) is not None and (keeps_rows(user) or is_widening(user)):
         chain.append(user)
     return tuple(chain)
 

@@ -19,11 +19,12 @@ class Reason(str, Enum):
     """Why something in the graph was not fused; the list is closed."""
 
     ALONE = "no residual add, no scale and no rotation stands around it"
-    FOLLOWED = "a shift or a product follows the scale, which Inductor computes in the same kernel"
+    FOLLOWED = "a shift, a product or the like follows the scale, which Inductor computes in the same kernel"
     LAYER_NORM = "a LayerNorm that is not written as F.layer_norm"
     DIMENSION = "the mean does not run over the last dimension only"
     NOT_NORMALISED = "what is squared is not what is normalised"
-    MEAN = "its squares are summed, and the sum is not divided by their number as torch.mean does"
+    MEAN = "what its root is taken of is not what torch.mean makes of the squares, plus eps"
+    ROOT = "eps or a factor stands on its root, not under it"
     ESCAPES = "a value inside the site is used outside it"
     KINDS = "its two norms are of different kinds"
     ROUNDING = "its casts fit no rounding form"
@@ -54,6 +55,7 @@ BY_DESIGN = frozenset(
         Reason.DIMENSION,
         Reason.NOT_NORMALISED,
         Reason.MEAN,
+        Reason.ROOT,
         Reason.KINDS,
         Reason.PER_TOKEN,
         Reason.UNNORMED,

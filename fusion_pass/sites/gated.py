@@ -134,7 +134,7 @@ def _ungated(norm: Norm, terms: tuple[Node, ...], y: Node) -> Gated | None:
     if residual is None:
         return None
     interior = (*norm.interior, *terms)
-    return Gated(norm, term, None, residual, y, _steps(norm, norm.steps.out, term, y), interior)
+    return Gated(norm, term, None, residual, y, _steps(norm, norm.steps.out, norm.out, y), interior)
 
 
 def _gated(norm: Norm, terms: tuple[Node, ...], product: Node) -> Gated | None:
