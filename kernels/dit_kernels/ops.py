@@ -158,8 +158,9 @@ def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any])
     plan = _make_plan(op, call, tensors) if has_kernel(call) else None
     if plan is None:
         return
-    static: Any = [[None] * t.ndim for t in tensors]
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=static, dynamic_dims_strides=static)
+    sizes: Any = [list(t.shape) for t in tensors]  # for Dynamo some could be None: any size
+    strides: Any = [list(t.stride()) for t in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     if guards.check(*tensors):  # they take no tensor twice
         plans = _plans.setdefault(_kind(name, args, kwargs), [])
         plans[_MOST_PLANS - 1 :] = []

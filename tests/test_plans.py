@@ -1,0 +1,83 @@
+"""Which calls of an op are like one before, so that they skip what was checked and found out for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dit_kernels import ops
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Is there a plan for this call, after one with the arguments of the gated norm as they come from here?"""
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
+    monkeypatch.setattr(ops, "_make_plan", lambda op, call, tensors: lambda args, tensors: True)
+
+    def arguments(dtype: torch.dtype = torch.float32, tokens: int = 4, d: int = 8, **replaced: Any) -> tuple[Any, ...]:
+        x, residual = (torch.ones(1, tokens, d, dtype=dtype) for _ in range(2))
+        weight, gate = torch.ones(d, dtype=dtype), torch.ones(1, 1, d, dtype=dtype)
+        given = {"x": x, "weight": weight, "bias": None, "gate": gate, "residual": residual, "eps": 1e-5, **replaced}
+        return tuple(given.values())
+
+    def after(first: dict[str, Any], second: dict[str, Any], **options: Any) -> bool:
+        ops._plans.clear()
+        ops._keep_plan("op", ops.OPS["norm_tanh_mul_add"], arguments(**first), {})
+        return bool(ops._planned("op", arguments(**second), options))
+
+    return after
+
+
+def test_a_plan_serves_calls_with_other_content_and_another_eps(planned: Callable[..., bool]) -> None:
+    assert planned({}, {})
+    assert planned({}, {"eps": 1e-2, "weight": torch.zeros(8)})
+
+
+@pytest.mark.parametrize(
+    "other",
+    (
+        {"tokens": 5},
+        {"d": 16},
+        {"dtype": torch.bfloat16},
+        {"weight": None},
+        {"gate": torch.ones(1, 4, 8)},
+        {"weight": torch.nn.Parameter(torch.ones(8))},
+        {"x": torch.ones(1, 8, 4).transpose(1, 2)},
+        {"x": torch.ones(1, 4, 16)[..., ::2]},
+        {"residual": torch.ones(1, 4, 8, dtype=torch.float64)},
+        {"eps": torch.tensor(1e-5)},
+        {"gate": torch.ones(8)},
+        {"x": torch._neg_view(torch.ones(1, 4, 8))},
+    ),
+    ids=(
+        *(
+            "tokens",
+            "width",
+            "dtype",
+            "absent",
+            "gate of each token",
+            "parameter",
+            "strides of tokens",
+            "strides of elements",
+        ),
+        *("dtype of one", "eps as a tensor", "rank", "negative view"),
+    ),
+)
+def test_a_plan_serves_no_call_that_differs_in_metadata(planned: Callable[..., bool], other: dict[str, Any]) -> None:
+    assert not planned({}, other)
+
+
+def test_a_plan_serves_no_call_with_other_options(planned: Callable[..., bool]) -> None:
+    assert not planned({}, {}, tanh=False)
+
+
+def test_there_is_no_plan_for_a_tensor_that_comes_twice_and_it_is_not_tried_for_ever(
+    planned: Callable[..., bool],
+) -> None:
+    x = torch.ones(1, 4, 8)
+    assert not planned({"x": x, "residual": x}, {"x": x, "residual": x})
+    assert not ops._plans
