@@ -158,10 +158,12 @@ class Checkpointed(SiteModule):
         return checkpoint(super().forward, *args, use_reentrant=False)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("kind", (SiteModule, Checkpointed))
-def test_gradients_in_training_are_those_of_plain_torch_compile(kind, args) -> None:
+def test_gradients_in_training_are_those_of_plain_torch_compile(kind, dtype) -> None:
     torch.manual_seed(0)
-    model = kind(Spec()).train()
+    args = inputs(Spec(dtype=dtype))
+    model = kind(Spec(dtype=dtype)).train()
     got = gradients(torch.compile(model, backend=REFERENCE), args)
     torch._dynamo.reset()
     expected = gradients(torch.compile(model), args)

@@ -278,7 +278,13 @@ def a_gate_that_is_viewed(x: Tensor, residual: Tensor, gate: Tensor, scale: Tens
     return y, diffusers_norm(y, None) * (1 + scale[:, 0].flatten(1)).reshape(2, 1, x.shape[-1])
 
 
+def a_norm_of_rows_without_a_scale(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Any:
+    y = residual + gate[:, 0].tanh() * diffusers_norm(x, None)
+    return y, diffusers_norm(y.reshape(-1, y.shape[-1]), None).view(x.shape)
+
+
 VIEWS = (
+    a_norm_of_rows_without_a_scale,
     views_of_the_same_shape,
     gated_by_frames,
     norms_of_rows,

@@ -232,6 +232,33 @@ def test_slices_instead_of_split_make_no_difference() -> None:
     assert_computes(graph, function, args)
 
 
+def test_a_whole_site_whose_modulation_is_slices_is_one_op_that_reads_them() -> None:
+    """As torch 2.14 chunks a projection; defaults that are written out change nothing."""
+
+    def function(x, residual, projection):
+        wide = torch.ops.aten.unsqueeze.default(projection, 1)
+        scale, gate = (torch.ops.aten.slice.Tensor(wide, 2, i * D, (i + 1) * D) for i in range(2))
+        y = gated(x, residual, gate)
+        mean = torch.ops.aten.mean.dim(y.pow(2), [-1], True, dtype=None)
+        rstd = torch.rsqrt(torch.ops.aten.add.Tensor(mean, EPS, alpha=1))
+        return y, y * rstd * torch.ops.aten.add.Tensor(scale, 1, alpha=1)
+
+    args = [*tensors(2), torch.randn(B, 2 * D)]
+    graph = traced(function, *args)
+    for node in graph.nodes:  # tracing drops defaults
+        if node.target is torch.ops.aten.mean.dim:
+            node.kwargs = {"dtype": None}
+        if node.target is torch.ops.aten.add.Tensor:
+            node.kwargs = {"alpha": 1}
+    report = rewritten(graph)
+    assert [(site.kind, site.gate, site.scale) for site in report.fused] == [
+        ("norm_tanh_mul_add_norm_scale", "tanh", "one_plus")
+    ]
+    (call,) = graph.find_nodes(op="call_function", target=DUAL)
+    assert [call.args[i].target for i in (3, 8)] == [torch.ops.aten.slice.Tensor] * 2
+    assert_computes(graph, function, args)
+
+
 def test_one_norm_that_cannot_be_read_does_not_cost_the_others(monkeypatch) -> None:
     from fusion_pass.sites import norm
 

@@ -188,12 +188,12 @@ def _prove_shapes(site: Site) -> None:
     shapes = [val for node in (site.x, site.like, *site.results()) if (val := value(node)) is not None]
     if not all(same_shape(shape, shapes[0]) for shape in shapes):
         for shape in shapes:
-            for size in shape.shape:
-                _where(size, site)
+            if [_where(size, site) for size in shape.shape].count(None) > 1:
+                raise Refused(Reason.SHAPE, site.like, f"no node of the graph holds a size of {shape.shape}", site.kind)
 
 
-def _where(size: int | torch.SymInt, site: Site) -> int | Node | tuple[Node, int]:
-    """A symbolic size stands among the arguments of a view, or is one of an operand. Raises Refused."""
+def _where(size: int | torch.SymInt, site: Site) -> int | Node | tuple[Node, int] | None:
+    """A symbolic size stands among the arguments of a view, or is one of an operand; None where it is neither."""
     if isinstance(size, int):
         return size
     for node in site.sizes():
@@ -204,7 +204,7 @@ def _where(size: int | torch.SymInt, site: Site) -> int | Node | tuple[Node, int
         for dim, by in enumerate(() if val is None else val.shape):
             if known_equal(by, size):
                 return node, dim
-    raise Refused(Reason.SHAPE, site.shaped(), f"nothing in the graph holds the size {size}", site.kind)
+    return None
 
 
 def _prove_layout(site: Site, graph: Graph) -> None:
@@ -338,6 +338,8 @@ def _viewed(graph: Graph, node: Any, like: Node, site: Site) -> Node:
 
 def _size(graph: Graph, size: int | torch.SymInt, site: Site) -> int | Node:
     found = _where(size, site)
+    if found is None:
+        return -1  # as the others are known
     if not isinstance(found, tuple):
         return found
     node = graph.call_function(aten.sym_size.int, found)
