@@ -85,9 +85,9 @@ def under_views(node: Any) -> Any:
 
 
 def past_views(node: Node) -> tuple[Node, ...]:
-    """The node, and the other shapes that it is brought into before anything else reads it."""
+    """The node, and the other shapes, or fp32, that it is brought into before anything else reads it."""
     chain = [node]
-    while (user := sole_user(chain[-1])) is not None and keeps_rows(user):
+    while (user := sole_user(chain[-1])) is not None and (keeps_rows(user) or is_widening(user)):
         chain.append(user)
     return tuple(chain)
 
@@ -152,6 +152,60 @@ def is_stored(node: Node) -> bool:
     """Does anything read the node from memory, instead of computing on in the kernel that makes it?"""
     past = (*VIEWS, aten.clone.default)
     return any(is_stored(user) if is_call(user, *past) else not is_pointwise(user) for user in node.users)
+
+
+def is_only_joined(node: Node) -> bool:
+    """Is all that reads the node a concatenation, into whose result the kernel that makes it writes?"""
+    users = node.users
+    return all(is_only_joined(user) if is_call(user, *VIEWS) else is_call(user, aten.cat.default) for user in users)
+
+
+def stored_casts(node: Node) -> tuple[Node, ...]:
+    """The node; or, where all that reads it are equal casts, those."""
+    casts = tuple(node.users)
+    equal = casts and all(is_cast(cast) and dtype(cast) == dtype(casts[0]) for cast in casts)
+    return casts if equal else (node,)
+
+
+def computed_alike(a: Any, b: Any) -> bool:
+    """Are a and b one value, computed once, or twice from the same by views and pointwise operations?"""
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return type(a) is type(b) and a == b
+    if a is b:
+        return True
+    if a.target != b.target or len(a.args) != len(b.args) or a.kwargs != b.kwargs or region(a) != region(b):
+        return False
+    if not is_call(a, *VIEWS, aten.expand.default, aten.slice.Tensor, aten.select.int) and not is_pointwise(a):
+        return False
+    seeded = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
+    return not seeded and all(map(computed_alike, a.args, b.args))
+
+
+def region(node: Node) -> tuple[int, Any]:
+    """What may stand together: between nodes of one region no mutation stands, and no switch of streams."""
+    from torch._inductor.pattern_matcher import get_mutation_region_id
+
+    return get_mutation_region_id(node.graph, node), stream(node)
+
+
+def readers(node: Node) -> Iterator[Node]:
+    """What reads a node's value to compute with it, past copies of it, views and pointwise operations."""
+    copies = (*VIEWS, aten.expand.default, aten.clone.default, aten.cat.default, aten.repeat.default, aten.slice.Tensor)
+    seen = set()
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if user not in seen:
+            seen.add(user)
+            if is_call(user, *copies) or is_pointwise(user):
+                pending.extend(user.users)
+            else:
+                yield user
+
+
+def is_swap(node: Any) -> bool:
+    """[B, S, H, Dh] as [B, H, S, Dh], or back."""
+    return is_call(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1, 3]
 
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:

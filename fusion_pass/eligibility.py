@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from dit_kernels.ops import kernels_missing
+import torch
+from torch.fx import Node
+
+from dit_kernels.ops import checked_call, kernels_missing
 from fusion_pass.dataflow import is_pointwise, known_equal, under_views, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import Operand
-from fusion_pass.sites.site import Site
+from fusion_pass.sites.site import VIEWED, Site
 
 
 def check(site: Site) -> None:
     """Raises Refused where no kernel can run the site, or where Inductor's own kernel is expected to be better."""
-    x = value(site.like)
+    x = value(site.shaped())
     assert x is not None
     missing = kernels_missing(x.device)
     if missing is not None:
         raise Refused(Reason.NO_KERNEL, site.x, missing, site.kind)
+    if not checked_call(site.op(), *_vals(site), **site.options, **site.dtypes).fits_kernel():
+        raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
     for operand in (site.operands.get("gate"), site.operands.get("scale")):
         if isinstance(operand, Operand) and _is_computed_per_token(operand, x):
             raise Refused(Reason.PER_TOKEN, operand.source, kind=site.kind)
+
+
+def _vals(site: Site) -> list[Any]:
+    """What the op will be called with, as fake tensors."""
+    arguments = [argument.name for argument in site.op()._schema.arguments if not argument.kwarg_only]
+    return [_val(site, name) for name in arguments]
+
+
+def _val(site: Site, name: str) -> Any:
+    operand = site.operands[name]
+    val = operand.value() if isinstance(operand, Operand) else value(operand) if isinstance(operand, Node) else operand
+    if name in VIEWED and site.like is not None and isinstance(val, torch.Tensor):
+        return val.reshape(site.like.meta["val"].shape)
+    return val
 
 
 def _is_computed_per_token(operand: Operand, x: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """FusionPass: the custom pass that Inductor calls on each post-grad graph.
 
 The order of things: survey the graph, let Inductor's pattern matcher visit the anchors, prove the site that grows from
-each, rewrite it, and report. The rewrite of a graph is a transaction: if anything raises, the graph is the one that
-came in, a warning says so once, and the model compiles without the pass.
+each, rewrite it, and report; in the end also the rotations of what is no norm. The rewrite of a graph is a transaction:
+if anything raises, the graph is the one that came in, a warning says so once, and the model compiles without the pass.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import hashlib
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch._dynamo.utils import counters
@@ -46,8 +47,7 @@ from fusion_pass.report import (
     source_line,
     symbolic_shape,
 )
-from fusion_pass.sites import gated, norm
-from fusion_pass.sites.norm import Norm
+from fusion_pass.sites import qk_rope, rope, rotation, silu_mul
 from fusion_pass.sites.site import Site, Survey, prove, rewrite
 
 log = logging.getLogger("fusion_pass")
@@ -137,6 +137,14 @@ class FusionPass(CustomGraphPass):
         )
 
 
+FAMILIES = {target: family for family in sites.FAMILIES for target in family.value.ANCHORS}
+
+
+def _found(graph: Graph, targets: Iterable[Any]) -> Iterator[Node]:
+    for target in targets:
+        yield from graph.find_nodes(op="call_function", target=target)
+
+
 class _Rewriter:
     """One run of the pass over one graph."""
 
@@ -147,66 +155,66 @@ class _Rewriter:
         self.proven: dict[Node, Site] = {}
 
     def run(self) -> None:
-        anchors = [node for target in norm.ANCHORS for node in self.graph.find_nodes(op="call_function", target=target)]
-        for anchor in sorted(anchors):
+        for anchor in sorted(_found(self.graph, FAMILIES)):
             self._look_at(anchor)
         matcher = PatternMatcherPass(pass_name="fusion_pass")
-        for target in norm.ANCHORS:
+        for target in FAMILIES:
             inputs = [Ignored() for argument in target._schema.arguments if not argument.kwarg_only]
             pattern = CallFunction(target, *inputs, _users=MULTIPLE)
             register_graph_pattern(pattern, extra_check=self._check, pass_dict=matcher)(self._rewrite)
         matcher.apply(self.graph)
         self.report.fused.reverse()  # the matcher visits a graph from its end
         self.report.missed.reverse()
+        self._report_bare_rotations()
 
     def _look_at(self, anchor: Node) -> None:
-        """Notes which y a norm makes, so that the norm that reads it can find its site."""
-        try:
-            found = norm.find(anchor)
-            upper = None if found is None else gated.grow(found)
-        except Exception:  # a refusal or an error of ours: told when the anchor is looked at for itself
-            return
-        if upper is not None and (upper.gate is not None or upper.y not in self.survey.gated):
-            self.survey.gated[upper.y] = anchor
+        """Lets the kinds of site note what their sites must know of each other."""
+        family = FAMILIES[anchor.target]
+        for kind in family.kinds:
+            try:
+                if hasattr(kind, "note") and (found := family.value.find(anchor)) is not None:
+                    kind.note(found, self.survey)
+            except Exception:  # a refusal or an error of ours: told when the anchor is looked at for itself
+                continue
 
     def _check(self, match: Match) -> bool:
         """Is the anchor that of a site that can be fused? What cannot is reported."""
         anchor = match.output_node()
         try:
-            found = self._find_norm(anchor)
-            if found is None:
+            site = self._find(anchor)
+            if site is None:
                 return False
-            self.proven[anchor] = self._prove(found)
+            self.proven[anchor] = site
             return True
         except Refused as refusal:
-            self.report.missed.append(_missed(anchor, refusal))
+            self.report.missed.append(_missed(anchor, refusal, FAMILIES[anchor.target].value))
             if refusal.reason not in BY_DESIGN:
                 if self.options.strict:
                     raise StrictError(self.report.missed[-1]) from refusal
                 _warn_missed(refusal)
             return False
-        except Exception as error:  # reading went wrong, and nothing is rewritten yet: the other norms need not suffer
-            if self.options.strict:
-                raise
-            self.report.missed.append(_failure(error, anchor))
-            _warn_of(error)
+        except Exception as error:  # reading went wrong, and nothing is rewritten yet: the other sites need not suffer
+            self._report_failure(error, anchor, FAMILIES[anchor.target].value)
             return False
 
-    def _find_norm(self, anchor: Node) -> Norm | None:
+    def _find(self, anchor: Node) -> Site | None:
+        """The site that is to be fused, or None where there is nothing of the kind. Raises Refused."""
+        family = FAMILIES[anchor.target]
         try:
-            found = norm.find(anchor)
+            found = family.value.find(anchor)
+            site = None if found is None else self._prove(found, family)
         except Refused:
             if self.training:
                 raise Refused(Reason.TRAINING, anchor) from None
             raise
-        if self.training and found is not None:
+        if self.training and site is not None:
             raise Refused(Reason.TRAINING, anchor)
-        return found
+        return site
 
-    def _prove(self, found: Norm) -> Site:
-        """The largest provable site around a norm. Raises Refused with what stood in the way of the largest."""
+    def _prove(self, found: Any, family: sites.Family) -> Site | None:
+        """The largest provable site around a value. Raises Refused with what stood in the way of the largest."""
         first_refusal = None
-        for kind in sites.KINDS:
+        for kind in family.kinds:
             site = None
             try:
                 site = kind.find(found, self.survey)
@@ -219,7 +227,27 @@ class _Rewriter:
             except Refused as refusal:
                 refusal.site = site
                 first_refusal = first_refusal or refusal
-        raise first_refusal or Refused(Reason.ALONE, next(iter(past_views(found.out)[-1].users), found.out))
+        if first_refusal is not None:
+            raise first_refusal
+        if family.value.ALONE is not None:
+            raise Refused(family.value.ALONE, next(iter(past_views(found.out)[-1].users), found.out))
+        return None
+
+    def _report_bare_rotations(self) -> None:
+        """A rotation of a norm is told of with the norm; here are the others. The matcher skips complex numbers."""
+        for anchor in sorted(_found(self.graph, rotation.ANCHORS)):
+            try:
+                found = rotation.find(anchor)
+                if found is not None and found.x not in self.survey.rotated:
+                    self.report.missed.append(_missed(anchor, Refused(rotation.ALONE, anchor), rotation))
+            except Exception as error:
+                self._report_failure(error, anchor, rotation)
+
+    def _report_failure(self, error: Exception, anchor: Node, value: ModuleType) -> None:
+        if self.options.strict:
+            raise error
+        self.report.missed.append(_failure(error, anchor, value.NAME))
+        _warn_of(error)
 
     def _rewrite(self, match: Match) -> None:
         anchor = match.output_node()
@@ -232,11 +260,14 @@ class _Rewriter:
         dit_kernels.ops.prepare(call.target, *args, **kwargs)
 
 
+_OF_RESULTS = (operator.getitem, aten.reshape.default, aten.permute.default)
+
+
 def reads_too_early(call: Node) -> bool:
     """Does anything that reads a result stand before the call, because an operand of the call stands behind it?"""
     results = [call]
     for result in results:  # grows: the items of the call, and these in the shapes that the graph has them in
-        results += [user for user in result.users if user.target in (operator.getitem, aten.reshape.default)]
+        results += [user for user in result.users if user.target in _OF_RESULTS]
     return any(reader < call for result in results for reader in result.users)
 
 
@@ -263,11 +294,11 @@ def _fused(site: Site, rounding: str) -> ReportedSite:
     )
 
 
-def _missed(anchor: Node, refusal: Refused) -> ReportedSite:
-    x = norm.measured(anchor)
+def _missed(anchor: Node, refusal: Refused, value: ModuleType) -> ReportedSite:
+    x = value.measured(anchor)
     site: Site | None = refusal.site
     return ReportedSite(
-        kind=refusal.kind or "norm",
+        kind=refusal.kind or value.NAME,
         gate=None if site is None else site.gate(),
         scale=None if site is None else site.scale(),
         module=module_path(anchor),
@@ -280,10 +311,9 @@ def _missed(anchor: Node, refusal: Refused) -> ReportedSite:
     )
 
 
-def _failure(error: Exception, anchor: Node | None = None) -> ReportedSite:
-    """An error of our own, for the norm that it happened at, or for the whole graph."""
+def _failure(error: Exception, anchor: Node | None = None, kind: str = "graph") -> ReportedSite:
+    """An error of our own, for the anchor that it happened at, or for the whole graph."""
     module, source, shape = ("", "", ()) if anchor is None else (module_path(anchor), source_line(anchor), ())
-    kind = "graph" if anchor is None else "norm"
     at = "" if anchor is None else f", at {anchor.name}"
     reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}{at}"
     return ReportedSite(kind, None, None, module, source, shape, None, None, reason, Reason.ERROR.name)
@@ -320,11 +350,15 @@ def _readers(node: Node) -> Iterator[Node]:
             yield user
 
 
+_WITHOUT_GATES = (rotation.NAME, rope.KIND, qk_rope.KIND, silu_mul.KIND)
+
+
 def _warn_if_nothing_fused(report: FusionReport, graph: Graph) -> None:
     """Norms and gates, and no site: perhaps a spelling that the pass does not know, which must not stay unseen."""
-    reasons = {site.reason_name for site in report.missed}
+    gated_or_scaled = [site.kind for site in report.fused if site.kind not in _WITHOUT_GATES]
+    reasons = {site.reason_name for site in report.missed if site.kind not in _WITHOUT_GATES}
     by_design = reasons and reasons <= {reason.name for reason in BY_DESIGN}
-    if not report.fused and by_design and _has_gate(graph):
+    if not gated_or_scaled and by_design and _has_gate(graph):
         _warn_once("fusion_pass: a graph has norms and gates, and nothing of it was fused; see fusion_pass.explain")
 
 

@@ -16,14 +16,15 @@ from torch.fx import Node
 
 
 class Reason(str, Enum):
-    """Why a norm in the graph was not fused; the list is closed."""
+    """Why something in the graph was not fused; the list is closed."""
 
-    ALONE = "neither a residual add nor a scale stands around it"
-    FOLLOWED = "a shift or a product follows the scale, which Inductor computes in the same kernel"
+    ALONE = "no residual add, no scale and no rotation stands around it"
+    FOLLOWED = "a shift, a product or the like follows the scale, which Inductor computes in the same kernel"
     LAYER_NORM = "a LayerNorm that is not written as F.layer_norm"
     DIMENSION = "the mean does not run over the last dimension only"
     NOT_NORMALISED = "what is squared is not what is normalised"
-    MEAN = "its squares are summed, and the sum is not divided by their number as torch.mean does"
+    MEAN = "what its root is taken of is not what torch.mean makes of the squares, plus eps"
+    ROOT = "eps or a factor stands on its root, not under it"
     ESCAPES = "a value inside the site is used outside it"
     KINDS = "its two norms are of different kinds"
     ROUNDING = "its casts fit no rounding form"
@@ -36,8 +37,12 @@ class Reason(str, Enum):
     LAYOUT = "its result has another layout than the op's, and the graph reads memory by strides"
     MUTATION = "a mutation or a stream switch stands between its nodes"
     TRAINING = "a training graph, whose backward reads the values inside the site"
+    UNNORMED = "what is rotated is not an RMSNorm of each head"
+    INLINE = "Inductor computes it in the kernel that reads it, or writes it into the tensor that it becomes a part of"
+    SIGMOID = "its silu is written x * sigmoid(x), which rounds otherwise than silu"
     PER_TOKEN = "a per-token gate or scale that Inductor computes inside its own kernel"
     NO_KERNEL = "no kernel can run here"
+    UNFIT = "no kernel takes its dtypes and sizes"
     ERROR = "an internal error of the pass; nothing was changed"
 
 
@@ -50,14 +55,19 @@ BY_DESIGN = frozenset(
         Reason.DIMENSION,
         Reason.NOT_NORMALISED,
         Reason.MEAN,
+        Reason.ROOT,
         Reason.KINDS,
         Reason.PER_TOKEN,
+        Reason.UNNORMED,
+        Reason.INLINE,
+        Reason.SIGMOID,
+        Reason.UNFIT,
     }
 )
 
 
 class Refused(Exception):
-    """A norm that looks like a site, and what keeps it from being one."""
+    """Something that looks like a site, and what keeps it from being one."""
 
     def __init__(self, reason: Reason, node: Node | None = None, detail: str = "", kind: str | None = None) -> None:
         self.reason, self.node, self.detail, self.kind = reason, node, detail, kind
@@ -73,9 +83,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class ReportedSite:
-    """One norm of a compiled graph: the site that it became part of, or why it became part of none.
+    """One norm, rotation or SwiGLU of a compiled graph: the site that it became part of, or why it became part of none.
 
-    kind: the name of the op, or "norm" where nothing around the norm was recognised. gate: "tanh", "given" or None;
+    kind: the name of the op; or "norm" where nothing around a norm was recognised, "rope" for a rotation of what is no
+    norm. A site that has several norms is named by the first. gate: "tanh", "given" or None;
     scale: "one_plus", "given" or None. module: dotted path in the model; source: file:line. shape: of x, symbols as
     text. rounding: the form. reason: only of a missed site; `reason.name` is from the closed list `Reason`.
     """
@@ -140,19 +151,20 @@ class FusionReport:
 
     def __rich__(self) -> Any:
         from rich.console import Group
+        from rich.markup import escape
         from rich.table import Table
 
         fused = Table(title=f"Fused: {len(self.fused)}", title_justify="left")
-        for name in ("op", "gate", "scale", "rounding", "shape", "dtype", "norm", "", "source"):
-            fused.add_column(name, overflow="fold", no_wrap=name in ("op", "norm"))
+        for name in ("op", "gate", "scale", "rounding", "shape", "dtype", "module", "", "source"):
+            fused.add_column(name, overflow="fold", no_wrap=name in ("op", "module"))
         for s, module, count in _alike(self.fused):
-            cells = (s.kind, s.gate or "-", s.scale or "-", s.rounding or "-", _shape_text(s), _dtype_name(s.dtype))
-            fused.add_row(*cells, module, count, _short(s.source))
+            cells = (s.gate or "-", s.scale or "-", s.rounding or "-", escape(_shape_text(s)), _dtype_name(s.dtype))
+            fused.add_row(s.kind, *cells, module, count, _short(s.source))
         missed = Table(title=f"Missed: {len(self.missed)}", title_justify="left")
-        for name in ("norm", "", "shape", "reason", "source"):
-            missed.add_column(name, overflow="fold", no_wrap=name in ("op", "norm"))
+        for name in ("what", "module", "", "shape", "reason", "source"):
+            missed.add_column(name, overflow="fold", no_wrap=name in ("what", "module"))
         for s, module, count in _alike(self.missed):
-            missed.add_row(module, count, _shape_text(s), s.reason, _short(s.source))
+            missed.add_row(s.kind, module, count, escape(_shape_text(s)), s.reason, _short(s.source))
         graphs = f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled"
         called = f", called in turn {', '.join(f'{count}×' for count in self.calls)}" if self.calls else ""
         return Group(fused, missed, graphs + called)

@@ -288,7 +288,7 @@ STEPS = (
     "_copied",
     "_is_training",
     "Survey",
-    "norm.find",
+    "sites.norm.find",
     "sites.dual.find",
     "prove",
     "eligibility.check",

@@ -166,9 +166,25 @@ def an_fp32_weight_before_the_cast(x: Tensor, weight: Tensor) -> Tensor:
     return (n * weight.float()).to(x.dtype)
 
 
+def a_weight_of_all_dimensions(x: Tensor, weight: Tensor) -> Tensor:
+    return diffusers_norm(x, None) * weight[None, None]
+
+
+def a_weight_that_is_viewed(x: Tensor, weight: Tensor) -> Tensor:
+    return weight.view(1, 1, -1) * diffusers_norm(x, None)
+
+
+def gemmas(x: Tensor, weight: Tensor) -> Tensor:
+    n = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+    return (n * (1 + weight.float())).to(x.dtype)
+
+
 @pytest.mark.parametrize(
     "norm",
     (
+        a_weight_of_all_dimensions,
+        a_weight_that_is_viewed,
+        gemmas,
         eps_of_torch,
         no_eps,
         eps_as_a_tensor,
@@ -187,8 +203,31 @@ def test_a_norm_is_read_however_eps_dimension_and_weight_are_spelled(norm: Model
     args = tensors((2, 6, 48), (2, 6, 48), (2, 1, 48), (48,))
     got, backend = run(model, *args, dynamic=dynamic)
     assert_equal(got[0], model(*args)[0])
-    assert sum(backend.report.counts().values()) >= 1
-    assert backend.report.fused[0].kind in (SINGLE, DUAL)
+    assert (backend.report.fused[0].kind, backend.report.fused[0].gate) in ((SINGLE, "tanh"), (DUAL, "tanh"))
+
+
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_a_norm_that_is_cast_up_again_meets_gate_residual_and_scale_in_fp32(dynamic: bool) -> None:
+    def model(x, residual, gate, scale):
+        y = residual.float() + gate.float().tanh() * diffusers_norm(x, None).float()
+        y = y + diffusers_norm(x.sin(), None).float()
+        return y, diffusers_norm(y, None).float() * (1 + scale.float())
+
+    args = tensors((2, 6, 48), (2, 6, 48), (2, 1, 48), (2, 1, 48))
+    got, backend = run(model, *args, dynamic=dynamic)
+    assert_equal(got, model(*args))
+    assert [(site.kind, site.gate) for site in backend.report.fused] == [(SINGLE, "tanh"), (DUAL, None)]
+
+
+@pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
+def test_a_sum_in_fp32_of_what_is_stored_in_16_bits_is_no_form(dtype: torch.dtype) -> None:
+    def model(x, residual):
+        return residual + diffusers_norm(x, None).float()
+
+    args = tensors((2, 6, 48), (2, 6, 48), dtype=dtype)
+    got, backend = run(model, *args)
+    assert_equal(got, model(*args))
+    assert [site.reason_name for site in backend.report.missed] == ["ROUNDING"]
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -305,6 +344,12 @@ def the_norm_is_read_outside(x: Tensor, residual: Tensor, gate: Tensor, scale: T
     return residual + gate.tanh() * (x * rstd).to(x.dtype), rstd
 
 
+def an_eps_on_the_root(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Any:
+    wide = x.float()
+    n = wide / (wide.pow(2).mean(-1, keepdim=True).sqrt() + EPS)
+    return residual + gate.tanh() * n.to(x.dtype)
+
+
 def in_double_precision(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Any:
     return residual.double() + gate.tanh() * diffusers_norm(x, None)
 
@@ -334,6 +379,7 @@ CAUSES: dict[Reason, Model] = {
     Reason.DIMENSION: mean_over_another_dimension,
     Reason.NOT_NORMALISED: another_tensor_is_squared,
     Reason.MEAN: sum_for_mean,
+    Reason.ROOT: an_eps_on_the_root,
     Reason.ESCAPES: the_norm_is_read_outside,
     Reason.KINDS: y_of_another_kind_of_norm,
     Reason.ROUNDING: the_root_is_rounded,
@@ -400,6 +446,65 @@ def test_a_norm_that_is_left_alone_has_reason_node_module_and_line(reason: Reaso
     assert reason.name in [site.reason_name for site in backend.report.missed]
     for site in backend.report.missed:
         assert_tells_all(site)
+
+
+UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
+    "normalize": (lambda x: F.normalize(x, dim=-1) * 4, "MEAN"),
+    "norm": (lambda x: x / (x.norm(2, -1, keepdim=True) * x.shape[-1] ** -0.5 + EPS), "MEAN"),
+    "clamped": (lambda x: x * x.float().pow(2).mean(-1, keepdim=True).clamp_min(EPS).rsqrt().to(x.dtype), "MEAN"),
+    "einsum": (lambda x: x * (torch.einsum("bsd,bsd->bs", x, x)[..., None] / 16 + EPS).rsqrt(), "MEAN"),
+    "mean of magnitudes": (lambda x: x * (x.abs().mean(-1, keepdim=True) + EPS).rsqrt(), "MEAN"),
+    "variance": (lambda x: (x - x.mean(-1, True)) * (x.var(-1, keepdim=True) + EPS).rsqrt(), "LAYER_NORM"),
+    "deviation": (lambda x: (x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + EPS), "LAYER_NORM"),
+    "group norm": (lambda x: F.group_norm(x.transpose(1, 2), 4).transpose(1, 2), "DIMENSION"),
+    "batch statistics": (lambda x: (x - x.mean(1, True)) * (x.var(1, keepdim=True) + EPS).rsqrt(), "DIMENSION"),
+}
+
+
+@pytest.mark.parametrize(("norm", "reason"), UNKNOWN_NORMS.values(), ids=UNKNOWN_NORMS)
+def test_a_norm_that_is_none_of_ours_is_told_of_all_the_same(norm: Model, reason: str) -> None:
+    def model(x, residual, gate, scale):
+        return residual + gate.tanh() * norm(x)
+
+    args = tensors((2, 4, 16), (2, 4, 16), (2, 1, 16), (2, 1, 16))
+    got, backend = run(Named(model), *args)
+    assert_equal(got, run(model, *args, fuse=False)[0])
+    assert backend.report.fused == []
+    (site,) = backend.report.missed
+    assert site.reason_name == reason
+    assert_tells_all(site)
+
+
+def a_root_of_no_sum(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.abs() + 1)
+
+
+def a_root_of_statistics_that_are_given(x: Tensor) -> Tensor:
+    return F.batch_norm(x.mT, x[0, :, 0].mean().expand(16), x[0, 0].abs(), eps=EPS).mT
+
+
+def a_measure_that_divides_nothing(x: Tensor) -> Tensor:
+    return x * (x.float().pow(2).mean(-1, keepdim=True) + EPS).sqrt().to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "model", (a_root_of_no_sum, a_root_of_statistics_that_are_given, a_measure_that_divides_nothing)
+)
+def test_what_is_no_norm_is_not_told_of(model: Model) -> None:
+    _, backend = run(model, *tensors((2, 4, 16)))
+    assert backend.report.fused == backend.report.missed == []
+
+
+def test_a_scaled_norm_that_only_inductors_kernel_reads_is_left_to_it() -> None:
+    """Written to memory and read again it would cost more than the norm alone saves."""
+
+    def model(x, residual, gate, scale):
+        return residual + (diffusers_norm(x, None) * (1 + scale)).sin()
+
+    args = tensors((2, 4, 16), (2, 4, 16), (2, 1, 16), (2, 1, 16))
+    got, backend = run(Named(model), *args)
+    assert_equal(got, model(*args))
+    assert [site.reason_name for site in backend.report.missed] == ["FOLLOWED"]
 
 
 def test_a_width_that_is_not_static_is_refused() -> None:

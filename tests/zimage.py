@@ -43,10 +43,13 @@ def run(transformer: Any, args: tuple[Any, ...]) -> torch.Tensor:
 
 def expected_counts(layers: int = LAYERS, refiners: int = REFINERS) -> dict[str, int]:
     """Whole model: two sites a layer in each of three stacks (the layers, the refiners of the image, and those of the
-    captions, without gates and scales), each with the next norm behind it but for the last of its stack; and the norms
-    at the start of two stacks and at the end of the model, which is a LayerNorm."""
+    captions, without gates and scales), each with the next norm behind it but for the last of its stack; the norms at
+    the start of two stacks and at the end of the model, which is a LayerNorm; an attention and a SwiGLU a layer."""
+    blocks = layers + 2 * refiners
     return {
         "norm_scale": 3,
         "norm_tanh_mul_add": 3,
-        "norm_tanh_mul_add_norm_scale": 2 * (layers + 2 * refiners) - 3,
+        "norm_tanh_mul_add_norm_scale": 2 * blocks - 3,
+        "qk_norm_rope": blocks,
+        "silu_mul": blocks,
     }

@@ -82,6 +82,13 @@ class Gated:
         }
 
 
+def note(norm: Norm, survey: Survey) -> None:
+    """Notes which y a norm makes, so that the norm that reads it can find its site."""
+    upper = grow(norm)
+    if upper is not None and (upper.gate is not None or upper.y not in survey.gated):
+        survey.gated[upper.y] = norm.anchor
+
+
 def find(norm: Norm, survey: Survey) -> Site | None:
     """The site whose norm this is, as far as its dataflow tells. Raises Refused."""
     gated = grow(norm)
@@ -127,7 +134,7 @@ def _ungated(norm: Norm, terms: tuple[Node, ...], y: Node) -> Gated | None:
     if residual is None:
         return None
     interior = (*norm.interior, *terms)
-    return Gated(norm, term, None, residual, y, _steps(norm, norm.steps.out, term, y), interior)
+    return Gated(norm, term, None, residual, y, _steps(norm, norm.steps.out, norm.out, y), interior)
 
 
 def _gated(norm: Norm, terms: tuple[Node, ...], product: Node) -> Gated | None:

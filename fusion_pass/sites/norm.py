@@ -26,12 +26,15 @@ from torch.fx import Node
 from dit_kernels.rounding import NormSteps
 from fusion_pass.dataflow import (
     HALVES,
+    RESHAPES,
+    VIEWS,
     aten,
     dtype,
     is_call,
     is_cast,
     is_narrowing,
     is_plain_add,
+    is_pointwise,
     keeps_rows,
     known_equal,
     other_operands,
@@ -40,10 +43,14 @@ from fusion_pass.dataflow import (
     sole_user,
     through_casts,
     through_widening,
+    under_views,
     value,
 )
 from fusion_pass.report import Reason, Refused
 
+NAME = "norm"
+ALONE = Reason.ALONE
+REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var_mean.correction)
 ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
 
 
@@ -107,6 +114,7 @@ def _statistic(anchor: Node) -> _Statistic | None:
     moments = _layer_norm_moments(mean, nodes)
     measured = moments[0] if moments is not None else _squared(mean, nodes)
     if measured is None:
+        _refuse_statistic(mean)
         return None
     _check_eps(eps)
     kind, centre = ("rms", None) if moments is None else ("layer", moments[1])
@@ -122,14 +130,27 @@ def _under_root(anchor: Node) -> Node | None:
     if not isinstance(under, Node):
         return None
     if _is_square_root(anchor):
-        divided = any(_divides(user, node) for node in _with_keepdim(anchor) for user in node.users)
-        return under if divided else None
+        return under if _is_divided_by(anchor) else None
     is_reciprocal = is_call(anchor, aten.rsqrt.default) or anchor.args[1] == -0.5
     return under if is_reciprocal else None
 
 
 def _is_square_root(node: Node) -> bool:
     return is_call(node, aten.sqrt.default) or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 0.5)
+
+
+def _is_divided_by(root: Node) -> bool:
+    """Does anything divide by a root, or by what scalars and views make of it?"""
+    pending = [root]
+    for node in pending:
+        for user in node.users:
+            if _divides(user, node):
+                return True
+            val = value(user)
+            is_scalar = val is not None and val.ndim > 0 and known_equal(val.shape[-1], 1) and is_pointwise(user)
+            if is_scalar or is_call(user, aten.expand.default, *RESHAPES):
+                pending.append(user)
+    return False
 
 
 def _divides(node: Node, root: Node) -> bool:
@@ -139,6 +160,8 @@ def _divides(node: Node, root: Node) -> bool:
 def _inverse(root: Node, nodes: list[Node]) -> tuple[Node, str]:
     """The reciprocal of a square root, as far as one stands there, else the root, which x is then divided by."""
     user = sole_user(root)
+    if user is not None and not _divides(user, root):
+        raise Refused(Reason.ROOT, user)
     if user is None or not is_call(user, aten.reciprocal.default):
         return root, "quotient"
     nodes.append(user)
@@ -220,6 +243,20 @@ def _squared(mean: Node, nodes: list[Node]) -> Node | None:
         raise Refused(Reason.MEAN, mean)
     nodes += dict.fromkeys((mean, reduction, square))
     return squared
+
+
+def _refuse_statistic(node: Any) -> None:
+    """Raises Refused where a node is computed by pointwise operations from a sum over a tensor: a norm of some kind."""
+    while isinstance(node, Node) and not is_call(node, *REDUCTIONS):
+        if not (is_pointwise(node) or is_call(node, operator.getitem, *VIEWS)):
+            return
+        node = next((arg for arg in node.args if isinstance(arg, Node)), None)
+    reduced = value(node.args[0]) if isinstance(node, Node) else None
+    if reduced is None:
+        return
+    if not _over_last(node, reduced):
+        raise Refused(Reason.DIMENSION, node)
+    raise Refused(Reason.MEAN if is_call(node, aten.mean.dim, aten.sum.dim_IntList) else Reason.LAYER_NORM, node)
 
 
 def _factor(node: Node) -> tuple[Node | None, float]:
@@ -347,7 +384,7 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: 
                 normed = weighted = biased = dtype(user)
         elif statistic.kind == "layer" and not _is_of_layer_norm(user) and not keeps_rows(user):
             break  # what the model multiplies or adds itself, it rounds itself
-        elif weight is None and bias is None and (row := _row_operand(user, aten.mul.Tensor, out, x)) is not None:
+        elif weight is None and bias is None and (row := _weight(user, out, x)) is not None:
             weight, narrowed = row, False
             weighted = biased = dtype(user)
         elif bias is None and not (weight is not None and narrowed) and (row := _added_row(user, out, x)) is not None:
@@ -368,17 +405,34 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: 
     return Norm(statistic.kind, anchor, x, weight, bias, statistic.eps, out, steps, tuple(nodes))
 
 
-def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
-    """The [D] parameter opposite `operand`: a computed [D] is a gate or a scale."""
-    if not is_call(user, target):
-        return None
-    row = next(other_operands(user, operand), None)
-    if not isinstance(row, Node) or through_casts(row).op not in ("placeholder", "get_attr"):
-        return None
-    val, like = value(row), value(x)
-    fits = val is not None and like is not None and val.ndim == 1 and val.shape[0] == like.shape[-1]
-    return row if fits else None
+def _weight(user: Node, operand: Node, x: Node) -> Node | None:
+    """The [D] opposite `operand`. A computed one is a gate or a scale, unless one follows (Gemma: 1 + w)."""
+    row = _row_operand(user, aten.mul.Tensor, operand, x)
+    if row is None or _is_parameter(row):
+        return row
+    while (follows := sole_user(user)) is not None and (is_cast(follows) or keeps_rows(follows)):
+        user = follows
+    return row if follows is not None and is_call(follows, aten.mul.Tensor) else None
 
 
 def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
-    return _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None
+    """The [D] parameter that is added to `operand`."""
+    row = _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None
+    return row if row is not None and _is_parameter(row) else None
+
+
+def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
+    """The [D] opposite `operand`, which may be written as [1, .., D]."""
+    row = next(other_operands(user, operand), None) if is_call(user, target) else None
+    val, like = value(row) if isinstance(row, Node) else None, value(x)
+    if not isinstance(row, Node) or val is None or like is None or not val.ndim:
+        return None
+    if not known_equal(val.shape[-1], like.shape[-1]) or not all(known_equal(size, 1) for size in val.shape[:-1]):
+        return None
+    row = under_views(row)
+    val = value(row)
+    return row if val is not None and val.ndim == 1 else None
+
+
+def _is_parameter(row: Node) -> bool:
+    return through_casts(row).op in ("placeholder", "get_attr")

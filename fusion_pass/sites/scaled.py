@@ -15,7 +15,6 @@ from fusion_pass.dataflow import (
     dtype,
     is_call,
     is_narrowing,
-    is_plain_add,
     is_stored,
     other_operands,
     past_views,
@@ -124,13 +123,12 @@ def grow(norm: Norm) -> Scaled | None:
     like, val = value(term), value(product)
     if not isinstance(scale, Node) or scale is term or like is None or val is None or not same_shape(val, like):
         return None
-    follows = sole_user(past_views(product)[-1])
-    if follows is not None and (is_plain_add(follows) or is_call(follows, aten.mul.Tensor)):
-        raise Refused(Reason.FOLLOWED, follows, kind=KIND)
+    z = _stored(product)
+    if not any(is_stored(node) for node in z):
+        raise Refused(Reason.FOLLOWED, next(iter(past_views(z[0])[-1].users), product), kind=KIND)
     if operand.gate(scale, term).activated:
         return None  # a gate, and the residual add that it belongs to is not there
     resolved = operand.scale(scale, term)
-    z = _stored(product)
     steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), product, z[0])
     inside = (*norm.interior, *terms) if z == (product,) else (*norm.interior, *terms, product)
     return Scaled(norm, term, resolved, z, steps, (*inside, *resolved.absorbed))

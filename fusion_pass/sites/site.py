@@ -13,12 +13,14 @@ from torch.fx import Graph, Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import FORMS
-from fusion_pass.dataflow import RESHAPES, aten, depends_on, is_call, is_size, known_equal, same_shape, stream, value
+from fusion_pass.dataflow import RESHAPES, aten, depends_on, is_call, is_size, known_equal, region, same_shape, value
 from fusion_pass.report import Reason, Refused
-from fusion_pass.sites.operand import Operand
+from fusion_pass.sites.operand import ORIGIN, SWAP, Operand, view_of
 
 Operands = dict[str, "Node | Operand | float | None"]
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # real ones are constants that Inductor has folded
+VIEWED = ("x", "residual")  # the operands that are viewed into the shape of `like`
+ROTATIONS = (*KERNEL_DTYPES, torch.complex64, torch.complex128)
 MODEL_FORMS = tuple(form for form in FORMS if form != "fp32")
 
 
@@ -35,6 +37,7 @@ class Survey:
     """What is known of the whole graph before the first rewrite."""
 
     gated: dict[Node, Node] = field(default_factory=dict)  # y of a residual add: the anchor of its norm
+    rotated: dict[Node, Node] = field(default_factory=dict)  # a norm that is rotated: its anchor, in the graph's order
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,38 @@ class Site:
     """One place in a graph, and the call of an op that it becomes.
 
     operands and options are the op's arguments by name. outputs: for each result of the op, the nodes that it replaces,
-    all equal. interior: the nodes that the op replaces and that nothing else may read. The op runs in the shape of
-    `like`, into and out of which x, residual and results are viewed. `anchor` names the site.
+    all equal. interior: the nodes that the op replaces and that nothing else may read. `anchor` names the site.
+    like: where there are views inside the site, the node in whose shape the op runs; x, residual and results are viewed
+    into and out of it. twins: nodes that the site reads and that have the value of an operand. swapped: are the results
+    [B, S, H, Dh] where the graph has [B, H, S, Dh]?
     """
 
     kind: str
     operands: Operands
-    like: Node
     options: dict[str, Any]
     outputs: tuple[tuple[Node, ...], ...]
     dtypes: dict[str, torch.dtype]
     interior: tuple[Node, ...]
     anchor: Node
+    like: Node | None = None
+    twins: tuple[Node, ...] = ()
+    swapped: bool = False
 
     @property
     def x(self) -> Node:
-        x = self.operands["x"]
-        assert isinstance(x, Node)
+        """The first operand, which the report shows."""
+        x = self.source(next(iter(self.operands)))
+        assert x is not None
         return x
+
+    def source(self, name: str) -> Node | None:
+        """The node whose value the op reads as this operand, or a view of it."""
+        operand = self.operands.get(name)
+        return operand.source if isinstance(operand, Operand) else operand if isinstance(operand, Node) else None
+
+    def shaped(self) -> Node:
+        """The node in whose shape the op runs."""
+        return self.x if self.like is None else self.like
 
     def results(self) -> tuple[Node, ...]:
         return tuple(node for nodes in self.outputs for node in nodes)
@@ -70,23 +87,23 @@ class Site:
 
     def inputs(self) -> Iterator[Node]:
         """The nodes whose values the op reads."""
-        for operand in self.operands.values():
-            if isinstance(operand, Operand):
-                yield operand.source
-            elif isinstance(operand, Node):
-                yield operand
+        for name in self.operands:
+            node = self.source(name)
+            if node is not None:
+                yield node
 
     def sizes(self) -> list[Node]:
         """The nodes that hold the symbolic sizes of the views inside the site, or past which it is read."""
         views = [node for node in (*self.nodes(), *looked_through(self)) if is_call(node, *RESHAPES)]
         return [node for view in views for node in view.all_input_nodes if is_size(node)]
 
-    def takes_eps_as_tensor(self) -> bool:
-        return isinstance(self.operands["eps"], Node)
+    def eps(self) -> list[Node]:
+        """The eps that are tensors: all of the site's, or none."""
+        return [eps for name, eps in self.operands.items() if "eps" in name and isinstance(eps, Node)]
 
     def op(self) -> torch._ops.OpOverload:
         packet = getattr(torch.ops.dit_kernels, self.kind)
-        return packet.eps_tensor if self.takes_eps_as_tensor() else packet.default
+        return packet.eps_tensor if self.eps() else packet.default
 
     def gate(self) -> str | None:
         gate = self.operands.get("gate")
@@ -135,18 +152,18 @@ def applied_dtype(operand: Operand, out: torch.dtype, kind: str) -> torch.dtype:
 
 def check_operands(operands: Operands, kind: str) -> None:
     """Raises Refused unless these are tensors that the ops take."""
-    x = operands["x"]
-    for name, operand in operands.items():
-        node = operand.source if isinstance(operand, Operand) else operand
-        if name in ("eps", "eps2") or not isinstance(node, Node):
+    sources = {name: o.source if isinstance(o, Operand) else o for name, o in operands.items()}
+    first = next(iter(sources.values()))
+    for name, node in sources.items():
+        if "eps" in name or not isinstance(node, Node):
             continue
-        val, like = value(node), value(x) if isinstance(x, Node) else None
+        val, like = value(node), value(first) if isinstance(first, Node) else None
         if val is None or like is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
             raise Refused(Reason.DTYPE, node, "not a plain tensor", kind)
-        if val.dtype not in KERNEL_DTYPES:
+        if val.dtype not in (ROTATIONS if name == "rotation" else KERNEL_DTYPES):
             raise Refused(Reason.DTYPE, node, str(val.dtype), kind)
         if val.device != like.device:
-            raise Refused(Reason.DEVICE, node, f"{val.device}, x on {like.device}", kind)
+            raise Refused(Reason.DEVICE, node, f"{val.device}, {next(iter(operands))} on {like.device}", kind)
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
@@ -158,14 +175,16 @@ def prove(site: Site, graph: Graph) -> None:
     _prove_layout(site, graph)
     _prove_closed(site)
     _prove_order(site)
-    _prove_undisturbed(site, graph)
+    _prove_undisturbed(site)
 
 
 def _prove_shapes(site: Site) -> None:
     """What the op needs in another shape can be given that shape."""
-    like = value(site.like)
+    like = value(site.shaped())
     if like is None or like.ndim < 2:
-        raise Refused(Reason.SHAPE, site.like, kind=site.kind)
+        raise Refused(Reason.SHAPE, site.shaped(), kind=site.kind)
+    if site.like is None:
+        return
     shapes = [val for node in (site.x, site.like, *site.results()) if (val := value(node)) is not None]
     if not all(same_shape(shape, shapes[0]) for shape in shapes):
         for shape in shapes:
@@ -185,7 +204,7 @@ def _where(size: int | torch.SymInt, site: Site) -> int | Node | tuple[Node, int
         for dim, by in enumerate(() if val is None else val.shape):
             if known_equal(by, size):
                 return node, dim
-    raise Refused(Reason.SHAPE, site.like, f"nothing in the graph holds the size {size}", site.kind)
+    raise Refused(Reason.SHAPE, site.shaped(), f"nothing in the graph holds the size {size}", site.kind)
 
 
 def _prove_layout(site: Site, graph: Graph) -> None:
@@ -193,7 +212,7 @@ def _prove_layout(site: Site, graph: Graph) -> None:
     nothing but as_strided can tell."""
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
-    if strided and not all(_is_contiguous(node) for node in site.results()):
+    if strided and (site.swapped or not all(_is_contiguous(node) for node in site.results())):
         raise Refused(Reason.LAYOUT, strided[0], kind=site.kind)
 
 
@@ -222,20 +241,17 @@ def _prove_order(site: Site) -> None:
         raise Refused(Reason.ORDER, late, kind=site.kind)
 
 
-def _prove_undisturbed(site: Site, graph: Graph) -> None:
+def _prove_undisturbed(site: Site) -> None:
     """No mutation and no switch of streams between any two nodes of the site, or between them and a read of theirs."""
-    from torch._inductor.pattern_matcher import get_mutation_region_id
-
     first, *rest = site.nodes()
-    where = (get_mutation_region_id(graph, first), stream(first))
     for node in (*rest, *looked_through(site)):
-        if (get_mutation_region_id(graph, node), stream(node)) != where:
+        if region(node) != region(first):
             raise Refused(Reason.MUTATION, node, kind=site.kind)
 
 
 def looked_through(site: Site) -> list[Node]:
     """The nodes between the op's inputs and the site's own: casts and views that the op reads past."""
-    known = {*site.nodes(), *site.inputs()}
+    known = {*site.nodes(), *site.inputs(), *site.twins}
     between: list[Node] = []
     pending = [source for node in site.nodes() for source in node.all_input_nodes]
     while pending:
@@ -255,7 +271,7 @@ def rewrite(site: Site, graph: Graph, rounding: str) -> Node:
     with graph.inserting_before(_place(site)):
         call = _insert_call(site, graph, rounding)
         results = [call] if len(site.outputs) == 1 else _insert_getitems(site, graph, call)
-        results = [_viewed(graph, result, nodes[0], site) for nodes, result in zip(site.outputs, results, strict=True)]
+        results = [_viewed_back(graph, *pair, site) for pair in zip(results, site.outputs, strict=True)]
     for nodes, result in zip(site.outputs, results, strict=True):
         for node in nodes:
             node.replace_all_uses_with(result)
@@ -273,30 +289,39 @@ def _insert_call(site: Site, graph: Graph, rounding: str) -> Node:
     args: list[Any] = []
     kwargs: dict[str, Any] = {**site.options, **site.dtypes}
     if rounding == "fp32":
-        kwargs |= {"rounding": "fp32", "norm_dtype": None}
+        kwargs["rounding"] = "fp32"
+        kwargs |= {"norm_dtype": None} if "norm_dtype" in kwargs else {}
     for argument in site.op()._schema.arguments:
         if not argument.kwarg_only:
             operand = site.operands[argument.name]
             if isinstance(operand, Operand):
                 operand = operand.materialise(graph)
-            elif argument.name in ("x", "residual"):
+            elif argument.name in VIEWED and site.like is not None:
                 operand = _viewed(graph, operand, site.like, site)
             args.append(operand)
     call = graph.call_function(site.op(), tuple(args), kwargs)
     origin = site.outputs[0][0]
-    call.meta.update({k: v for k, v in origin.meta.items() if k in _ORIGIN})
+    call.meta.update({k: v for k, v in origin.meta.items() if k in ORIGIN})
     vals = tuple(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
     call.meta["eager_input_vals"] = (vals, kwargs)
-    results = tuple(_fresh(nodes[0], site.like) for nodes in site.outputs)
+    results = tuple(_fresh(nodes[0], site) for nodes in site.outputs)
     call.meta["val"] = results if len(results) > 1 else results[0]
     return call
 
 
-def _fresh(node: Node, like: Node) -> torch.Tensor:
+def _fresh(node: Node, site: Site) -> torch.Tensor:
     """The fake result of the op that replaces `node`: contiguous, with the sizes that the graph knows already."""
-    val, shape = value(node), value(like)
-    assert val is not None and shape is not None
-    return val.new_empty(shape.shape)
+    val = value(node)
+    assert val is not None
+    shape = val.transpose(1, 2).shape if site.swapped else val.shape
+    return val.new_empty(shape if site.like is None else site.like.meta["val"].shape)
+
+
+def _viewed_back(graph: Graph, result: Node, replaced: tuple[Node, ...], site: Site) -> Node:
+    """A result of the op in the shape of the nodes that it replaces."""
+    if site.swapped:
+        return view_of(result, SWAP, graph)
+    return result if site.like is None else _viewed(graph, result, replaced[0], site)
 
 
 def _viewed(graph: Graph, node: Any, like: Node, site: Site) -> Node:
@@ -306,7 +331,7 @@ def _viewed(graph: Graph, node: Any, like: Node, site: Site) -> Node:
     if same_shape(val, shape):
         return node
     view = graph.call_function(aten.reshape.default, (node, [_size(graph, size, site) for size in shape.shape]))
-    view.meta = {k: v for k, v in like.meta.items() if k in _ORIGIN}
+    view.meta = {k: v for k, v in like.meta.items() if k in ORIGIN}
     view.meta["val"] = val.reshape(shape.shape)
     return view
 
@@ -320,14 +345,11 @@ def _size(graph: Graph, size: int | torch.SymInt, site: Site) -> int | Node:
     return node
 
 
-_ORIGIN = ("stack_trace", "nn_module_stack", "custom")
-
-
 def _insert_getitems(site: Site, graph: Graph, call: Node) -> list[Node]:
     results = []
     for index, nodes in enumerate(site.outputs):
         item = graph.call_function(operator.getitem, (call, index))
-        item.meta = {k: v for k, v in nodes[0].meta.items() if k in _ORIGIN}
+        item.meta = {k: v for k, v in nodes[0].meta.items() if k in ORIGIN}
         item.meta["val"] = call.meta["val"][index]
         results.append(item)
     return results
@@ -349,5 +371,6 @@ _PURE = (
     torch.ops.prims.convert_element_type.default,
     torch.ops.aten.clone.default,
     torch.ops.aten.expand.default,
+    torch.ops.aten.permute.default,
     *RESHAPES,
 )

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from attention_modules import (
+    RopeModule,
+    RopeSpec,
+    SiluModule,
+    SiluSpec,
+    rope_inputs,
+    rope_specs,
+    silu_inputs,
+    silu_specs,
+)
 from graph_backend import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,13 +31,17 @@ from fusion_pass import Backend, lowering  # noqa: F401  Inductor's way to call 
 MAY_DIFFER = {torch.bfloat16: 5e-4, torch.float16: 5e-3}
 
 
+def moved(args: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Moving a view to the GPU would make it contiguous: its base is moved, and the same view taken there."""
+    return [
+        a._base.cuda().as_strided(a.shape, a.stride(), a.storage_offset()) if a._base is not None else a.cuda()
+        for a in args
+    ]
+
+
 def on_gpu(spec: Spec, seed: int = 0) -> tuple[SiteModule, list[torch.Tensor]]:
     torch.manual_seed(seed)
-    # Moving a view to the GPU would make it contiguous: its base is moved, and the same view taken there.
-    args = [
-        a._base.cuda().as_strided(a.shape, a.stride(), a.storage_offset()) if a._base is not None else a.cuda()
-        for a in inputs(spec, seed)
-    ]
+    args = moved(inputs(spec, seed))
     for arg in args:
         torch._dynamo.mark_static(arg, arg.ndim - 1)
     return SiteModule(spec).cuda().eval().requires_grad_(False), args
@@ -49,6 +64,40 @@ def test_a_compiled_site_follows_eager_and_runs_on_a_kernel(spec: Spec, dynamic:
     got, backend = run(module, *args, dynamic=dynamic, kernels="auto")
     assert [site.kind for site in backend.report.fused] == ([] if spec.kind() is None else [spec.kind()])
     assert_follows_eager(got, module(*args), rows=2 if spec.norm is native_norm else 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
+def test_a_compiled_attention_follows_eager_and_runs_on_a_kernel(spec: RopeSpec, dynamic: bool, seed: int) -> None:
+    spec = replace(spec, tokens=spec.tokens * 16)
+    args, module = moved(rope_inputs(spec, seed)), RopeModule(spec).cuda().eval().requires_grad_(False)
+    for arg in args:
+        torch._dynamo.mark_static(arg, arg.ndim - 1)
+    got, backend = run(module, *args, dynamic=dynamic, kernels="auto")
+    assert backend.report.counts() == ({spec.kind(): 1} if spec.width % 8 == 0 else {}), backend.report
+    assert_follows_eager((got,), (module(*args),), rows=got.numel() // got.shape[-1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(spec=silu_specs(), seed=st.integers(0, 2**16))
+def test_a_compiled_swiglu_follows_eager_and_runs_on_a_kernel(spec: SiluSpec, seed: int) -> None:
+    module, args = SiluModule(spec), moved(silu_inputs(spec, seed))
+    got, backend = run(module, *args, kernels="auto")
+    assert backend.report.counts() == {"silu_mul": 1}
+    torch.testing.assert_close(got, module(*args), rtol=2e-2, atol=2e-2 * spec.width)
+
+
+@pytest.mark.parametrize("table", (torch.complex64, torch.complex128))
+def test_nothing_stands_between_a_projection_and_its_attention_but_one_kernel(table: torch.dtype) -> None:
+    spec = RopeSpec(width=64, tokens=128, heads=4, kv_heads=4, packed=True, table=table)
+    module, args = RopeModule(spec).cuda().eval().requires_grad_(False), moved(rope_inputs(spec))
+    compiled = torch.compile(module, backend=Backend(strict=True))
+    compiled(*args)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compiled(*args)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert not [name for name in kernels if any(part in name for part in ("elementwise", "triton", "opy", "omplex"))]
 
 
 @pytest.mark.parametrize("mode", ("default", "reduce-overhead"))

@@ -100,12 +100,15 @@ def distance(run: Run, reference: Run) -> float:
     return float((run.output - reference.output).norm() / reference.output.norm())
 
 
-def test_every_residual_add_of_the_full_model_is_fused(report: Any) -> None:
+def test_every_residual_add_attention_and_swiglu_of_the_full_model_is_fused(report: Any) -> None:
     kinds = Counter(site.kind for site in report.fused)
+    blocks = LAYERS + 2 * REFINERS
     assert kinds == {
-        "norm_tanh_mul_add_norm_scale": 2 * (LAYERS + 2 * REFINERS) - 3,
+        "norm_tanh_mul_add_norm_scale": 2 * blocks - 3,
         "norm_tanh_mul_add": 3,
         "norm_scale": 3,
+        "qk_norm_rope": blocks,
+        "silu_mul": blocks,
     }, str(report)
     assert report.graphs == 1
 
@@ -114,7 +117,7 @@ def test_every_fused_site_says_where_it_stands_and_how_it_rounds(report: Any) ->
     for site in report.fused:
         assert site.module
         assert "transformer_z_image.py:" in site.source or "normalization.py:" in site.source
-        assert site.rounding == "cast_then_weight"
+        assert site.rounding == ("model" if site.kind == "silu_mul" else "cast_then_weight")
         assert str(site.dtype).endswith("bfloat16")
 
 

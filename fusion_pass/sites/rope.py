@@ -1,0 +1,147 @@
+"""out = rotated(norm(x)): an RMSNorm of each head, and RoPE behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from dit_kernels.ops import KERNEL_DTYPES
+from dit_kernels.rounding import RotatedSteps, rotated_steps
+from fusion_pass.dataflow import dtype, is_only_joined, is_stored, is_swap, known_equal, value
+from fusion_pass.report import Reason, Refused
+from fusion_pass.sites import rotation
+from fusion_pass.sites.norm import Norm, eps_operand
+from fusion_pass.sites.operand import SWAP, Operand
+from fusion_pass.sites.rotation import Rotation
+from fusion_pass.sites.site import Operands, Site, Survey, check_operands, choose_form, operand_dtype
+
+KIND = "norm_rope"
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A norm, and the rotation of it. The op takes [B, S, H, Dh]; swapped: the rotation has [B, H, S, Dh]."""
+
+    norm: Norm
+    rotation: Rotation
+    swapped: bool
+    steps: RotatedSteps
+
+    def fits(self, rounding: str, norm_dtype: torch.dtype | None) -> bool:
+        """Are the steps of this form the steps of the graph?"""
+        x, by = operand_dtype(self.norm.x), operand_dtype(self.rotation.by)
+        assert x is not None and by is not None
+        weight = operand_dtype(self.norm.weight)
+        return self.steps == rotated_steps(rounding, x, weight, by, norm_dtype, self.steps.rotated, self.steps.out)
+
+    def norm_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What the normalised value may have been cast to."""
+        return (self.norm.steps.normed, self.norm.steps.out)
+
+    @property
+    def interior(self) -> tuple[Node, ...]:
+        between = () if self.rotation.x is self.norm.out else (self.rotation.x,)
+        return (*self.norm.interior, *between, *self.rotation.interior)
+
+    def x(self) -> Node | Operand:
+        """What is normed, as the op reads it; a norm may stand on the other side of the swap than its rotation."""
+        if self.swapped == (self.rotation.x is self.norm.out):
+            return self.norm.x.args[0] if is_swap(self.norm.x) else Operand(self.norm.x, (SWAP,), ())
+        return self.norm.x
+
+    def tables(self) -> dict[str, Node | Operand | None]:
+        """The rotation as the op reads it."""
+        return {"rotation": self._table(self.rotation.by), "sin": self._table(self.rotation.sin)}
+
+    def _table(self, table: Node | None) -> Node | Operand | None:
+        val = None if table is None else value(table)
+        four = val is not None and val.ndim == 4
+        return Operand(table, (SWAP,), ()) if table is not None and four and self.swapped else table
+
+    def size(self) -> tuple[int | torch.SymInt, ...]:
+        """B, S, H, Dh."""
+        x = value(self.rotation.x)
+        assert x is not None
+        batch, tokens, heads, width = x.shape
+        return (batch, heads, tokens, width) if self.swapped else (batch, tokens, heads, width)
+
+
+def note(norm: Norm, survey: Survey) -> None:
+    """Notes which norms are rotated, so that q and k can find each other."""
+    found = rotation.of(norm.out)
+    if found is not None:
+        survey.rotated[found.x] = norm.anchor
+
+
+def find(norm: Norm, survey: Survey) -> Site | None:
+    """The site whose norm this is, as far as its dataflow tells. Raises Refused."""
+    rotated = grow(norm)
+    if rotated is None:
+        return None
+    eps = eps_operand(norm.eps)
+    operands: Operands = {"x": rotated.x(), "weight": norm.weight, **rotated.tables(), "eps": eps}
+    check_operands(operands, KIND)
+    form = choose_form(norm.anchor, KIND, rotated.norm_dtypes(), rotated.fits)
+    return Site(
+        kind=KIND,
+        operands=operands,
+        options={
+            "interleaved": rotated.rotation.interleaved,
+            "rounding": form.rounding,
+            "norm_dtype": form.norm_dtype,
+            "rope_dtype": rotated.steps.rotated,
+        },
+        outputs=(rotated.rotation.out,),
+        dtypes={"out_dtype": rotated.steps.out},
+        interior=rotated.interior,
+        anchor=norm.anchor,
+        swapped=rotated.swapped,
+    )
+
+
+def grow(norm: Norm) -> Rotated | None:
+    """The rotation that reads a norm, or None where nothing of the kind stands there. Raises Refused."""
+    found = rotation.of(norm.out)
+    if found is None:
+        return None
+    if norm.kind != "rms" or norm.bias is not None:
+        raise Refused(Reason.UNNORMED, norm.anchor, kind=KIND)
+    x = value(found.x)
+    if x is None or x.ndim != 4:
+        raise Refused(Reason.SHAPE, norm.x, "a head is not the last of four dimensions", KIND)
+    swapped = not _is_table(found.by, x, False)
+    for table in (found.by, found.sin):
+        if table is not None and not _is_table(table, x, swapped):
+            raise Refused(Reason.SHAPE, table, "not a row for each token, the same for all heads", KIND)
+    if found.sin is not None and dtype(found.sin) != dtype(found.by):
+        raise Refused(Reason.DTYPE, found.sin, "cosines and sines of different dtypes", KIND)
+    if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.out):
+        raise Refused(Reason.INLINE, found.out[0], kind=KIND)
+    return Rotated(norm, found, swapped, _steps(norm, found))
+
+
+def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:
+    """A complex product is cast once; a real sum is rounded as its terms are, and cast then."""
+    product, out = turn.product, dtype(turn.out[0])
+    if product is None or out is None:
+        raise Refused(Reason.ROUNDING, turn.out[0], kind=KIND)
+    if out not in KERNEL_DTYPES:
+        raise Refused(Reason.DTYPE, turn.out[0], str(out), KIND)
+    return RotatedSteps(norm.steps, product, out if turn.sin is None else product, out)
+
+
+def _is_table(table: Node, x: torch.Tensor, swapped: bool) -> bool:
+    """Is it one row for each token, of Dh numbers or Dh / 2 complex ones, for one batch item or for each?
+
+    x is [B, S, H, Dh], or swapped [B, H, S, Dh]; the table broadcasts to it along the heads.
+    """
+    val = value(table)
+    if val is None or not 2 <= val.ndim <= 4 or val.is_conj() or val.is_neg():
+        return False
+    batch, *middle, width = (1, 1, *val.shape)[-4:]
+    heads, tokens = middle if swapped else reversed(middle)
+    of_batch = known_equal(batch, 1) or known_equal(batch, x.shape[0])
+    of_tokens = known_equal(tokens, x.shape[2 if swapped else 1]) and known_equal(heads, 1)
+    return of_batch and of_tokens and known_equal(width, x.shape[3] // (2 if val.is_complex() else 1))

@@ -1,0 +1,297 @@
+"""The rotation of pairs (RoPE), as a value: what is rotated and by what, the dtype of its products, and its nodes.
+
+    complex:  out = cast?(view_as_real(view_as_complex(pairs of x) * rotation))
+    real:     out = cast?(x * cos + turned(x) * sin)         turned: every pair (a, b) becomes (-b, a)
+
+A pair is two neighbours, or the same element of either half of the last dimension; complex numbers are neighbours.
+Everything is read off the dataflow, whatever the order of operands: halves and neighbours as slices, split, unbind or
+select, casts up before or behind them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusion_pass.dataflow import (
+    VIEWS,
+    aten,
+    dtype,
+    is_call,
+    is_plain_add,
+    is_swap,
+    is_widening,
+    known_equal,
+    other_operands,
+    same_shape,
+    sole_user,
+    stored_casts,
+    through_widening,
+    value,
+)
+from fusion_pass.report import Reason
+
+NAME = "rope"
+ANCHORS = (aten.view_as_complex.default, aten.cat.default)
+ALONE = Reason.UNNORMED
+
+_RESHAPES = (aten.reshape.default, aten.view.default)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """out = x rotated, over the last dimension.
+
+    `by` is complex, or the cosines where `sin` is given. `out` are nodes of one value: the sum, or the equal casts that
+    read it; `product` is the real dtype of the products and of their sum, None where these differ.
+    """
+
+    anchor: Node
+    x: Node
+    by: Node
+    sin: Node | None
+    interleaved: bool
+    product: torch.dtype | None
+    out: tuple[Node, ...]
+    interior: tuple[Node, ...]  # every node behind x and before `out`
+
+
+def find(anchor: Node) -> Rotation | None:
+    """The rotation whose complex numbers, or whose turned pairs, `anchor` makes; None where it is none."""
+    return _complex(anchor) if is_call(anchor, aten.view_as_complex.default) else _real(anchor)
+
+
+def of(x: Node) -> Rotation | None:
+    """The rotation that reads x, or x with heads and tokens swapped; None where nothing of the kind stands there."""
+    for rotation in map(find, _anchors_behind(x)):
+        if rotation is not None and (rotation.x is x or (is_swap(rotation.x) and rotation.x.args[0] is x)):
+            return rotation
+    return None
+
+
+def measured(anchor: Node) -> Node:
+    """The tensor that is rotated, as far as it can be told; else the anchor."""
+    rotation = find(anchor)
+    return anchor if rotation is None else rotation.x
+
+
+def _anchors_behind(x: Node) -> Iterator[Node]:
+    parts = (*VIEWS, *_SPLITS, aten.slice.Tensor, aten.select.int, aten.unbind.int, operator.getitem, aten.neg.default)
+    seen: set[Node] = set()
+    pending = list(x.users)
+    while pending:
+        node = pending.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_call(node, *ANCHORS):
+            yield node
+        elif is_widening(node) or is_call(node, *parts):
+            pending.extend(node.users)
+
+
+# --- with complex numbers ---------------------------------------------------------------------------------------------
+
+
+def _complex(anchor: Node) -> Rotation | None:
+    nodes: list[Node] = [anchor]
+    pairs = _narrowest(anchor.args[0], nodes)
+    product = sole_user(anchor)
+    if not is_call(pairs, *_RESHAPES) or product is None or not is_call(product, aten.mul.Tensor):
+        return None
+    nodes += [pairs, product]
+    x = _narrowest(pairs.args[0], nodes)
+    by = next(other_operands(product, anchor))
+    real = sole_user(product)
+    if not isinstance(by, Node) or not _is_complex(by) or real is None or not is_call(real, aten.view_as_real.default):
+        return None
+    flat = sole_user(real)
+    if flat is None or not is_call(flat, *_RESHAPES) or not _same_shape(flat, x) or not _are_pairs(pairs, x, -1):
+        return None
+    out = stored_casts(flat)
+    nodes += [real] if out == (flat,) else [real, flat]
+    return Rotation(anchor, x, by, None, True, dtype(real), out, tuple(nodes))
+
+
+def _is_complex(node: Node) -> bool:
+    val = value(node)
+    return val is not None and val.is_complex()
+
+
+# --- with cosines and sines -------------------------------------------------------------------------------------------
+
+
+def _real(anchor: Node) -> Rotation | None:
+    turn = _quarter_turn(anchor)
+    if turn is None:
+        return None
+    for product in _past_casts(turn.out, turn.nodes):
+        total = sole_user(product) if is_call(product, aten.mul.Tensor) else None
+        if total is None or not is_plain_add(total):
+            continue
+        found = _sum(anchor, turn, product, total)
+        if found is not None:
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """out = every pair (a, b) of x as (-b, a)."""
+
+    x: Node
+    interleaved: bool
+    out: Node
+    nodes: list[Node]
+
+
+def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | None:
+    """x * cos + turned * sin, where `product` is the right one."""
+    turned = next(arg for arg in product.args if through_widening(arg) is turn.out)
+    nodes = [*turn.nodes, product]
+    straight = next(other_operands(total, product))
+    sin = next(other_operands(product, turned))
+    if not is_call(straight, aten.mul.Tensor) or straight is product or len(straight.users) != 1:
+        return None
+    for x, cos in (straight.args[:2], reversed(straight.args[:2])):
+        if isinstance(cos, Node) and isinstance(sin, Node) and _narrowest(x, nodes) is turn.x:
+            break
+    else:
+        return None
+    if not _same_shape(total, turn.x):
+        return None
+    dtypes = {dtype(node) for node in (product, straight, total)}
+    out = stored_casts(total)
+    nodes += [straight] if out == (total,) else [straight, total]
+    product_dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, product_dtype, out, tuple(dict.fromkeys(nodes)))
+
+
+def _quarter_turn(cat: Node) -> _Turn | None:
+    """The turn that `cat` puts together: (-second half, first half), or (-odd, even) as a new last dimension."""
+    val = value(cat)
+    parts = cat.args[0]
+    dim = cat.args[1] if len(cat.args) > 1 else 0
+    if val is None or not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-1, val.ndim - 1):
+        return None
+    nodes = [cat]
+    left, right = (_below_unsqueeze(part, nodes) for part in parts)
+    interleaved = left is not parts[0]
+    if not is_call(left, aten.neg.default) or interleaved != (right is not parts[1]):
+        return None
+    nodes.append(left)
+    second, first = _half(left.args[0], nodes), _half(right, nodes)
+    if second is None or first is None or second != (first[0], interleaved, 1) or first[1:] != (interleaved, 0):
+        return None
+    out = sole_user(cat) if interleaved else cat
+    x = _narrowest(first[0], nodes)
+    if out is None or not _same_shape(out, x) or not (out is cat or is_call(out, *_RESHAPES)):
+        return None
+    return _Turn(x, interleaved, out, [*nodes, out])
+
+
+def _below_unsqueeze(node: Any, nodes: list[Node]) -> Any:
+    """The node that a new last dimension is put behind."""
+    val = value(node) if is_call(node, aten.unsqueeze.default) else None
+    if val is None or node.args[1] not in (-1, val.ndim - 1):
+        return node
+    nodes.append(node)
+    return node.args[0]
+
+
+def _half(node: Any, nodes: list[Node]) -> tuple[Node, bool, int] | None:
+    """(of what, of each pair of neighbours?, which one) where the node is one of two halves of a last dimension."""
+    if is_call(node, aten.slice.Tensor):
+        found = _slice(node)
+    elif is_call(node, aten.select.int):
+        found = _of_pairs(node.args[0], node.args[1], node.args[2], nodes)
+    elif is_call(node, operator.getitem) and is_call(node.args[0], aten.unbind.int):
+        unbind = node.args[0]
+        nodes.append(unbind)
+        found = _of_pairs(unbind.args[0], unbind.args[1] if len(unbind.args) > 1 else 0, node.args[1], nodes)
+    elif is_call(node, operator.getitem) and is_call(node.args[0], *_SPLITS):
+        nodes.append(node.args[0])
+        found = _of_split(node.args[0], node.args[1])
+    else:
+        return None
+    nodes.append(node)
+    return found
+
+
+def _slice(node: Node) -> tuple[Node, bool, int] | None:
+    of, dim, start, end, step = node.args + (None, 0, None, None, 1)[len(node.args) :]
+    val = value(of)
+    if val is None or dim not in (-1, val.ndim - 1) or not isinstance(val.shape[-1], int) or val.shape[-1] % 2:
+        return None
+    width = val.shape[-1]
+    if not all(isinstance(n, int) or n is None for n in (start, end, step)):
+        return None
+    taken = range(width)[start:end:step]
+    halves = (range(width // 2), range(width // 2, width))
+    neighbours = (range(0, width, 2), range(1, width, 2))
+    for interleaved, both in ((False, halves), (True, neighbours)):
+        if taken in both:
+            return of, interleaved, both.index(taken)
+    return None
+
+
+def _of_pairs(pairs: Any, dim: Any, index: Any, nodes: list[Node]) -> tuple[Node, bool, int] | None:
+    """A column, or a row, of a last dimension that a reshape has parted into [half, 2], or [2, half]."""
+    val = value(pairs) if is_call(pairs, *_RESHAPES) else None
+    if val is None or not isinstance(dim, int):
+        return None
+    dim = dim - val.ndim if dim >= 0 else dim
+    if dim not in (-1, -2) or not _are_pairs(pairs, pairs.args[0], dim):
+        return None
+    nodes.append(pairs)
+    return pairs.args[0], dim == -1, index
+
+
+def _of_split(split: Node, index: Any) -> tuple[Node, bool, int] | None:
+    of, sizes, dim = (*split.args, 0)[:3]
+    val = value(of)
+    if val is None or dim not in (-1, val.ndim - 1):
+        return None
+    width = val.shape[-1]
+    sizes = [sizes, width - sizes] if isinstance(sizes, int) else list(sizes)
+    return (of, False, index) if sizes == [width / 2] * 2 else None
+
+
+# --- casts and shapes -------------------------------------------------------------------------------------------------
+
+
+def _narrowest(node: Any, nodes: list[Node]) -> Any:
+    """What has the same value as the node before it was cast up, with the casts in `nodes`."""
+    while is_widening(node):
+        nodes.append(node)
+        node = node.args[0]
+    return node
+
+
+def _past_casts(node: Node, nodes: list[Node]) -> Iterator[Node]:
+    """What reads a node, past casts up."""
+    for user in list(node.users):
+        if is_widening(user):
+            nodes.append(user)
+            yield from _past_casts(user, nodes)
+        else:
+            yield user
+
+
+def _same_shape(a: Node, b: Any) -> bool:
+    left, right = value(a), value(b) if isinstance(b, Node) else None
+    return left is not None and right is not None and same_shape(left, right)
+
+
+def _are_pairs(pairs: Node, of: Any, dim: int) -> bool:
+    """Is `pairs` the node `of`, its last dimension parted in two, of which dimension `dim` has size 2?"""
+    parted, whole = value(pairs), value(of) if isinstance(of, Node) else None
+    if parted is None or whole is None or parted.ndim != whole.ndim + 1 or parted.shape[dim] != 2:
+        return False
+    return all(known_equal(m, n) for m, n in zip(parted.shape[:-2], whole.shape[:-1], strict=True))

@@ -1,0 +1,73 @@
+"""silu(x), as a value: c / (1 + exp(-c)), c being x or x cast to fp32, and one cast of it at most.
+
+PyTorch decomposes F.silu so. A model's own x * sigmoid(x) is recognised, too; it rounds otherwise: the sigmoid to x's
+dtype, and in fp32 a product with a quotient is not the quotient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from fusion_pass.dataflow import (
+    add_constant,
+    aten,
+    is_call,
+    is_narrowing,
+    other_operands,
+    sole_user,
+    through_widening,
+)
+
+NAME = "silu"
+ANCHORS = (aten.exp.default, aten.sigmoid.default)
+ALONE = None  # an activation like others
+
+
+@dataclass(frozen=True)
+class Silu:
+    """out = silu(x)."""
+
+    anchor: Node
+    x: Node
+    out: Node
+    by_sigmoid: bool
+    interior: tuple[Node, ...]  # every node from the exponential, or the sigmoid, to `out`
+
+
+def find(anchor: Node) -> Silu | None:
+    """The silu whose exponential, or whose sigmoid, is `anchor`; None where it is none."""
+    return _quotient(anchor) if is_call(anchor, aten.exp.default) else _product(anchor)
+
+
+def measured(anchor: Node) -> Node:
+    """The tensor that is activated, as far as it can be told; else the anchor."""
+    silu = find(anchor)
+    return anchor if silu is None else silu.x
+
+
+def _quotient(exp: Node) -> Silu | None:
+    negative = exp.args[0]
+    total = sole_user(exp)
+    quotient = sole_user(total) if total is not None and add_constant(total, 1.0) is exp else None
+    if total is None or quotient is None or not is_call(negative, aten.neg.default):
+        return None
+    wide = negative.args[0]
+    if not is_call(quotient, aten.div.Tensor) or quotient.args[0] is not wide or quotient.args[1] is not total:
+        return None
+    return _silu(exp, wide, quotient, False, (negative, exp, total, quotient))
+
+
+def _product(sigmoid: Node) -> Silu | None:
+    product = sole_user(sigmoid)
+    wide = sigmoid.args[0]
+    if product is None or not is_call(product, aten.mul.Tensor) or wide not in other_operands(product, sigmoid):
+        return None
+    return _silu(sigmoid, wide, product, True, (sigmoid, product))
+
+
+def _silu(anchor: Node, wide: Node, activated: Node, by_sigmoid: bool, nodes: tuple[Node, ...]) -> Silu:
+    cast = sole_user(activated)
+    out = cast if cast is not None and is_narrowing(cast) else activated
+    return Silu(anchor, through_widening(wide), out, by_sigmoid, tuple(dict.fromkeys((*nodes, out))))

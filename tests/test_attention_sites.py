@@ -1,0 +1,307 @@
+"""q/k-norm with RoPE, and SwiGLU: the rewritten graph computes what the original did, bit by bit; what is neither."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from attention_modules import (
+    NEVER_TURNED,
+    NO_SWIGLU,
+    OTHER_AXIS,
+    TWO_ALONE,
+    RopeModule,
+    RopeSpec,
+    SiluModule,
+    SiluSpec,
+    a_silu_by_a_sigmoid,
+    complex_rope,
+    half_rope,
+    rope_inputs,
+    rope_specs,
+    silu_inputs,
+    silu_specs,
+    the_product_is_computed_on,
+)
+from graph_backend import GraphBackend, run
+from hypothesis import given
+from hypothesis import strategies as st
+from test_graph_pass import assert_computes, rewritten, traced
+from test_properties import assert_bit_equal
+
+from fusion_pass import graph_pass
+
+
+@given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
+def test_a_norm_that_is_rotated_is_bit_equal_to_eager_and_q_is_fused_with_k(spec: RopeSpec, dynamic: bool, seed: int):
+    module, args = RopeModule(spec), rope_inputs(spec, seed)
+    with torch.no_grad():
+        expected = module(*args)
+    got, backend = run(module, *args, dynamic=dynamic)
+    assert_bit_equal(got, expected)
+    assert [site.kind for site in backend.report.fused] == [spec.kind()], backend.report
+    assert backend.report.missed == []
+    (site,) = backend.report.fused
+    assert (site.rounding, site.dtype, site.gate, site.scale) == (spec.form(), spec.dtype, None, None)
+
+
+@given(spec=silu_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
+def test_swiglu_is_bit_equal_to_eager(spec: SiluSpec, dynamic: bool, seed: int) -> None:
+    module, args = SiluModule(spec), silu_inputs(spec, seed)
+    expected = module(*args)
+    got, backend = run(module, *args, dynamic=dynamic)
+    assert_bit_equal(got, expected)
+    assert [(site.kind, site.rounding, site.dtype) for site in backend.report.fused] == [
+        ("silu_mul", "model", spec.dtype)
+    ], backend.report
+
+
+@pytest.mark.parametrize("pair", (False, True), ids=("alone", "q and k"))
+@pytest.mark.parametrize("rope", (complex_rope, half_rope))
+def test_fp32_rounding_keeps_everything_in_fp32_to_the_end(rope, pair: bool) -> None:
+    spec = RopeSpec(rope=rope, pair=pair, table=torch.complex64 if rope is complex_rope else torch.float32)
+    module, args = RopeModule(spec), rope_inputs(spec)
+    _, backend = run(module, *args, rounding="fp32")
+    (site,) = backend.report.fused
+    assert site.rounding == "fp32"
+    (graph,) = backend.graphs
+    op = getattr(torch.ops.dit_kernels, site.kind).default
+    (call,) = graph.graph.find_nodes(op="call_function", target=op)
+    assert call.kwargs["rounding"] == "fp32"
+    assert call.kwargs["out_dtype"] == torch.bfloat16
+    _, backend = run(SiluModule(SiluSpec()), *silu_inputs(SiluSpec()), rounding="fp32")
+    assert [site.rounding for site in backend.report.fused] == ["fp32"]
+
+
+def test_an_eps_that_is_a_tensor_stays_one() -> None:
+    spec = RopeSpec()
+    module, args = RopeModule(spec), rope_inputs(spec)
+    got, backend = run(module, *args, dynamic=True)
+    assert_bit_equal(got, module(*args))
+    assert backend.count(torch.ops.dit_kernels.qk_norm_rope.eps_tensor) == 1
+
+
+# --- what stands in the graph afterwards ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", ("behind", "before", "between"))
+@pytest.mark.parametrize("rope", (complex_rope, half_rope))
+def test_no_copy_and_no_cast_is_left_between_the_projection_and_the_attention(rope, swapped: str) -> None:
+    table = torch.complex64 if rope is complex_rope else torch.bfloat16
+    spec = RopeSpec(rope=rope, packed=True, table=table, swapped=swapped)
+    module, args = RopeModule(spec), rope_inputs(spec)
+    got, backend = run(module, *args)
+    assert_bit_equal(got, module(*args))
+    (graph,) = backend.graphs
+    op = torch.ops.dit_kernels.qk_norm_rope.default
+    (call,) = graph.graph.find_nodes(op="call_function", target=op)
+    q, k = call.args[:2]
+    assert (q.op, k.op) == ("placeholder", "placeholder")  # views of the projection, as the model has them
+    assert not q.meta["val"].is_contiguous()
+    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    kinds = ("getitem", "unsqueeze", "permute", "qk_norm_rope", "scaled_dot_product")
+    assert all(any(kind in name for kind in kinds) for name in calls), calls
+    for result in call.meta["val"]:
+        assert result.is_contiguous()
+    for user in [user for item in call.users for user in item.users]:
+        assert user.target is torch.ops.aten.permute.default
+        assert user.meta["val"].transpose(1, 2).is_contiguous()
+
+
+def test_the_inserted_node_names_the_norm_of_q() -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm_q, self.norm_k = torch.nn.RMSNorm(16).bfloat16(), torch.nn.RMSNorm(16).bfloat16()
+
+        def forward(self, q, k, table, sin):
+            q, k = (complex_rope(norm(x), table.unsqueeze(2), sin) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
+            return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, k)))
+
+    _, backend = run(torch.nn.Sequential(Wrapped(Attention())), rope_inputs(RopeSpec()))
+    (site,) = backend.report.fused
+    assert (site.kind, site.module) == ("qk_norm_rope", "0.inner.norm_q")
+    assert "attention_modules.py:" in site.source
+    assert site.module in str(backend.report)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, args):
+        return self.inner(*args)
+
+
+def test_slices_instead_of_split_make_no_difference() -> None:
+    """From torch 2.14 on, chunk arrives as slices."""
+
+    def function(packed, weight):
+        a, b = (torch.ops.aten.slice.Tensor(packed, 2, start, start + 8) for start in (0, 8))
+        s = a / (torch.exp(-a) + 1)
+        return torch.ops.aten.mm.default((s * b).reshape(6, 8), weight)
+
+    args = [torch.randn(2, 3, 16), torch.randn(8, 8)]
+    graph = traced(function, *args)
+    assert rewritten(graph).counts() == {"silu_mul": 1}
+    assert_computes(graph, lambda packed, weight: _swiglu(*packed.chunk(2, -1)).reshape(6, 8) @ weight, args)
+
+
+def _swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(a) * b
+
+
+@pytest.mark.parametrize("changed", ("the table", "something else"))
+def test_a_mutation_between_q_and_k_leaves_each_alone(changed: str) -> None:
+    """k reads the table that was changed; where it is another tensor, the two could still not stand in one place."""
+
+    def function(q, k, cos, sin, other):
+        q = half_rope(_norm(q), cos.unsqueeze(2), sin.unsqueeze(2))
+        (cos if changed == "the table" else other).mul_(2)
+        k = half_rope(_norm(k), cos.unsqueeze(2), sin.unsqueeze(2))
+        return torch.ops.aten.bmm.default(q.reshape(-1, 4, 16), k.reshape(-1, 16, 4)), other
+
+    spec = RopeSpec(rope=half_rope, table=torch.float32, dtype=torch.float32, heads=4, kv_heads=4)
+    args = [*rope_inputs(spec), torch.randn(3)]
+    graph = traced(function, *args)
+    assert rewritten(graph).counts() == {"norm_rope": 2}
+    assert_computes(graph, function, args)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def test_a_mutation_inside_a_rotated_norm_keeps_it_from_being_fused() -> None:
+    def function(q, cos, sin, other):
+        n = _norm(q)
+        other.mul_(2)
+        return torch.ops.aten.bmm.default(half_rope(n, cos.unsqueeze(2), sin.unsqueeze(2)).reshape(-1, 4, 16), other)
+
+    q, _, cos, sin = rope_inputs(RopeSpec(rope=half_rope, table=torch.float32, dtype=torch.float32, heads=4))
+    args = [q, cos, sin, torch.randn(12, 16, 2)]
+    graph = traced(function, *args)
+    assert [site.reason_name for site in rewritten(graph).missed] == ["MUTATION"]
+    assert_computes(graph, function, args)
+
+
+def test_a_conjugate_table_is_left_alone() -> None:
+    """What reads it by its address would read what it is a view of."""
+
+    def function(q, table):
+        pairs = torch.view_as_complex(_norm(q).reshape(*q.shape[:-1], -1, 2))
+        rotated = torch.view_as_real(pairs * table.conj().unsqueeze(2)).reshape(q.shape)
+        return torch.ops.aten.bmm.default(rotated.reshape(-1, 3, 16), q.reshape(-1, 16, 3))
+
+    q, _, table, _ = rope_inputs(RopeSpec(dtype=torch.float32))
+    graph = traced(function, q, table)
+    (copy,) = graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)  # PyTorch makes it plain
+    copy.replace_all_uses_with(copy.args[0])
+    graph.erase_node(copy)
+    assert rewritten(graph).fused == []
+    assert_computes(graph, function, [q, table])
+
+
+# --- what is no site --------------------------------------------------------------------------------------------------
+
+SQUARE = RopeSpec(rope=half_rope, tokens=4, heads=4, kv_heads=4, table=torch.bfloat16)  # axes that can be mixed up
+REASONS = {
+    "the_heads_are_turned": ["ALONE"],
+    "a_table_for_each_head": ["SHAPE"],
+    "one_row_for_all_tokens": ["SHAPE"],
+    "the_tables_differ_in_dtype": ["DTYPE"],
+    "the_terms_are_rounded_otherwise_than_the_sum": ["ROUNDING"],
+    "the_norm_is_read_elsewhere": ["ESCAPES"],
+    "the_turned_pairs_are_read_elsewhere": ["ESCAPES"],
+    "the_table_is_computed_from_the_norm": ["ESCAPES"],
+    "the_mean_runs_over_two_dimensions": ["DIMENSION", "UNNORMED"],
+    "the_norm_runs_over_all_heads": ["ALONE", "UNNORMED"],
+    "a_layer_norm_is_turned": ["UNNORMED"],
+    "nothing_is_normed": ["UNNORMED"],
+    "the_result_is_computed_on": ["INLINE"],
+    "the_result_is_put_into_another_tensor": ["INLINE"],
+}
+
+
+@pytest.mark.parametrize("mutant", NEVER_TURNED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_what_is_no_rotated_norm_is_not_fused_and_its_result_is_right(mutant, dynamic: bool) -> None:
+    args = rope_inputs(SQUARE)
+    got, backend = run(mutant, *args, dynamic=dynamic)
+    assert backend.report.fused == []
+    assert [site.reason_name for site in backend.report.missed] == REASONS.get(mutant.__name__, ["ALONE"])
+    assert_bit_equal(got, mutant(*args))
+
+
+@pytest.mark.parametrize("function", OTHER_AXIS, ids=lambda f: f.__name__)
+def test_of_as_many_tokens_as_heads_the_table_says_which_is_which(function) -> None:
+    args = rope_inputs(SQUARE)
+    got, backend = run(function, *args)
+    assert backend.report.counts() == {"norm_rope": 1}
+    assert_bit_equal(got, function(*args))
+
+
+@pytest.mark.parametrize("mutant", TWO_ALONE, ids=lambda f: f.__name__)
+def test_what_are_no_q_and_k_of_one_attention_and_rotation_are_fused_each_alone(mutant) -> None:
+    args = rope_inputs(SQUARE)
+    got, backend = run(mutant, *args)
+    assert backend.report.counts() == {"norm_rope": 2}, backend.report
+    assert_bit_equal(got, mutant(*args))
+
+
+@pytest.mark.parametrize("mutant", NO_SWIGLU, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_what_is_no_swiglu_is_not_fused_and_its_result_is_right(mutant, dtype: torch.dtype) -> None:
+    spec = SiluSpec(dtype=dtype, b_dtype=dtype)
+    args = silu_inputs(spec)
+    got, backend = run(mutant, *args)
+    assert backend.report.fused == []
+    assert [site.reason_name for site in backend.report.missed] == NO_SWIGLU[mutant]
+    plain, _ = run(mutant, *args, fuse=False)
+    assert_bit_equal(got, plain)
+
+
+def test_in_a_training_graph_nothing_is_fused_and_the_gradients_are_eagers() -> None:
+    spec = RopeSpec(rope=half_rope, dtype=torch.float32, weight=torch.float32, table=torch.float32)
+    module, args = RopeModule(spec), rope_inputs(spec)
+    module(*args).sum().backward()
+    expected = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    backend = GraphBackend()
+    torch.compile(module, backend=backend)(*args).sum().backward()
+    assert backend.report.fused == []
+    assert {site.reason_name for site in backend.report.missed if site.kind == "norm"} == {"TRAINING"}
+    for parameter, gradient in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_site_that_is_left_to_inductor_is_no_reason_to_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fusion_pass")
+        for mutant in (the_product_is_computed_on, a_silu_by_a_sigmoid):
+            _, backend = run(mutant, *silu_inputs(SiluSpec()), strict=True)
+            assert [site.kind for site in backend.report.missed] == ["silu_mul"]
+
+
+def test_gates_of_which_none_is_fused_are_warned_of_where_the_attention_is_fused() -> None:
+    module, args = RopeModule(RopeSpec()), rope_inputs(RopeSpec())
+
+    def model(q, k, table, sin):
+        y = module(q, k, table, sin)
+        return y + q.transpose(1, 2).tanh() * (torch.nn.functional.rms_norm(y, y.shape[-1:]) - 1)
+
+    graph_pass._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="norms and gates, and nothing of it was fused"):
+        _, backend = run(model, *args)
+    assert backend.report.counts() == {"qk_norm_rope": 1}
+
+
+@pytest.mark.parametrize(("width", "kinds"), ((16, ["qk_norm_rope"]), (12, [])))
+def test_what_no_kernel_takes_is_left_to_inductor(width: int, kinds: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)
+    spec = RopeSpec(width=width)
+    _, backend = run(RopeModule(spec), *rope_inputs(spec), kernels="auto")
+    assert [site.kind for site in backend.report.fused] == kinds
+    assert [site.reason_name for site in backend.report.missed] == ([] if kinds else ["UNFIT", "UNFIT"])
