@@ -317,7 +317,8 @@ def _versions() -> tuple[str, ...]:
 def _source_hash() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for source in (here / "compile.py", *sorted((here / "cute").glob("*.py"))):
+    folders = (here / "cute", here / "calls")  # device code, and what it is called with
+    for source in (here / "compile.py", *(path for folder in folders for path in sorted(folder.glob("*.py")))):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()
 
