@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from dit_kernels.ops import checked_call, kernels_missing
-from fusion_pass.dataflow import is_pointwise, known_equal, value
+from fusion_pass.dataflow import VIEWS, is_call, is_pointwise, known_equal, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import Operand
 from fusion_pass.sites.site import Site
@@ -23,9 +23,10 @@ def check(site: Site) -> None:
         raise Refused(Reason.NO_KERNEL, detail=missing, kind=site.kind)
     if not checked_call(site.op(), *_vals(site), **site.options, **site.dtypes).fits_kernel():
         raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
-    for operand in (site.operands.get("gate"), site.operands.get("scale")):
-        if isinstance(operand, Operand) and _is_computed_per_token(operand, x):
-            raise Refused(Reason.PER_TOKEN, operand.source, kind=site.kind)
+    for name in ("gate", "scale", "a", "b"):
+        source = site.source(name)
+        if source is not None and _is_computed_per_token(source, x):
+            raise Refused(Reason.PER_TOKEN, source, kind=site.kind)
 
 
 def _vals(site: Site) -> list[Any]:
@@ -38,13 +39,15 @@ def _vals(site: Site) -> list[Any]:
     ]
 
 
-def _is_computed_per_token(operand: Operand, x: torch.Tensor) -> bool:
-    """A gate or scale of x's size that Inductor would have computed inside its kernel, and that the op must read.
+def _is_computed_per_token(source: Node, x: torch.Tensor) -> bool:
+    """An operand of x's size that Inductor would have computed inside its kernel, and that the op must read.
 
     Not measured yet whether fusing such a site pays: writing the operand out costs as many bytes as the fusion saves
     at most, so the site is left to Inductor.
     """
-    val = value(operand.source)
-    if val is None or val.ndim < x.ndim or not is_pointwise(operand.source):
+    val = value(source)
+    while is_call(source, *VIEWS):
+        source = source.args[0]
+    if val is None or val.ndim < x.ndim or not is_pointwise(source):
         return False
     return not any(known_equal(size, 1) for size in val.shape[-2:])

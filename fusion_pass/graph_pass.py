@@ -35,7 +35,7 @@ from torch.fx import Graph, Node
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  how Inductor calls what the pass inserts
 from fusion_pass import eligibility, sites
-from fusion_pass.dataflow import VIEWS, aten, dtype, is_call
+from fusion_pass.dataflow import VIEWS, aten, dtype, is_call, is_swap
 from fusion_pass.report import (
     BY_DESIGN,
     FusionReport,
@@ -128,7 +128,7 @@ class FusionPass(CustomGraphPass):
         )
 
 
-FAMILIES = {target: family for family in sites.FAMILIES for target in family.value.ANCHORS}
+_FAMILIES = {target: family for family in sites.FAMILIES for target in family.value.ANCHORS}
 
 
 def _found(graph: Graph, targets: Iterable[Any]) -> Iterator[Node]:
@@ -146,10 +146,10 @@ class _Rewriter:
         self.proven: dict[Node, Site] = {}
 
     def run(self) -> None:
-        for anchor in sorted(_found(self.graph, FAMILIES)):
+        for anchor in sorted(_found(self.graph, _FAMILIES)):
             self._look_at(anchor)
         matcher = PatternMatcherPass(pass_name="fusion_pass")
-        for target in FAMILIES:
+        for target in _FAMILIES:
             inputs = [Ignored() for argument in target._schema.arguments if not argument.kwarg_only]
             pattern = CallFunction(target, *inputs, _users=MULTIPLE)
             register_graph_pattern(pattern, extra_check=self._check, pass_dict=matcher)(self._rewrite)
@@ -160,7 +160,7 @@ class _Rewriter:
 
     def _look_at(self, anchor: Node) -> None:
         """Lets the kinds of site note what their sites must know of each other."""
-        family = FAMILIES[anchor.target]
+        family = _FAMILIES[anchor.target]
         for kind in family.kinds:
             try:
                 if hasattr(kind, "note") and (found := family.value.find(anchor)) is not None:
@@ -178,19 +178,19 @@ class _Rewriter:
             self.proven[anchor] = site
             return True
         except Refused as refusal:
-            self.report.missed.append(_missed(anchor, refusal, FAMILIES[anchor.target].value))
+            self.report.missed.append(_missed(anchor, refusal, _FAMILIES[anchor.target].value))
             if refusal.reason not in BY_DESIGN:
                 if self.options.strict:
                     raise StrictError(self.report.missed[-1]) from refusal
                 _warn_missed(refusal)
             return False
         except Exception as error:  # reading went wrong, and nothing is rewritten yet: the other sites need not suffer
-            self._report_failure(error, anchor, FAMILIES[anchor.target].value)
+            self._report_failure(error, anchor, _FAMILIES[anchor.target].value)
             return False
 
     def _find(self, anchor: Node) -> Site | None:
         """The site that is to be fused, or None where there is nothing of the kind. Raises Refused."""
-        family = FAMILIES[anchor.target]
+        family = _FAMILIES[anchor.target]
         try:
             found = family.value.find(anchor)
             site = None if found is None else self._prove(found, family)
@@ -218,11 +218,9 @@ class _Rewriter:
             except Refused as refusal:
                 refusal.site = site
                 first_refusal = first_refusal or refusal
-        if first_refusal is None and family.value.ALONE is not None:
-            raise Refused(family.value.ALONE)
-        if first_refusal is not None:
-            raise first_refusal
-        return None
+        if first_refusal is None and family.value.ALONE is None:
+            return None
+        raise first_refusal or Refused(family.value.ALONE)
 
     def _report_bare_rotations(self) -> None:
         """A rotation of a norm is told of with the norm; here are the others. The matcher skips complex numbers."""
@@ -254,6 +252,7 @@ class _Rewriter:
 def reads_too_early(call: Node) -> bool:
     """Does anything that reads a result stand before the call, because an operand of the call stands behind it?"""
     results = [user for user in call.users if user.target is operator.getitem] or [call]
+    results += [view for result in results for view in result.users if is_swap(view)]
     return any(reader < call for result in results for reader in result.users)
 
 
