@@ -12,7 +12,15 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 ADD = (aten.add.Tensor, aten.add.Scalar)
-VIEWS = (aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default)
+RESHAPES = (
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+VIEWS = (*RESHAPES, aten.permute.default)
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -30,6 +38,11 @@ def value(node: Node) -> torch.Tensor | None:
 def dtype(node: Node) -> torch.dtype | None:
     val = value(node)
     return None if val is None else val.dtype
+
+
+def is_size(node: Node) -> bool:
+    """Does a node hold a size that is a symbol, or is computed from symbols?"""
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def is_cast(node: Any) -> bool:
@@ -54,16 +67,53 @@ def is_narrowing(node: Any) -> bool:
     return is_cast(node) and dtype(node) in HALVES and dtype(node.args[0]) == torch.float32
 
 
+def keeps_rows(node: Any) -> bool:
+    """Another shape or a copy of the same rows: what is computed row by row may be computed before it or after it."""
+    if not is_call(node, *RESHAPES, aten.clone.default):
+        return False
+    before, after = value(node.args[0]), value(node)
+    if before is None or after is None or not before.ndim or not after.ndim:
+        return False
+    return known_equal(before.shape[-1], after.shape[-1])
+
+
+def under_views(node: Any) -> Any:
+    """What a node is another shape of."""
+    while keeps_rows(node):
+        node = node.args[0]
+    return node
+
+
+def past_views(node: Node) -> tuple[Node, ...]:
+    """The node, and the other shapes, or fp32, that it is brought into before anything else reads it."""
+    chain = [node]
+    while (user := sole_user(chain[-1])) is not None and (keeps_rows(user) or is_widening(user)):
+        chain.append(user)
+    return tuple(chain)
+
+
 def through_widening(node: Any) -> Any:
-    """What has the same value as the node before it was cast up to fp32."""
+    """What has the same rows as the node before it was cast up to fp32."""
+    narrow = node
+    while is_widening(node) or keeps_rows(node):
+        widened, node = is_widening(node), node.args[0]
+        narrow = node if widened else narrow
+    return narrow
+
+
+def before_widening(node: Any) -> Any:
+    """What was cast up to fp32, in the same shape."""
     while is_widening(node):
         node = node.args[0]
     return node
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Are a and b the same value, up to casts that change nothing?"""
-    return isinstance(a, Node) and through_widening(a) is through_widening(b)
+    """Are a and b the same value, up to casts that change nothing and equal views?"""
+    left, right = (value(node) if isinstance(node, Node) else None for node in (a, b))
+    if left is None or right is None or not same_shape(left, right):
+        return False
+    return under_views(through_widening(a)) is under_views(through_widening(b))
 
 
 def other_operands(node: Node, operand: Node) -> Iterator[Any]:
@@ -107,7 +157,8 @@ def is_pointwise(node: Node) -> bool:
 
 def is_stored(node: Node) -> bool:
     """Does anything read the node from memory, instead of computing on in the kernel that makes it?"""
-    return any(is_stored(user) if is_call(user, *VIEWS) else not is_pointwise(user) for user in node.users)
+    past = (*VIEWS, aten.clone.default)
+    return any(is_stored(user) if is_call(user, *past) else not is_pointwise(user) for user in node.users)
 
 
 def is_only_joined(node: Node) -> bool:

@@ -12,6 +12,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +36,7 @@ from torch.fx import Graph, Node
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  how Inductor calls what the pass inserts
 from fusion_pass import eligibility, sites
-from fusion_pass.dataflow import VIEWS, aten, dtype, is_call, is_swap
+from fusion_pass.dataflow import VIEWS, aten, dtype, is_call, past_views
 from fusion_pass.report import (
     BY_DESIGN,
     FusionReport,
@@ -82,20 +83,27 @@ class FusionPass(CustomGraphPass):
             _Rewriter(self, graph, report).run()
             graph.lint()
             _warn_if_nothing_fused(report, graph)
+            self._publish(report)
         except Exception as error:
             if saved is not None:
                 _restore(graph, saved)
             if self.strict:
                 raise
-            report = FusionReport(graphs=1, missed=[_failure(error)])
             _warn_of(error)
-        self._publish(report)
+            with suppress(Exception):  # what failed may be the report
+                self._publish(FusionReport(graphs=1, missed=[_failure(error)]))
 
     def uuid(self) -> Any | None:
         """What the output of this pass depends on, beyond the graph: its sources, its options and the versions."""
         if self.collector is not None:
             return None
-        return f"fusion_pass:{_fingerprint()}:{self.options()}"
+        try:
+            return f"fusion_pass:{_fingerprint()}:{self.options()}"
+        except Exception as error:  # sources that cannot be read: nothing is cached
+            if self.strict:
+                raise
+            _warn_of(error)
+            return None
 
     def options(self) -> tuple[str, str, bool]:
         return (self.rounding, self.kernels, self.strict)
@@ -109,6 +117,7 @@ class FusionPass(CustomGraphPass):
         return hash(self.options())
 
     def _publish(self, report: FusionReport) -> None:
+        summary, details = report.summary(), report.to_json()
         if self.collector is not None:
             self.collector.merge(report)
         for site in report.fused:
@@ -116,7 +125,7 @@ class FusionPass(CustomGraphPass):
             counters["inductor"][COUNTER_PREFIX + site.kind] += 1
         counters["fusion_pass"]["graphs"] += 1
         counters["fusion_pass"]["missed"] += len(report.missed)
-        log.info("graph: %s", report.summary())
+        log.info("graph: %s", summary)
         for site in report.fused:
             log.debug("fused %s: %s at %s", site.kind, site.module, site.source)
         for site in report.missed:
@@ -124,7 +133,7 @@ class FusionPass(CustomGraphPass):
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "fusion_pass_report", "encoding": "json"},
-            payload_fn=report.to_json,
+            payload_fn=lambda: details,
         )
 
 
@@ -218,9 +227,11 @@ class _Rewriter:
             except Refused as refusal:
                 refusal.site = site
                 first_refusal = first_refusal or refusal
-        if first_refusal is None and family.value.ALONE is None:
-            return None
-        raise first_refusal or Refused(family.value.ALONE)
+        if first_refusal is not None:
+            raise first_refusal
+        if family.value.ALONE is not None:
+            raise Refused(family.value.ALONE, next(iter(past_views(found.out)[-1].users), found.out))
+        return None
 
     def _report_bare_rotations(self) -> None:
         """A rotation of a norm is told of with the norm; here are the others. The matcher skips complex numbers."""
@@ -228,7 +239,7 @@ class _Rewriter:
             try:
                 found = rotation.find(anchor)
                 if found is not None and found.x not in self.survey.rotated:
-                    self.report.missed.append(_missed(anchor, Refused(rotation.ALONE), rotation))
+                    self.report.missed.append(_missed(anchor, Refused(rotation.ALONE, anchor), rotation))
             except Exception as error:
                 self._report_failure(error, anchor, rotation)
 
@@ -249,10 +260,14 @@ class _Rewriter:
         dit_kernels.ops.prepare(call.target, *args, **kwargs)
 
 
+_OF_RESULTS = (operator.getitem, aten.reshape.default, aten.permute.default)
+
+
 def reads_too_early(call: Node) -> bool:
     """Does anything that reads a result stand before the call, because an operand of the call stands behind it?"""
-    results = [user for user in call.users if user.target is operator.getitem] or [call]
-    results += [view for result in results for view in result.users if is_swap(view)]
+    results = [call]
+    for result in results:  # grows: the items of the call, and these in the shapes that the graph has them in
+        results += [user for user in result.users if user.target in _OF_RESULTS]
     return any(reader < call for result in results for reader in result.users)
 
 
@@ -299,7 +314,8 @@ def _missed(anchor: Node, refusal: Refused, value: ModuleType) -> ReportedSite:
 def _failure(error: Exception, anchor: Node | None = None, kind: str = "graph") -> ReportedSite:
     """An error of our own, for the anchor that it happened at, or for the whole graph."""
     module, source, shape = ("", "", ()) if anchor is None else (module_path(anchor), source_line(anchor), ())
-    reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}"
+    at = "" if anchor is None else f", at {anchor.name}"
+    reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}{at}"
     return ReportedSite(kind, None, None, module, source, shape, None, None, reason, Reason.ERROR.name)
 
 

@@ -13,14 +13,22 @@ from fusion_pass.graph_pass import FusionPass
 
 def join(present: Any, fusion_pass: FusionPass) -> Any:
     """What is in the hook already, then our pass; a FusionPass that is there already is replaced."""
-    passes = present if isinstance(present, list | tuple) else [] if present is None else [present]
-    others = [p.first if isinstance(p, _Chain) else p for p in passes]
-    others = [p for p in others if not isinstance(p, FusionPass)]
+    others = [p for p in _passes(present) if not isinstance(p, FusionPass)]
     if not others:
         return fusion_pass
     if hasattr(custom_graph_pass, "get_custom_graph_passes"):
         return (*others, fusion_pass)
     return _Chain(others[0], fusion_pass)
+
+
+def holds_ours(present: Any) -> bool:
+    """Is a FusionPass in the hook?"""
+    return any(isinstance(p, FusionPass) for p in _passes(present))
+
+
+def _passes(present: Any) -> list[Any]:
+    passes = present if isinstance(present, list | tuple) else [] if present is None else [present]
+    return [single for p in passes for single in ((p.first, p.second) if isinstance(p, _Chain) else (p,))]
 
 
 class _Chain(CustomGraphPass):

@@ -1,6 +1,8 @@
 """How Inductor calls the ops: by dit_kernels.direct instead of the dispatcher, into buffers that it plans itself.
 
-What this does not know to be right (C++ wrappers, unusual shapes and strides) is called as any custom op is.
+What this does not know to be right (C++ wrappers, unusual shapes and strides) is called as any custom op is. So are ops
+that are called by hand under plain Inductor: the code that is emitted here fits one version of dit_kernels.direct, and
+only our pass in the hook makes that version part of the key of Inductor's caches.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._inductor import ir
+from torch._inductor import config, ir
 from torch._inductor.lowering import empty_strided, fallback_handler, register_lowering
 from torch._inductor.virtualized import V
 
@@ -71,36 +73,34 @@ class DirectKernel(ir.ExternKernel):
 
     def codegen(self, wrapper: Any) -> None:
         name = f"dit_kernel_{wrapper.next_kernel_suffix()}"
-        results = [result.codegen_reference() for result in self.results]
-        bases = {key: _base(value) for key, value in self.operands.items()}
-        offsets = {key: base[1] for key, base in bases.items() if base is not None and base[1]}
-        given = [_written(value) if (base := bases[key]) is None else base[0] for key, value in self.operands.items()]
+        given = [*self.operands.values(), *self.results]
+        addresses = OPS[self.op._opname].arranged([_address(value) for value in given])
         numbers = wrapper.codegen_shape_tuple(self.constant_args)
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         wrapper.add_import_once("from dit_kernels.direct import DirectCall")
         # The comment keeps graphs that differ in dtypes alone from sharing one source, and with it one DirectCall.
         types = ", ".join(str(node.get_dtype()) for node in (*self.inputs, *self.results))
-        wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}, {offsets}{options})  # {types}")
-        wrapper.writeline(f"if not {name}({', '.join((*given, *results, numbers))}):")
-        wrapper.writeline(f"    {name}.checked({', '.join((*map(_written, self.operands.values()), *results))})")
+        wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}{options})  # {types}")
+        wrapper.writeline(f"if not {name}(({', '.join(map(str, addresses))}), {numbers}):")
+        wrapper.writeline(f"    {name}.checked({', '.join(map(_written, given))})")
 
 
 def _is_tensor(value: Any) -> bool:
     return value is not None and not isinstance(value, float)
 
 
-def _base(t: Any) -> tuple[str, int] | None:
-    """Where an operand is a view of a buffer: the buffer, and the bytes by which the view lies behind it.
-
-    A view costs the host as much to make as a launch; its address is a sum.
-    """
-    if not isinstance(t, ir.ReinterpretView):
-        return None
-    buffer = t.data.data if isinstance(t.data, ir.StorageBox) else t.data
-    if not isinstance(buffer, ir.Buffer) or buffer.get_layout().offset != 0 or buffer.get_dtype() != t.get_dtype():
-        return None
-    offset = t.get_layout().offset
-    return (buffer.get_name(), int(offset) * t.get_dtype().itemsize) if _static(offset) else None
+def _address(value: Any) -> str:
+    """An operand as a kernel takes it. A view costs the host as much to make as a launch; its address is a sum."""
+    if not _is_tensor(value):
+        return repr(value)
+    if not isinstance(value, ir.ReinterpretView):
+        return f"{value.codegen_reference()}.data_ptr()"
+    buffer = value.data.data if isinstance(value.data, ir.StorageBox) else value.data
+    offset = value.get_layout().offset
+    plain = isinstance(buffer, ir.Buffer) and buffer.get_layout().offset == 0
+    if not plain or buffer.get_dtype() != value.get_dtype() or not _static(offset):
+        return f"{value.codegen_reference()}.data_ptr()"
+    return f"{buffer.get_name()}.data_ptr() + {int(offset) * value.get_dtype().itemsize}"
 
 
 def _written(value: Any) -> str:
@@ -114,6 +114,10 @@ def _stored(t: Any) -> Any:
 
 def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The op's results, to be computed by a DirectKernel. Raises Unusual."""
+    from fusion_pass.hook import holds_ours  # which imports the pass, which imports this
+
+    if not holds_ours(config.post_grad_custom_pre_pass):
+        raise Unusual("Inductor's caches do not know our version")
     if V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False) or V.graph.aot_mode:
         raise Unusual("the wrapper is no Python code")
     if stream(V.graph.current_node):

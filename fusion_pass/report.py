@@ -19,13 +19,14 @@ class Reason(str, Enum):
     """Why something in the graph was not fused; the list is closed."""
 
     ALONE = "no residual add, no scale and no rotation stands around it"
-    FOLLOWED = "a shift or a product follows the scale, which Inductor computes in the same kernel"
+    FOLLOWED = "a shift, a product or the like follows the scale, which Inductor computes in the same kernel"
     LAYER_NORM = "a LayerNorm that is not written as F.layer_norm"
     DIMENSION = "the mean does not run over the last dimension only"
     NOT_NORMALISED = "what is squared is not what is normalised"
-    ROOT = "its root is written 1 / sqrt, which rounds otherwise than rsqrt"
+    MEAN = "what its root is taken of is not what torch.mean makes of the squares, plus eps"
+    ROOT = "eps or a factor stands on its root, not under it"
     ESCAPES = "a value inside the site is used outside it"
-    KINDS = "one of its norms is a LayerNorm, the other an RMSNorm"
+    KINDS = "its two norms are of different kinds"
     ROUNDING = "its casts fit no rounding form"
     WIDTH = "the last dimension is not static"
     SHAPE = "shape or broadcast not proven"
@@ -54,6 +55,7 @@ BY_DESIGN = frozenset(
         Reason.LAYER_NORM,
         Reason.DIMENSION,
         Reason.NOT_NORMALISED,
+        Reason.MEAN,
         Reason.ROOT,
         Reason.KINDS,
         Reason.PER_TOKEN,

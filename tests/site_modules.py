@@ -52,6 +52,24 @@ def squeezed_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
     return n if weight is None else n * weight
 
 
+def reciprocal_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    """1 / sqrt, whose last bit is another than that of rsqrt; the mean as a sum over the width."""
+    wide = x.float()
+    n = (wide * (1 / torch.sqrt(wide.pow(2).sum(-1, keepdim=True) / x.shape[-1] + eps))).to(x.dtype)
+    return n if weight is None else n * weight
+
+
+def quotient_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    """x / sqrt; the root as a power, keepdim as a later unsqueeze."""
+    n = (x / ((x.float() ** 2).mean(-1) + eps).pow(0.5).unsqueeze(-1)).to(x.dtype)
+    return n if weight is None else n * weight
+
+
+def native_reciprocal_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
+    n = x * torch.reciprocal(torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+    return n if weight is None else n * weight
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), weight, None, eps)
 
@@ -63,8 +81,14 @@ def wide_layer_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tenso
 
 
 LAYER_NORMS: tuple[Norm, ...] = (layer_norm, wide_layer_norm)
-NORMS: tuple[Norm, ...] = (diffusers_norm, llama_norm, torch_norm, native_norm, squeezed_norm, *LAYER_NORMS)
-FORM_OF: dict[Norm, str] = {torch_norm: "weight_then_cast", native_norm: "native", wide_layer_norm: "weight_then_cast"}
+ROOTS: tuple[Norm, ...] = (reciprocal_norm, quotient_norm, native_reciprocal_norm)
+NORMS: tuple[Norm, ...] = (diffusers_norm, llama_norm, torch_norm, native_norm, squeezed_norm, *ROOTS, *LAYER_NORMS)
+FORM_OF: dict[Norm, str] = {
+    torch_norm: "weight_then_cast",
+    wide_layer_norm: "weight_then_cast",
+    native_norm: "native",
+    native_reciprocal_norm: "native",
+}
 
 
 # --- a site ---------------------------------------------------------------------------------------------------------
@@ -96,6 +120,7 @@ class Spec:
     dtype: torch.dtype = torch.bfloat16
     expanded: bool = False  # gate and scale are expanded to the shape of x
     extra_user: str | None = None  # y, z or n: who else is read
+    as_rows: tuple[bool, bool, bool] = (False, False, False)  # first norm, sum, second norm: on [rows, width]?
 
     def kind(self) -> str | None:
         """The op that the site becomes. A first norm that is read elsewhere leaves only the second one to fuse."""
@@ -133,12 +158,13 @@ class SiteModule(nn.Module):
         results = []
         y = x
         if spec.add:
-            p = n = spec.norm(x, self.weight, self.eps)
+            p = n = spec.norm(_rows(x, spec.as_rows[0]), self.weight, self.eps).view(x.shape)
             if spec.gate is not None:
                 t = gate.tanh() if spec.gate == "tanh" else gate
                 t = t.expand_as(x) if spec.expanded else t
                 p = n * t if spec.swapped[0] else t * n
-            y = p + residual if spec.swapped[1] else residual + p
+            p, residual = _rows(p, spec.as_rows[1]), _rows(residual, spec.as_rows[1])
+            y = (p + residual if spec.swapped[1] else residual + p).view(x.shape)
             results.append(y)
             if spec.extra_user == "n":
                 results.append(n * 2)
@@ -146,7 +172,7 @@ class SiteModule(nn.Module):
                 results.append(y * 2)
         if spec.second:
             weight = self.weight2 if spec.add else self.weight
-            z = n2 = spec.norm(y, weight, self.eps)
+            z = n2 = spec.norm(_rows(y, spec.as_rows[2]), weight, self.eps).view(x.shape)
             if spec.scale is not None:
                 s = scale
                 if spec.scale == "one_plus":
@@ -157,6 +183,10 @@ class SiteModule(nn.Module):
             if spec.extra_user == "z":
                 results.append(z * 2)
         return tuple(results)
+
+
+def _rows(t: Tensor, wanted: bool) -> Tensor:
+    return t.reshape(-1, t.shape[-1]) if wanted else t
 
 
 def _operand(shape: tuple[int, ...], like: str, dtype: torch.dtype) -> Tensor:
@@ -217,9 +247,11 @@ def specs(draw: st.DrawFn) -> Spec:
         dtype=draw(st.sampled_from((torch.bfloat16, torch.float16, torch.float32))),
         expanded=draw(st.booleans()),
         extra_user=draw(st.sampled_from((None, None, "y", "z", "n"))),
+        as_rows=draw(st.sampled_from(((False,) * 3,) * 3) | st.tuples(*[st.booleans()] * 3)),
     )
-    # What PyTorch decomposes F.layer_norm into is not bit-equal to it: every layer norm must be part of a fused site.
-    if spec.norm in LAYER_NORMS:
+    # What PyTorch decomposes F.layer_norm into is not bit-equal to it, nor is the rsqrt that torch 2.14 makes of other
+    # roots: every such norm must be part of a fused site.
+    if spec.norm in (*LAYER_NORMS, *ROOTS):
         scale = "one_plus" if spec.scale is None and not spec.add else spec.scale
         spec = replace(spec, extra_user=None if spec.extra_user == "n" else spec.extra_user, scale=scale)
         spec = replace(spec, second=spec.second or not spec.add)
@@ -270,9 +302,35 @@ def the_root_is_rounded(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor
     return _gated(x * rstd.to(torch.float16).to(x.dtype), residual, gate)
 
 
-def the_norm_is_a_division(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+def half_the_mean(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
     wide = x.float()
-    return _gated((wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype), residual, gate)
+    return _gated((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) / 2 + EPS)).to(x.dtype), residual, gate)
+
+
+def a_sum_over_another_number(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    mean = wide.pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1)
+    return _gated((wide * torch.rsqrt(mean + EPS)).to(x.dtype), residual, gate)
+
+
+def a_root_that_is_divided_by_x(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) / wide).to(x.dtype), residual, gate)
+
+
+def another_tensor_is_divided_by_the_root(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    n = (residual / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return _gated(n, residual, gate)
+
+
+def two_over_the_root(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    return _gated((wide * (2 / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype), residual, gate)
+
+
+def the_sum_is_an_addcmul(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(residual, gate.tanh(), diffusers_norm(x, None))
 
 
 def a_0d_gate_of_another_dtype(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
@@ -427,12 +485,6 @@ def a_shift_follows_the_scale(x: Tensor, residual: Tensor, gate: Tensor, scale: 
     return diffusers_norm(x, None) * (1 + scale) + gate
 
 
-def the_root_is_a_quotient(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
-    wide = x.float()
-    n = (wide * torch.reciprocal(torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype)
-    return _gated(n, residual, gate)
-
-
 def an_fp8_step(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
     wide = x.float()
     n = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(torch.float8_e5m2).to(x.dtype)
@@ -451,7 +503,12 @@ NEVER_FUSED = (
     a_root_that_broadcasts_over_the_columns,
     a_root_of_one_dimension_more,
     the_root_is_rounded,
-    the_norm_is_a_division,
+    half_the_mean,
+    a_sum_over_another_number,
+    a_root_that_is_divided_by_x,
+    another_tensor_is_divided_by_the_root,
+    two_over_the_root,
+    the_sum_is_an_addcmul,
     a_0d_gate_of_another_dtype,
     all_of_x_is_measured,
     a_vector_is_normalised,
@@ -482,12 +539,12 @@ NEVER_FUSED = (
     the_gate_depends_on_the_norm,
     the_product_is_added_to_itself,
     a_shift_follows_the_scale,
-    the_root_is_a_quotient,
     an_fp8_step,
     a_double_precision_norm,
     residual_with_a_factor,
 )
 
+MUTANTS_BY_A_ROOT = (another_tensor_is_divided_by_the_root, two_over_the_root)
 MUTANTS_BY_A_CAST = (a_rounded_copy_is_squared, the_root_is_rounded)
 
 
@@ -522,10 +579,24 @@ def the_second_norm_is_shifted(x: Tensor, residual: Tensor, gate: Tensor, scale:
     return y, diffusers_norm(y, None) + scale
 
 
+def the_norms_differ_in_their_roots(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    y = _gated(reciprocal_norm(x, None), residual, gate)
+    return y, diffusers_norm(y, None) * (1 + scale)
+
+
+def gate_and_scale_are_met_in_other_shapes(
+    x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor
+) -> tuple[Tensor, ...]:
+    y = _gated(diffusers_norm(x, None), residual, gate)
+    return y, diffusers_norm(y, None).unflatten(1, (2, -1)) * (1 + scale[:, None])
+
+
 ONE_SINGLE = (the_second_norm_is_computed_on, the_second_norm_is_shifted)
 TWO_SINGLES = (
     one_norm_is_a_layer_norm,
     the_scale_depends_on_y,
     y_is_changed_before_the_second_norm,
     the_norms_differ_in_form,
+    the_norms_differ_in_their_roots,
+    gate_and_scale_are_met_in_other_shapes,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -184,6 +185,43 @@ def test_the_uuid_tells_options_apart_and_nothing_else() -> None:
     assert FusionPass().uuid() == FusionPass().uuid()
 
 
+SOURCES_CHANGED = """
+    import json, sys
+    from pathlib import Path
+    sys.path[:0] = [sys.argv[1], sys.argv[1] + "/kernels"]
+    from fusion_pass import graph_pass
+
+    root, fingerprint = Path(sys.argv[1]), graph_pass._fingerprint.__wrapped__
+    assert graph_pass.__file__.startswith(str(root))
+    before, blind = fingerprint(), []
+    for source in sorted(root.rglob("*.py")):
+        text = source.read_text()
+        source.touch()
+        assert fingerprint() == before
+        source.write_text(text + "# changed\\n")
+        if fingerprint() == before:
+            blind.append(str(source))
+        source.write_text(text)
+    (root / "fusion_pass" / "notes.txt").write_text("no source")
+    assert fingerprint() == before
+    print(json.dumps([before, blind]))
+"""
+
+
+def test_the_uuid_changes_with_every_source_and_with_nothing_else(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    found = []
+    for place in ("here", "there"):
+        for package in ("fusion_pass", "kernels/dit_kernels"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(root / package, tmp_path / place / package, ignore=ignored)
+        command = [sys.executable, "-c", textwrap.dedent(SOURCES_CHANGED), str(tmp_path / place)]
+        process = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(json.loads(process.stdout))
+    assert [blind for _, blind in found] == [[], []]
+    assert found[0] == found[1]  # wherever the package lies
+
+
 WARM = """
     import json, logging, sys
     import torch
@@ -247,12 +285,20 @@ def test_strict_raises_where_a_site_cannot_be_fused(module, args) -> None:
 
 
 STEPS = (
+    "_copied",
+    "_is_training",
+    "Survey",
     "sites.norm.find",
+    "sites.dual.find",
     "prove",
-    "rewrite",
     "eligibility.check",
+    "rewrite",
     "stable_topological_sort",
     "dit_kernels.ops.prepare",
+    "module_path",
+    "_warn_if_nothing_fused",
+    "FusionReport.to_json",
+    "_fingerprint",
 )
 
 
@@ -276,15 +322,18 @@ def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(module
     if step == "eligibility.check":
         monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)
     backend = Backend(kernels="auto" if step == "eligibility.check" else "reference")
+    options = {"fx_graph_cache": step == "_fingerprint"}  # another compilation each time, but where uuid() is asked
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        got = torch.compile(module, backend=backend, options={"fx_graph_cache": False})(*args)
+        got = torch.compile(module, backend=backend, options=options)(*args)
         torch._dynamo.reset()
-        torch.compile(module, backend=backend, options={"fx_graph_cache": False})(*args)
-    assert_equal(got, plain)
+        torch.compile(module, backend=backend, options=options)(*args)
+    assert_equal(got, module(*args) if step == "_fingerprint" else plain)
     ours = [str(w.message) for w in caught if "fusion_pass" in str(w.message)]
     assert len(ours) == 1
     assert "ZeroDivisionError: seeded" in ours[0]
+    if step == "_fingerprint":  # only keeps the graph from being cached
+        return
     assert counters["fusion_pass"][DUAL] == 0
     torch._dynamo.reset()
     strict = Backend(kernels=backend.kernels, strict=True)

@@ -15,17 +15,20 @@ import pytest
 import torch
 import zimage
 from graph_backend import GraphBackend, run
-from site_modules import EPS, SiteModule, Spec, diffusers_norm, inputs
+from site_modules import SiteModule, Spec, diffusers_norm, inputs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
+from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
 import fusion_pass
 from fusion_pass import Backend
 
 REFERENCE = Backend(kernels="reference")
-SINGLE, DUAL = "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale"
+DUAL = "norm_tanh_mul_add_norm_scale"
 
 
 @pytest.fixture
@@ -238,6 +241,51 @@ def test_passes_in_inductors_other_hooks_run_as_they_do_without_us(module, args)
     assert sorted(seen["inductor"]) == sorted(HOOKS)
 
 
+class Manager(CustomGraphPass):
+    """As vLLM's: one object that runs a list of passes, and stands in the hook behind Inductor's own passes."""
+
+    def __init__(self) -> None:
+        self.graphs: list[list[str]] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.graphs.append([str(node.target) for node in graph.nodes])
+
+    def uuid(self) -> str:
+        return "manager"
+
+
+def test_a_model_that_is_split_and_compiled_by_pieces_with_a_manager_of_passes_as_vllm_does(module, args) -> None:
+    manager = Manager()
+    options = {"post_grad_custom_post_pass": manager, "combo_kernels": False, "max_autotune": False}
+    config = fusion_pass.inductor_options(kernels="reference", options=options)
+
+    def piecewise(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> object:
+        (y,) = [node for node in gm.graph.nodes if node.name == "y"]
+        split = split_module(gm, None, lambda node: int(y < node))
+        for name, piece in split.named_children():
+            setattr(split, name, Lazily(piece, config))
+        return split
+
+    got = torch.compile(module, backend=piecewise)(*args)
+    assert_equal(got, module(*args))
+    assert len(manager.graphs) == 2
+    assert ["dit_kernels.norm_tanh_mul_add.default" in graph for graph in manager.graphs] == [True, False]
+    assert ["dit_kernels.norm_scale.default" in graph for graph in manager.graphs] == [False, True]
+
+
+class Lazily(nn.Module):
+    """Compiles a piece for the arguments that it is first called with."""
+
+    def __init__(self, piece: torch.fx.GraphModule, config: dict[str, object]) -> None:
+        super().__init__()
+        self.piece, self.config, self.compiled = piece, config, None
+
+    def forward(self, *args: Tensor) -> object:
+        if self.compiled is None:
+            self.compiled = compile_fx(self.piece, args, config_patches=self.config)
+        return self.compiled(*args)
+
+
 class Constants(nn.Module):
     """A site whose weights, gate and scale are all parameters."""
 
@@ -318,70 +366,3 @@ def test_a_lora_that_is_added_switched_off_and_merged_keeps_every_site_fused() -
     transformer.enable_adapters()
     transformer.fuse_lora()
     check(3)
-
-
-# --- spellings --------------------------------------------------------------------------------------------------------
-
-
-def quotient(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
-def one_over_the_root(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide * (1 / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype)
-
-
-def root_as_a_power(x: Tensor) -> Tensor:
-    wide = x.float()
-    return (wide / (wide.pow(2).mean(-1, keepdim=True) + EPS) ** 0.5).to(x.dtype)
-
-
-@pytest.mark.parametrize("norm", (quotient, one_over_the_root, root_as_a_power))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_a_division_by_the_root_rounds_otherwise_and_is_refused_for_that_reason(norm, dtype) -> None:
-    x, residual, gate, _ = inputs(Spec(dtype=dtype))
-
-    def model(x, residual, gate):
-        return residual + gate.tanh() * norm(x)
-
-    got, backend = run(model, x, residual, gate)
-    assert torch.equal(got, model(x, residual, gate))
-    assert backend.report.fused == []
-    assert [site.reason_name for site in backend.report.missed] == ["ROOT"]
-
-
-def views_of_the_same_shape(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    n = diffusers_norm(x.view_as(x), None).contiguous().detach()
-    return residual.view_as(x) + nn.functional.dropout(gate.tanh() * n, 0.1, training=False)
-
-
-def views_around_the_site(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    rows = x.flatten(0, 1).unflatten(0, x.shape[:2])
-    return (residual + gate.tanh() * diffusers_norm(rows, None)).flatten(0, 1)
-
-
-def a_view_before_the_gate(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    return residual + gate.tanh() * diffusers_norm(x.flatten(0, 1), None).view_as(x)
-
-
-def a_view_before_the_residual(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
-    return residual.flatten(0, 1) + (gate.tanh() * diffusers_norm(x, None)).flatten(0, 1)
-
-
-@pytest.mark.parametrize("model", (views_of_the_same_shape, views_around_the_site))
-def test_views_that_change_nothing_or_stand_outside_do_not_hide_a_site(model) -> None:
-    args = inputs(Spec())[:3]
-    got, backend = run(model, *args)
-    assert torch.equal(got, model(*args))
-    assert backend.report.counts() == {SINGLE: 1}
-
-
-@pytest.mark.parametrize("model", (a_view_before_the_gate, a_view_before_the_residual))
-def test_a_view_between_the_parts_of_a_site_leaves_the_norm_alone(model) -> None:
-    args = inputs(Spec())[:3]
-    got, backend = run(model, *args)
-    assert torch.equal(got, model(*args))
-    assert backend.report.fused == []
-    assert [site.reason_name for site in backend.report.missed] == ["ALONE"]

@@ -113,6 +113,33 @@ def test_an_entry_that_the_loader_refuses_is_thrown_away_and_compiled_anew(
     assert compilations == [ARCH, ARCH]
 
 
+def test_an_entry_under_the_name_of_another_is_never_loaded(directory: Path, compilations: list[str]) -> None:
+    kernels._load_or_compile("sm_80", variant())
+    (foreign,) = entries(directory)
+    foreign.rename(directory / kernels.entry_name(ARCH, variant()))
+    assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == ["sm_80", ARCH]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_an_entry_of_another_user_is_never_loaded(directory: Path, compilations: list[str]) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    os.chown(entries(directory)[0], 12345, -1)
+    with pytest.warns(RuntimeWarning, match="belongs to another user"):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH, ARCH]
+
+
+def test_an_entry_of_another_version_stays_and_is_not_loaded(
+    directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels._load_or_compile(ARCH, variant())
+    monkeypatch.setattr(kernels, "_versions", lambda: ("nvidia-cutlass-dsl 99",))
+    kernels._load_or_compile(ARCH, variant())
+    assert compilations == [ARCH, ARCH]
+    assert len(entries(directory)) == 2
+
+
 def test_a_directory_that_others_can_write_is_never_loaded_from(directory: Path, compilations: list[str]) -> None:
     kernels._load_or_compile(ARCH, variant())
     directory.chmod(0o777)
@@ -163,15 +190,21 @@ def test_a_directory_that_cannot_be_written_costs_one_warning_and_no_kernel(
     assert entries(directory) == []
 
 
-def test_two_processes_at_once_both_get_the_kernel_and_leave_one_entry(directory: Path) -> None:
+def test_of_eight_processes_that_start_at_once_each_gets_the_kernel_and_one_compiles_it(directory: Path) -> None:
     program = (
         "import sys; sys.path[:0] = sys.argv[1].split(':')\n"
         "from test_kernel_cache import ARCH, kernels, variant\n"
+        "compiled, real = [], kernels.compile_variant\n"
+        "kernels.compile_variant = lambda *args: compiled.append(1) or real(*args)\n"
         "assert callable(kernels._load_or_compile(ARCH, variant()))\n"
+        "print(len(compiled))\n"
     )
     path = ":".join((str(Path(__file__).parent), *(p for p in sys.path if p)))
-    both = [subprocess.Popen([sys.executable, "-W", "error::RuntimeWarning", "-c", program, path]) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", program, path]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    compiled = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8
+    assert sorted(compiled) == ["0\n"] * 7 + ["1\n"]
     assert len(entries(directory)) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")

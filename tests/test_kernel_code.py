@@ -29,13 +29,14 @@ def dual(
     *,
     form: str = "cast_then_weight",
     norm: str = "rms",
+    root: str = "rsqrt",
     bias: bool = False,
     walk: Walk = "batch",
 ) -> Variant:
     """The dual with every operand of one dtype, all as aligned as contiguous rows are; walk: of gate and scale."""
     b = dtype if bias else None
-    gated = gated_steps(form, norm, dtype, dtype, b, dtype, dtype)
-    scaled = scaled_steps(form, norm, gated.y, dtype, b, dtype)
+    gated = gated_steps(form, norm, dtype, dtype, b, dtype, dtype, root=root)
+    scaled = scaled_steps(form, norm, gated.y, dtype, b, dtype, root=root)
     access = min(16, (d & -d) * dtype.itemsize)
     row, column = Operand(dtype, "token", access), Operand(dtype, "column", 16)
     modulation = Operand(dtype, walk, access)
@@ -85,6 +86,7 @@ VARIANTS = {
     "bf16-widest-resident": dual(16384, norm="layer", bias=True),
     "bf16-in-passes": dual(32768),
     "bf16-odd": dual(2521),
+    "bf16-quotient": dual(3840, root="quotient"),
 }
 
 
@@ -196,6 +198,16 @@ def test_tanh_and_rsqrt_are_those_of_eager(arch: str, name: str) -> None:
     assert "rsqrt.approx.f32" in ptx  # what CUDA's rsqrtf is
     assert "rsqrt.approx.ftz" not in ptx
     assert not re.search(r"\b(add|sub|mul|fma|cvt)\S*\.ftz", ptx)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_root_that_eager_rounds_is_rounded_and_costs_one_instruction_a_row_or_one_an_element(arch: str) -> None:
+    elements = VARIANTS["bf16-quotient"].tiling(arch).vectors * VARIANTS["bf16-quotient"].tiling(arch).vector
+    for root, divisions in (("reciprocal", ("rcp.rn.f32", 2)), ("quotient", ("div.rn.f32", 2 * elements))):
+        ptx, _ = code(arch, dual(3840, root=root))
+        assert ptx.count("sqrt.rn.f32") == 2
+        assert ptx.count(divisions[0]) == divisions[1]
+        assert "rsqrt" not in ptx
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+import fusion_pass
 from dit_kernels import ops, tickets
 from dit_kernels.calls import norm_gate
 from dit_kernels.calls.norm_gate import launch_numbers
 from dit_kernels.direct import DirectCall
-from fusion_pass import lowering
+from fusion_pass import Backend, lowering
 
 D, EPS = 32, 1e-5
 PROCESSORS, COUNTERS, STREAM = 132, 4096, 7
@@ -43,7 +44,7 @@ def random(*shape: int) -> Tensor:
 def compiled(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, str]:
     """The result of Inductor's code, and the code."""
     torch._dynamo.reset()
-    result, codes = run_and_get_code(torch.compile(function, **options), *args)
+    result, codes = run_and_get_code(torch.compile(function, backend=Backend(), **options), *args)
     return result, "\n".join(codes)
 
 
@@ -93,14 +94,14 @@ def test_a_view_is_given_as_its_buffer_and_an_offset() -> None:
     args = (x, w, random(2, 2 * D), residual, w2)
     got, code = compiled(modulated, *args)
     assert is_direct(code)
-    assert f"{{'scale': {2 * D}}}" in code
+    assert f".data_ptr() + {2 * D}, " in code
     fast_path = next(line for line in code.splitlines() if line.lstrip().startswith("if not dit_kernel_"))
     assert "reinterpret_tensor" not in fast_path
     assert_equal(got, modulated(*args))
 
 
 def test_sizes_may_change_without_another_compilation() -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = torch._dynamo.testing.CompileCounterWithBackend(Backend())
     function = torch.compile(lambda x, w, r: GATED(x, w, None, None, r, EPS, tanh=False), backend=counter, dynamic=None)
     w = random(D)
     for tokens in (5, 7, 11, 13):
@@ -165,6 +166,15 @@ def test_code_for_other_dtypes_is_another_source() -> None:
     assert lines[0] != lines[1]
 
 
+def test_under_plain_inductor_whose_caches_do_not_know_our_version_the_op_goes_through_the_dispatcher() -> None:
+    args = operands(2, 5)
+    for options, direct in ((None, False), (fusion_pass.inductor_options(), True)):
+        torch._dynamo.reset()
+        got, codes = run_and_get_code(torch.compile(dual, options=options), *args)
+        assert is_direct("\n".join(codes)) == direct
+        assert_equal(got, dual(*args))
+
+
 def test_a_cpp_wrapper_calls_the_op_through_the_dispatcher() -> None:
     args = operands(2, 5)
     got, code = compiled(dual, *args, options={"cpp_wrapper": True})
@@ -196,9 +206,14 @@ def gpu() -> Iterator[None]:
         yield
 
 
+def addresses(*given: Any) -> tuple[Any, ...]:
+    return tuple(t.data_ptr() if isinstance(t, Tensor) else t for t in given)
+
+
 def launched(call: DirectCall, given: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...] | None:
+    """What a call launches with these arguments of a kernel, tensors by their addresses."""
     try:
-        assert not call(*given, numbers)
+        assert not call(addresses(*given), numbers)
     except Launched as arguments:
         return arguments.args[0]
     return None
@@ -214,15 +229,12 @@ def test_a_direct_call_launches_with_the_addresses_and_numbers_of_its_operands(d
     x, residual = (random(b, s, 2 * D if wide else D)[..., :D] for _ in range(2))
     gate, scale = broadcast(), broadcast()
     tensors = (x, random(D), None, gate, residual, EPS, random(D), None, scale, EPS, random(b, s, D), random(b, s, D))
-    bases = {3: gate._base, 8: scale._base}
-    given = tuple(bases.get(i, t) for i, t in enumerate(tensors))
     numbers = launch_numbers(x, residual, gate, scale)
-    call = DirectCall("norm_tanh_mul_add_norm_scale", {"gate": 2 * D, "scale": 2 * D})
+    call = DirectCall("norm_tanh_mul_add_norm_scale")
     with gpu():
-        assert launched(call, given, numbers) is None  # the first time everything is looked at
+        assert launched(call, tensors, numbers) is None  # the first time everything is looked at
         call.checked(*tensors)
-        addresses = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
-        assert launched(call, given, numbers) == (*addresses, *numbers, PROCESSORS, COUNTERS, STREAM)
+        assert launched(call, tensors, numbers) == (*addresses(*tensors), *numbers, PROCESSORS, COUNTERS, STREAM)
 
 
 @pytest.mark.parametrize("askew", [0, 1, 3, 4, 6, 8, 10, 11])
@@ -230,14 +242,14 @@ def test_a_direct_call_leaves_an_operand_that_is_not_aligned_to_the_checks(askew
     x, w, gate, residual, w2, scale = operands(2, 5)
     tensors: list[Any] = [x, w, None, gate, residual, EPS, w2, None, scale, EPS, random(2, 5, D), random(2, 5, D)]
     numbers = launch_numbers(x, residual, gate, scale)
-    call = DirectCall("norm_tanh_mul_add_norm_scale", {})
+    call = DirectCall("norm_tanh_mul_add_norm_scale")
     with gpu():
         call.checked(*tensors)
         assert launched(call, tuple(tensors), numbers) is not None
         moved = tensors[askew]
         tensors[askew] = random(moved.numel() + 1)[1:].view(moved.shape)
         assert launched(call, tuple(tensors), numbers) is None
-        unaligned = DirectCall("norm_tanh_mul_add_norm_scale", {})
+        unaligned = DirectCall("norm_tanh_mul_add_norm_scale")
         unaligned.checked(*tensors)
         assert unaligned.function is None
 
@@ -245,7 +257,7 @@ def test_a_direct_call_leaves_an_operand_that_is_not_aligned_to_the_checks(askew
 def test_a_direct_call_launches_nothing_for_no_rows() -> None:
     x, w, gate, residual, w2, scale = operands(2, 5)
     tensors = (x, w, None, gate, residual, EPS, w2, None, scale, EPS, random(2, 5, D), random(2, 5, D))
-    call = DirectCall("norm_tanh_mul_add_norm_scale", {})
+    call = DirectCall("norm_tanh_mul_add_norm_scale")
     with gpu():
         call.checked(*tensors)
         _, _, *strides = launch_numbers(x, residual, gate, scale)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_kernels.rounding import FORMS
+from dit_kernels.rounding import FORMS, ROOTS
 
 ops = torch.ops.dit_kernels
 B, S, D = 2, 3, 16
@@ -67,14 +67,15 @@ def test_opcheck_passes_with_gradients_with_eps_as_a_tensor_and_with_every_keywo
 
 @pytest.mark.parametrize("norm", ("rms", "layer"))
 @pytest.mark.parametrize("rounding", FORMS)
+@pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_the_formula(name: str, rounding: str, norm: str) -> None:
+def test_gradients_are_those_of_the_formula(name: str, root: str, rounding: str, norm: str) -> None:
     op = getattr(ops, name)
     args = [
         a.double().requires_grad_() if isinstance(a, torch.Tensor) else a
         for a in arguments(name, torch.float32, (B, 1, D))
     ]
-    assert torch.autograd.gradcheck(lambda *a: op(*a, rounding=rounding, norm=norm), args)
+    assert torch.autograd.gradcheck(lambda *a: op(*a, rounding=rounding, norm=norm, root=root), args)
 
 
 def test_gradients_flow_to_every_operand_that_broadcasts() -> None:
@@ -176,6 +177,20 @@ def test_each_form_is_bit_equal_to_the_code_that_it_is_named_after(dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_root_is_bit_equal_to_the_code_that_it_is_named_after(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = tensor(64, 333, dtype=dtype)
+    for form, wide in (("cast_then_weight", x.float()), ("native", x)):
+        v = wide.pow(2).mean(-1, keepdim=True) + 1e-5
+        expected = {"rsqrt": wide * v.rsqrt(), "reciprocal": wide * (1 / v.sqrt()), "quotient": wide / v.sqrt()}
+        for root, n in expected.items():
+            got = ops.norm_scale(x, None, None, None, 1e-5, rounding=form, root=root)
+            assert torch.equal(got, n.to(dtype)), (form, root)
+            once = ops.norm_scale(x, None, None, None, 1e-5, rounding="fp32", root=root)
+            assert torch.equal(once, ops.norm_scale(x, None, None, None, 1e-5, rounding="fp32"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mochis_form_rounds_the_product_with_the_gate_once(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, residual = tensor(B, S, D, dtype=dtype), tensor(B, S, D, dtype=dtype)
@@ -261,6 +276,7 @@ BAD = {
     "bias2.shape": lambda: ops.norm_tanh_mul_add_norm_scale(X, W, None, None, X, 1e-5, W, X, None, 1e-5),
     "norm": lambda: ops.norm_scale(X, W, None, None, 1e-5, norm="batch"),
     "rounding": lambda: ops.norm_scale(X, W, None, None, 1e-5, rounding="model"),
+    "root": lambda: ops.norm_scale(X, W, None, None, 1e-5, root="sqrt"),
     "z_dtype": lambda: ops.norm_scale(X, W, None, None, 1e-5, z_dtype=torch.int8),
     "y_dtype": lambda: ops.norm_tanh_mul_add(X, W, None, None, X, 1e-5, y_dtype=torch.int8),
     "norm_dtype": lambda: ops.norm_scale(X, W, None, None, 1e-5, norm_dtype=torch.bool),

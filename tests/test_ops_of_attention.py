@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_kernels.ops import OPS
 from dit_kernels.rounding import FORMS, SILU_FORMS
 
 ops = torch.ops.dit_kernels
@@ -218,6 +219,15 @@ def test_a_real_rotation_in_fp32_is_fluxs(dtype: torch.dtype, interleaved: bool)
     assert torch.equal(ops.norm_rope(x, weight, cos, sin, EPS, **keywords), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_root_is_taken_as_it_is_spelled(dtype: torch.dtype) -> None:
+    x, _, w, _ = qk(dtype)
+    freqs, root = complex_rotation(S, DH // 2), (x.float().pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    expected = {"reciprocal": x.float() * (1 / root), "quotient": x.float() / root}
+    for name, n in expected.items():
+        assert torch.equal(ops.norm_rope(x, w, freqs, None, EPS, root=name), zimage(n.to(dtype) * w, freqs[None]))
+
+
 def test_one_number_a_pair_stands_for_both() -> None:
     x, _, weight, _ = qk(BF16)
     cos, sin = tensor(S, DH // 2, dtype=BF16), tensor(S, DH // 2, dtype=BF16)
@@ -264,6 +274,23 @@ def test_silu_mul_rounds_where_it_is_told_to() -> None:
     assert torch.equal(ops.silu_mul(a, b.float()), F.silu(a) * b.float())
 
 
+def test_a_kernel_takes_every_dtype_but_fp64_and_heads_of_multiples_of_8() -> None:
+    def fits(op: str, *args: object, **keywords: object) -> bool:
+        return OPS[op].make_call(*args, **keywords).fits_kernel()
+
+    q, k, w, _ = qk(BF16)
+    for rotation, keywords in rotations(BF16).values():
+        assert fits("qk_norm_rope", q, k, w, w.float(), *rotation, EPS, EPS, **keywords)
+        for name in ("norm_dtype", "rope_dtype", "out_dtype"):
+            assert not fits("norm_rope", q, w, *rotation, EPS, **{**keywords, name: torch.float64})
+    cos = tensor(S, DH, dtype=torch.float64)
+    assert not fits("norm_rope", q, w, cos, cos, EPS)
+    assert not fits("norm_rope", q[..., :12], None, complex_rotation(S, 6), None, EPS)
+    assert fits("silu_mul", q, q.float())
+    assert not fits("silu_mul", q, q.double())
+    assert not fits("silu_mul", q, q, out_dtype=torch.float64)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 Q, K, W = torch.zeros(B, S, H, DH), torch.zeros(B, S, HK, DH), torch.zeros(DH)
@@ -295,6 +322,7 @@ BAD = {
     "sin.shape": lambda: _rope(rotation=COS, sin=COS[:, : DH // 2]),
     "interleaved": lambda: _rope(interleaved=False),
     "rounding": lambda: _rope(rounding="model"),
+    "root": lambda: _rope(root="cube"),
     "rope_dtype": lambda: _rope(rope_dtype=torch.int8),
     "out_dtype": lambda: _rope(out_dtype=torch.complex64),
     "q_eps": lambda: ops.qk_norm_rope.eps_tensor(Q, K, W, W, ROTATION, None, torch.tensor(1), torch.tensor(1.0)),

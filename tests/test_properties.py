@@ -13,6 +13,7 @@ from site_modules import (
     EPS,
     LAYER_NORMS,
     MUTANTS_BY_A_CAST,
+    MUTANTS_BY_A_ROOT,
     NEVER_FUSED,
     ONE_SINGLE,
     TWO_SINGLES,
@@ -21,7 +22,6 @@ from site_modules import (
     diffusers_norm,
     inputs,
     specs,
-    the_root_is_a_quotient,
     wide_layer_norm,
 )
 
@@ -107,8 +107,8 @@ def test_what_is_no_site_is_not_fused_and_its_result_is_right(mutant, dynamic, d
     args = tuple(a.to(dtype) for a in MUTANT_ARGS)
     got, backend = run(mutant, *args, dynamic=dynamic)
     assert backend.report.fused == []
-    # From torch 2.14 on, its own passes make this mutant's quotient an rsqrt, behind ours.
-    rewritten = mutant is the_root_is_a_quotient and torch.__version__ >= "2.14"
+    # From torch 2.14 on, its own passes make these mutants' quotients an rsqrt, behind ours.
+    rewritten = mutant in MUTANTS_BY_A_ROOT and torch.__version__ >= "2.14"
     assert_bit_equal(got, run(mutant, *args, dynamic=dynamic, fuse=False)[0] if rewritten else mutant(*args))
 
 

@@ -18,7 +18,7 @@ def memory_of_the_cpu() -> Iterator[mock.Mock]:
         mock.patch.multiple(tickets, _of_stream={}, _pools={}, _kept=[]),
         mock.patch.object(torch, "device", return_value="cpu"),
         mock.patch.object(torch.cuda, "current_stream"),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False) as capturing,
+        mock.patch.object(torch._C, "_cuda_isCurrentStreamCapturing", create=True, return_value=False) as capturing,
     ):
         yield capturing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -14,7 +15,9 @@ from fusion_pass.dataflow import (
     is_call,
     is_narrowing,
     is_plain_add,
+    keeps_rows,
     other_operands,
+    past_views,
     same_shape,
     sole_user,
     value,
@@ -23,7 +26,16 @@ from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.operand import Operand
-from fusion_pass.sites.site import Site, Survey, applied_dtype, choose_form, operand_dtype, promoting_dtype
+from fusion_pass.sites.site import (
+    Operands,
+    Site,
+    Survey,
+    applied_dtype,
+    check_operands,
+    choose_form,
+    operand_dtype,
+    promoting_dtype,
+)
 
 KIND = "norm_tanh_mul_add"
 
@@ -33,6 +45,7 @@ class Gated:
     """The parts of y = residual + gate * norm; `gate` is None where there is none."""
 
     norm: Norm
+    term: Node  # the norm in the shape in which it meets the gate, or else the residual
     gate: Operand | None
     residual: Node
     y: Node
@@ -45,8 +58,8 @@ class Gated:
         assert x is not None and residual is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
         gate = None if self.gate is None else promoting_dtype(self.gate)
-        kind, y = self.norm.kind, self.steps.y
-        return self.steps == gated_steps(rounding, kind, x, weight, bias, gate, residual, y, norm_dtype)
+        kind, root, y = self.norm.kind, self.norm.steps.root, self.steps.y
+        return self.steps == gated_steps(rounding, kind, x, weight, bias, gate, residual, y, norm_dtype, root)
 
     def norm_dtypes(self) -> tuple[torch.dtype, ...]:
         """What the normalised value may have been cast to."""
@@ -57,7 +70,7 @@ class Gated:
         """Is the activation of a gate left to the op?"""
         return self.gate is not None and self.gate.activated
 
-    def operands(self) -> dict[str, Node | Operand | float | None]:
+    def operands(self) -> Operands:
         norm = self.norm
         return {
             "x": norm.x,
@@ -81,11 +94,20 @@ def find(norm: Norm, survey: Survey) -> Site | None:
     gated = grow(norm)
     if gated is None or (gated.gate is None and survey.gated.get(gated.y, norm.anchor) is not norm.anchor):
         return None  # of two norms that are added, one is the residual of the other: the gated one's, if there is one
+    operands = gated.operands()
+    check_operands(operands, KIND)
     form = choose_form(norm.anchor, KIND, gated.norm_dtypes(), gated.fits)
     return Site(
         kind=KIND,
-        operands=gated.operands(),
-        options={"norm": norm.kind, "tanh": gated.tanh, "rounding": form.rounding, "norm_dtype": form.norm_dtype},
+        operands=operands,
+        like=gated.term,
+        options={
+            "norm": norm.kind,
+            "tanh": gated.tanh,
+            "rounding": form.rounding,
+            "norm_dtype": form.norm_dtype,
+            "root": norm.steps.root,
+        },
         outputs=((gated.y,),),
         dtypes={"y_dtype": gated.steps.y},
         interior=gated.interior,
@@ -95,43 +117,59 @@ def find(norm: Norm, survey: Survey) -> Site | None:
 
 def grow(norm: Norm) -> Gated | None:
     """The residual add that reads a norm, or None where nothing of the kind stands there. Raises Refused."""
-    reader = sole_user(norm.out)
+    terms = past_views(norm.out)
+    reader = sole_user(terms[-1])
     if reader is None:
         return None
+    if is_call(reader, aten.addcmul.default) and _has_shape_of(terms[-1], reader.args[0]):
+        raise Refused(Reason.ROUNDING, reader, "addcmul rounds the product and the sum once", KIND)
     if is_plain_add(reader):
-        return _ungated(norm, reader)
-    return _gated(norm, reader) if is_call(reader, aten.mul.Tensor) else None
+        return _ungated(norm, terms, reader)
+    return _gated(norm, terms, reader) if is_call(reader, aten.mul.Tensor) else None
 
 
-def _ungated(norm: Norm, y: Node) -> Gated | None:
-    residual = _residual(norm, norm.out, y)
+def _ungated(norm: Norm, terms: tuple[Node, ...], y: Node) -> Gated | None:
+    term = terms[-1]
+    residual = _residual(term, y)
     if residual is None:
         return None
-    return Gated(norm, None, residual, y, _steps(norm, norm.steps.out, norm.out, y), norm.interior)
+    interior = (*norm.interior, *terms)
+    return Gated(norm, term, None, residual, y, _steps(norm, norm.steps.out, norm.out, y), interior)
 
 
-def _gated(norm: Norm, product: Node) -> Gated | None:
-    gate = next(other_operands(product, norm.out))
-    rounded = sole_user(product)
-    rounded = rounded if rounded is not None and is_narrowing(rounded) else product
-    y = sole_user(rounded)
-    if y is None or not is_plain_add(y) or not isinstance(gate, Node) or gate is norm.out:
+def _gated(norm: Norm, terms: tuple[Node, ...], product: Node) -> Gated | None:
+    term = terms[-1]
+    gate = next(other_operands(product, term))
+    products = _rounded(product)
+    y = sole_user(products[-1])
+    if y is None or not is_plain_add(y) or not isinstance(gate, Node) or gate is term:
         return None
-    residual = _residual(norm, rounded, y)
+    residual = _residual(products[-1], y)
     if residual is None:
         return None
-    resolved = operand.gate(gate, norm.x)
-    steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), rounded, y)
-    interior = dict.fromkeys((*norm.interior, product, rounded, *resolved.absorbed))
-    return Gated(norm, resolved, residual, y, steps, tuple(interior))
+    resolved = operand.gate(gate, term)
+    steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), products[-1], y)
+    interior = (*norm.interior, *terms, *products, *resolved.absorbed)
+    return Gated(norm, term, resolved, residual, y, steps, interior)
 
 
-def _residual(norm: Norm, term: Node, y: Node) -> Node | None:
-    """What `term` is added to, if it has the shape of x: a narrower operand is a bias or a shift."""
+def _rounded(product: Node) -> tuple[Node, ...]:
+    """The product, and the cast down and the views that it passes on its way to the sum."""
+    chain = [product]
+    while (user := sole_user(chain[-1])) is not None and (is_narrowing(user) or keeps_rows(user)):
+        chain.append(user)
+    return tuple(chain)
+
+
+def _residual(term: Node, y: Node) -> Node | None:
+    """What `term` is added to, if it has its shape: a narrower operand is a bias or a shift."""
     residual = next(other_operands(y, term), None)
-    val = value(residual) if isinstance(residual, Node) and residual is not term else None
-    like = value(norm.x)
-    return residual if val is not None and like is not None and same_shape(val, like) else None
+    return residual if residual is not term and _has_shape_of(term, residual) else None
+
+
+def _has_shape_of(term: Node, node: Any) -> bool:
+    like, val = value(term), value(node) if isinstance(node, Node) else None
+    return like is not None and val is not None and same_shape(val, like)
 
 
 def _steps(norm: Norm, gate: torch.dtype, rounded: Node, y: Node) -> GatedSteps:

@@ -5,9 +5,10 @@
     layer:  rstd = rsqrt(var(c) + eps)                as PyTorch decomposes F.layer_norm
             out  = cast?((c - mean(c)) * rstd * weight + bias)
 
-Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the root as
-rsqrt or pow(-0.5), which PyTorch computes alike; eps as a constant or a 0-d tensor; keepdim or a later unsqueeze. A
-division by the square root is recognised and refused: in fp32 it differs from rsqrt in the last bit.
+Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the mean as such
+or as a sum over D; the root as rsqrt or pow(-0.5), which PyTorch computes alike, or as a square root, whose reciprocal
+x is multiplied by, or which x is divided by, each with roundings of its own; eps as a constant or a 0-d tensor; keepdim
+or a later unsqueeze; between all these, views that keep the rows.
 
 What dataflow cannot tell is whether F.layer_norm was called at all, and on a 16-bit x or on one that the model had cast
 up: PyTorch computes these otherwise on a CPU. The origin of the nodes, which tracing notes, tells.
@@ -24,12 +25,17 @@ from torch.fx import Node
 
 from dit_kernels.rounding import NormSteps
 from fusion_pass.dataflow import (
+    HALVES,
+    RESHAPES,
+    VIEWS,
     aten,
     dtype,
     is_call,
     is_cast,
     is_narrowing,
     is_plain_add,
+    is_pointwise,
+    keeps_rows,
     known_equal,
     other_operands,
     same_shape,
@@ -37,12 +43,14 @@ from fusion_pass.dataflow import (
     sole_user,
     through_casts,
     through_widening,
+    under_views,
     value,
 )
 from fusion_pass.report import Reason, Refused
 
 NAME = "norm"
 ALONE = Reason.ALONE
+REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var_mean.correction)
 ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
 
 
@@ -63,13 +71,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class _Statistic:
-    """rstd = rsqrt(mean(measured * measured) + eps), or rsqrt(var(measured) + eps)."""
+    """rstd = rsqrt(mean(measured * measured) + eps), or rsqrt(var(measured) + eps); of a quotient, its reciprocal."""
 
     kind: str
     measured: Node
     mean: Node | None  # of a layer norm
     eps: float | Node
     rstd: Node
+    root: str  # one of dit_kernels.rounding.ROOTS
     nodes: tuple[Node, ...]
 
 
@@ -93,10 +102,10 @@ def measured(anchor: Node) -> Node:
 
 
 def _statistic(anchor: Node) -> _Statistic | None:
-    root = _under_root(anchor)
-    if root is None:
+    variance = _under_root(anchor)
+    if variance is None:
         return None
-    variance, nodes = root
+    nodes = [anchor]
     variance = _drop_keepdim(variance, nodes)
     mean, eps = _split_eps(variance)
     if mean is not variance:
@@ -105,29 +114,62 @@ def _statistic(anchor: Node) -> _Statistic | None:
     moments = _layer_norm_moments(mean, nodes)
     measured = moments[0] if moments is not None else _squared(mean, nodes)
     if measured is None:
+        _refuse_statistic(mean)
         return None
-    if _is_square_root(anchor):
-        raise Refused(Reason.ROOT, anchor)
     _check_eps(eps)
     kind, centre = ("rms", None) if moments is None else ("layer", moments[1])
-    return _Statistic(kind, measured, centre, eps, _raise_keepdim(anchor, nodes), tuple(nodes))
+    rstd, root = _raise_keepdim(anchor, nodes), "rsqrt"
+    if _is_square_root(anchor):
+        rstd, root = _inverse(rstd, nodes)
+    return _Statistic(kind, measured, centre, eps, rstd, root, tuple(nodes))
 
 
-def _under_root(anchor: Node) -> tuple[Node, list[Node]] | None:
-    """v where the anchor is v ** -0.5, or a square root that something is divided by; and the nodes of the root."""
+def _under_root(anchor: Node) -> Node | None:
+    """v where the anchor is v ** -0.5, or a square root of v that something is divided by."""
     under = anchor.args[0]
     if not isinstance(under, Node):
         return None
-    if is_call(anchor, aten.rsqrt.default):
-        return under, [anchor]
-    if is_call(anchor, aten.pow.Tensor_Scalar) and anchor.args[1] == -0.5:
-        return under, [anchor]
-    divides = any(is_call(user, aten.reciprocal.default, aten.div.Tensor) for user in anchor.users)
-    return (under, [anchor]) if _is_square_root(anchor) and divides else None
+    if _is_square_root(anchor):
+        return under if _is_divided_by(anchor) else None
+    is_reciprocal = is_call(anchor, aten.rsqrt.default) or anchor.args[1] == -0.5
+    return under if is_reciprocal else None
 
 
 def _is_square_root(node: Node) -> bool:
     return is_call(node, aten.sqrt.default) or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 0.5)
+
+
+def _is_divided_by(root: Node) -> bool:
+    """Does anything divide by a root, or by what scalars and views make of it?"""
+    pending = [root]
+    for node in pending:
+        for user in node.users:
+            if _divides(user, node):
+                return True
+            val = value(user)
+            is_scalar = val is not None and val.ndim > 0 and known_equal(val.shape[-1], 1) and is_pointwise(user)
+            if is_scalar or is_call(user, aten.expand.default, *RESHAPES):
+                pending.append(user)
+    return False
+
+
+def _divides(node: Node, root: Node) -> bool:
+    return is_call(node, aten.reciprocal.default) or (is_call(node, aten.div.Tensor) and node.args[1] is root)
+
+
+def _inverse(root: Node, nodes: list[Node]) -> tuple[Node, str]:
+    """The reciprocal of a square root, as far as one stands there, else the root, which x is then divided by."""
+    user = sole_user(root)
+    if user is not None and not _divides(user, root):
+        raise Refused(Reason.ROOT, user)
+    if user is None or not is_call(user, aten.reciprocal.default):
+        return root, "quotient"
+    nodes.append(user)
+    product = sole_user(user)
+    if product is not None and is_call(product, aten.mul.Tensor) and product.args[1] == 1:  # PyTorch's 1 / root
+        nodes.append(product)
+        user = product
+    return _raise_keepdim(user, nodes), "reciprocal"
 
 
 def _split_eps(variance: Node) -> tuple[Node, float | Node]:
@@ -173,26 +215,71 @@ def _drop_keepdim(node: Node, nodes: list[Node]) -> Node:
 
 def _raise_keepdim(node: Node, nodes: list[Node]) -> Node:
     """The same downwards: what the product with x reads."""
-    user = sole_user(node)
-    while user is not None and _is_last_unsqueeze(user):
-        nodes.append(user)
-        node, user = user, sole_user(user)
-    return node
+    _, *unsqueezed = _with_keepdim(node)
+    nodes += unsqueezed
+    return unsqueezed[-1] if unsqueezed else node
+
+
+def _with_keepdim(node: Node) -> list[Node]:
+    chain = [node]
+    while (user := sole_user(chain[-1])) is not None and _is_last_unsqueeze(user):
+        chain.append(user)
+    return chain
 
 
 def _squared(mean: Node, nodes: list[Node]) -> Node | None:
     """c where the node is mean(c * c) over the last dimension; None where it is nothing of the kind."""
-    if not is_call(mean, aten.mean.dim) or mean.kwargs.get("dtype") is not None:
+    reduction = _drop_keepdim(_factor(mean)[0] or mean, nodes)
+    if not is_call(reduction, aten.mean.dim, aten.sum.dim_IntList) or reduction.kwargs.get("dtype") is not None:
         return None
-    square = mean.args[0]
+    square = reduction.args[0]
     squared = _square_root_of(square)
     val = value(square)
     if squared is None or val is None:
         return None
-    if not _over_last(mean, val):
-        raise Refused(Reason.DIMENSION, mean)
-    nodes += [mean, square]
+    if not _over_last(reduction, val):
+        raise Refused(Reason.DIMENSION, reduction)
+    if not (is_call(mean, aten.mean.dim) or _divides_by_number(mean, reduction, val)):
+        raise Refused(Reason.MEAN, mean)
+    nodes += dict.fromkeys((mean, reduction, square))
     return squared
+
+
+def _refuse_statistic(node: Any) -> None:
+    """Raises Refused where a node is computed by pointwise operations from a sum over a tensor: a norm of some kind."""
+    while isinstance(node, Node) and not is_call(node, *REDUCTIONS):
+        if not (is_pointwise(node) or is_call(node, operator.getitem, *VIEWS)):
+            return
+        node = next((arg for arg in node.args if isinstance(arg, Node)), None)
+    reduced = value(node.args[0]) if isinstance(node, Node) else None
+    if reduced is None:
+        return
+    if not _over_last(node, reduced):
+        raise Refused(Reason.DIMENSION, node)
+    raise Refused(Reason.MEAN if is_call(node, aten.mean.dim, aten.sum.dim_IntList) else Reason.LAYER_NORM, node)
+
+
+def _factor(node: Node) -> tuple[Node | None, float]:
+    """(v, f) where the node is v * f or v / (1 / f), f a number."""
+    if not is_call(node, aten.mul.Tensor, aten.div.Tensor) or not isinstance(node.args[0], Node):
+        return None, 1.0
+    number = node.args[1]
+    if not isinstance(number, int | float) or not number:
+        return None, 1.0
+    return node.args[0], float(number) if is_call(node, aten.mul.Tensor) else 1.0 / number
+
+
+def _divides_by_number(quotient: Node, total: Node, summed: torch.Tensor) -> bool:
+    """Is the quotient total / D as torch.mean computes it?
+
+    On a CPU that is a division, on a GPU a product with 1 / D, which a division by a number is there, too. In 16 bits
+    torch.mean rounds once, and a sum and its quotient twice.
+    """
+    d = summed.shape[-1]
+    if not is_call(total, aten.sum.dim_IntList) or summed.dtype in HALVES or not isinstance(d, int):
+        return False
+    exact = is_call(quotient, aten.div.Tensor) or summed.is_cuda or d & (d - 1) == 0
+    return exact and _factor(quotient)[1] == 1.0 / d
 
 
 def _over_last(reduction: Node, reduced: torch.Tensor) -> bool:
@@ -235,7 +322,8 @@ def _norm(statistic: _Statistic, anchor: Node) -> Norm:
         raise Refused(Reason.ESCAPES, statistic.rstd)
     if is_cast(product):
         raise Refused(Reason.ROUNDING, product)
-    if not is_call(product, aten.mul.Tensor):
+    operation = aten.div.Tensor if statistic.root == "quotient" else aten.mul.Tensor
+    if not is_call(product, operation) or (statistic.root == "quotient" and product.args[1] is not statistic.rstd):
         raise Refused(Reason.NOT_NORMALISED, product)
     operand = next(other_operands(product, statistic.rstd))
     nodes = [*statistic.nodes, product]
@@ -245,7 +333,7 @@ def _norm(statistic: _Statistic, anchor: Node) -> Norm:
     if not same_value(operand, statistic.measured):
         raise Refused(Reason.NOT_NORMALISED, product)
     x = through_widening(_before_copy(statistic.measured))
-    _check_shapes(x, statistic.rstd, product)
+    _check_shapes(statistic.measured, statistic.rstd, product)
     return _affine(statistic, anchor, x, product, nodes)
 
 
@@ -272,13 +360,13 @@ def _is_of_layer_norm(node: Node) -> bool:
     return str(node.meta.get("original_aten")).startswith("aten.native_layer_norm")
 
 
-def _check_shapes(x: Node, rstd: Node, product: Node) -> None:
+def _check_shapes(measured: Node, rstd: Node, product: Node) -> None:
     """[..., D] * [..., 1] -> [..., D]: without keepdim, the same operations divide each row by another row's root."""
-    rows, root, normed = value(x), value(rstd), value(product)
+    rows, root, normed = value(measured), value(rstd), value(product)
     if rows is None or root is None or normed is None or rows.ndim == 0:
         raise Refused(Reason.SHAPE, product)
     if not isinstance(rows.shape[-1], int):
-        raise Refused(Reason.WIDTH, x)
+        raise Refused(Reason.WIDTH, measured)
     if root.ndim == 0 or not known_equal(root.shape[-1], 1) or not same_shape(normed, rows):
         raise Refused(Reason.DIMENSION, product)
 
@@ -294,36 +382,57 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: 
             narrowed = True
             if weight is None and bias is None and statistic.kind == "rms":
                 normed = weighted = biased = dtype(user)
-        elif statistic.kind == "layer" and not _is_of_layer_norm(user):
+        elif statistic.kind == "layer" and not _is_of_layer_norm(user) and not keeps_rows(user):
             break  # what the model multiplies or adds itself, it rounds itself
-        elif weight is None and bias is None and (row := _row_operand(user, aten.mul.Tensor, out, x)) is not None:
+        elif weight is None and bias is None and (row := _weight(user, out, x)) is not None:
             weight, narrowed = row, False
             weighted = biased = dtype(user)
         elif bias is None and not (weight is not None and narrowed) and (row := _added_row(user, out, x)) is not None:
             bias, biased, narrowed = row, dtype(user), False
-        elif not is_call(user, aten.clone.default):  # F.rms_norm makes its result contiguous
+        elif not keeps_rows(user):  # F.rms_norm makes its result contiguous
             break
         out = user
         nodes.append(out)
-    dtypes = (_called_on(statistic, x), normed, weighted, biased, dtype(out))
-    known = [d for d in dtypes if d is not None]
+    while keeps_rows(out):  # what stands behind the norm is not its own
+        out = nodes.pop().args[0]
+    stat, last = _called_on(statistic, x), dtype(out)
     tensors = [node for node in statistic.nodes if value(node) is not None]  # not var_mean, which gives two
-    if len(known) != len(dtypes) or len({dtype(node) for node in tensors}) != 1:
+    if len({dtype(node) for node in tensors}) != 1:
         raise Refused(Reason.ROUNDING, anchor)
-    return Norm(statistic.kind, anchor, x, weight, bias, statistic.eps, out, NormSteps(*known), tuple(nodes))
+    if stat is None or normed is None or weighted is None or biased is None or last is None:
+        raise Refused(Reason.ROUNDING, anchor)
+    steps = NormSteps(stat, normed, weighted, biased, last, statistic.root)
+    return Norm(statistic.kind, anchor, x, weight, bias, statistic.eps, out, steps, tuple(nodes))
 
 
-def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
-    """The [D] parameter opposite `operand`: a computed [D] is a gate or a scale."""
-    if not is_call(user, target):
-        return None
-    row = next(other_operands(user, operand), None)
-    if not isinstance(row, Node) or through_casts(row).op not in ("placeholder", "get_attr"):
-        return None
-    val, like = value(row), value(x)
-    fits = val is not None and like is not None and val.ndim == 1 and val.shape[0] == like.shape[-1]
-    return row if fits else None
+def _weight(user: Node, operand: Node, x: Node) -> Node | None:
+    """The [D] opposite `operand`. A computed one is a gate or a scale, unless one follows (Gemma: 1 + w)."""
+    row = _row_operand(user, aten.mul.Tensor, operand, x)
+    if row is None or _is_parameter(row):
+        return row
+    while (follows := sole_user(user)) is not None and (is_cast(follows) or keeps_rows(follows)):
+        user = follows
+    return row if follows is not None and is_call(follows, aten.mul.Tensor) else None
 
 
 def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
-    return _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None
+    """The [D] parameter that is added to `operand`."""
+    row = _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None
+    return row if row is not None and _is_parameter(row) else None
+
+
+def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
+    """The [D] opposite `operand`, which may be written as [1, .., D]."""
+    row = next(other_operands(user, operand), None) if is_call(user, target) else None
+    val, like = value(row) if isinstance(row, Node) else None, value(x)
+    if not isinstance(row, Node) or val is None or like is None or not val.ndim:
+        return None
+    if not known_equal(val.shape[-1], like.shape[-1]) or not all(known_equal(size, 1) for size in val.shape[:-1]):
+        return None
+    row = under_views(row)
+    val = value(row)
+    return row if val is not None and val.ndim == 1 else None
+
+
+def _is_parameter(row: Node) -> bool:
+    return through_casts(row).op in ("placeholder", "get_attr")

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
-from fusion_pass.dataflow import add_constant, aten, broadcasts_to, is_call, sole_user, value
+from fusion_pass.dataflow import RESHAPES, add_constant, aten, broadcasts_to, is_call, sole_user, value
 from fusion_pass.report import Reason, Refused
 
 
@@ -20,7 +21,12 @@ class View:
     target: Any
     args: tuple[Any, ...]
 
+    def of(self, val: torch.Tensor) -> torch.Tensor:
+        """The view of a fake tensor."""
+        return self.target(val, *map_arg(self.args, lambda node: node.meta["val"]))
 
+
+ORIGIN = ("stack_trace", "nn_module_stack", "custom")  # what a node that is made takes over from the one it stands for
 SWAP = View(aten.permute.default, ([0, 2, 1, 3],))  # of [B, S, H, Dh] to [B, H, S, Dh], and back
 
 
@@ -46,7 +52,7 @@ class Operand:
         """The fake tensor that the op reads."""
         val = value(self.source)
         for view in self.views:
-            val = view.target(val, *view.args)
+            val = val if val is None else view.of(val)
         return val
 
     def materialise(self, graph: Graph) -> Node:
@@ -60,8 +66,8 @@ class Operand:
 def view_of(node: Node, view: View, graph: Graph) -> Node:
     """A view of a node, made where the graph inserts now."""
     made = graph.call_function(view.target, (node, *view.args))
-    made.meta = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "custom") if k in node.meta}
-    made.meta["val"] = view.target(node.meta["val"], *view.args)
+    made.meta = {k: node.meta[k] for k in ORIGIN if k in node.meta}
+    made.meta["val"] = view.of(node.meta["val"])
     return made
 
 
@@ -79,7 +85,7 @@ def _operand(node: Node, x: Node, inner: Callable[[Node], Node | None]) -> Opera
     given, expands = _unexpanded(node, x)
     views: list[Node] = []
     current = given
-    while is_call(current, aten.unsqueeze.default) and sole_user(current) is not None:
+    while is_call(current, *RESHAPES) and sole_user(current) is not None:
         views.insert(0, current)
         current = current.args[0]
     source = inner(current)

@@ -9,7 +9,7 @@ from fusion_pass.report import Refused
 from fusion_pass.sites import norm, rope
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.rope import Rotated
-from fusion_pass.sites.site import Site, Survey, choose_form
+from fusion_pass.sites.site import Operands, Site, Survey, check_operands, choose_form
 
 KIND = "qk_norm_rope"
 
@@ -27,6 +27,16 @@ def find(second: Norm, survey: Survey) -> Site | None:
         return None
     if q.size()[2] < k.size()[2]:
         q, k = k, q
+    operands: Operands = {
+        "q": q.x(),
+        "k": k.x(),
+        "q_weight": q.norm.weight,
+        "k_weight": k.norm.weight,
+        **q.tables(),
+        "q_eps": eps_operand(q.norm.eps),
+        "k_eps": eps_operand(k.norm.eps),
+    }
+    check_operands(operands, KIND)
     form = choose_form(
         second.anchor,
         KIND,
@@ -35,15 +45,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
     )
     return Site(
         kind=KIND,
-        operands={
-            "q": q.x(),
-            "k": k.x(),
-            "q_weight": q.norm.weight,
-            "k_weight": k.norm.weight,
-            **q.tables(),
-            "q_eps": eps_operand(q.norm.eps),
-            "k_eps": eps_operand(k.norm.eps),
-        },
+        operands=operands,
         options={
             "interleaved": q.rotation.interleaved,
             "rounding": form.rounding,

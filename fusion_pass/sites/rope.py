@@ -15,7 +15,7 @@ from fusion_pass.sites import rotation
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.operand import SWAP, Operand
 from fusion_pass.sites.rotation import Rotation
-from fusion_pass.sites.site import Site, Survey, choose_form, operand_dtype
+from fusion_pass.sites.site import Operands, Site, Survey, check_operands, choose_form, operand_dtype
 
 KIND = "norm_rope"
 
@@ -80,10 +80,13 @@ def find(norm: Norm, survey: Survey) -> Site | None:
     rotated = grow(norm)
     if rotated is None:
         return None
+    eps = eps_operand(norm.eps)
+    operands: Operands = {"x": rotated.x(), "weight": norm.weight, **rotated.tables(), "eps": eps}
+    check_operands(operands, KIND)
     form = choose_form(norm.anchor, KIND, rotated.norm_dtypes(), rotated.fits)
     return Site(
         kind=KIND,
-        operands={"x": rotated.x(), "weight": norm.weight, **rotated.tables(), "eps": eps_operand(norm.eps)},
+        operands=operands,
         options={
             "interleaved": rotated.rotation.interleaved,
             "rounding": form.rounding,
@@ -108,6 +111,8 @@ def grow(norm: Norm) -> Rotated | None:
     x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.HEADS, norm.x, kind=KIND)
+    if not _has_shape_of(norm.x, found.x, swapped=found.x is not norm.out):
+        raise Refused(Reason.HEADS, norm.x, kind=KIND)
     width = x.shape[3] // 2 if found.halved else x.shape[3]
     swapped = not _is_table(found.by, x, width, False)
     for table in (found.by, found.sin):
@@ -118,6 +123,15 @@ def grow(norm: Norm) -> Rotated | None:
     if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.out):
         raise Refused(Reason.INLINE, found.out[0], kind=KIND)
     return Rotated(norm, found, swapped, _steps(norm, found))
+
+
+def _has_shape_of(x: Node, rotated: Node, swapped: bool) -> bool:
+    """A norm may have been computed of other shapes of the same rows."""
+    before, after = value(x), value(rotated)
+    if before is None or after is None or before.ndim != 4:
+        return False
+    order = (0, 2, 1, 3) if swapped else (0, 1, 2, 3)
+    return all(known_equal(before.shape[dim], size) for dim, size in zip(order, after.shape, strict=True))
 
 
 def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:

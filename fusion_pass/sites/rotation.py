@@ -22,6 +22,7 @@ from torch.fx import Node
 from fusion_pass.dataflow import (
     VIEWS,
     aten,
+    before_widening,
     computed_alike,
     dtype,
     is_call,
@@ -35,7 +36,6 @@ from fusion_pass.dataflow import (
     same_shape,
     sole_user,
     stored_casts,
-    through_widening,
     value,
 )
 from fusion_pass.report import Reason
@@ -165,18 +165,18 @@ class _Turn:
 
 def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | None:
     """x * cos + turned * sin, where `product` is the right one."""
-    turned = next(arg for arg in product.args if through_widening(arg) is turn.out)
+    turned = next(arg for arg in product.args if before_widening(arg) is turn.out)
     nodes = [*turn.nodes, product]
     straight = next(other_operands(total, product))
     sin = next(other_operands(product, turned))
     if not is_call(straight, aten.mul.Tensor) or straight is product or len(straight.users) != 1:
         return None
-    x, cos = straight.args[:2] if through_widening(straight.args[0]) is turn.x else straight.args[1::-1]
+    x, cos = straight.args[:2] if before_widening(straight.args[0]) is turn.x else straight.args[1::-1]
     if _narrowest(x, nodes) is not turn.x or not _same_shape(total, turn.x):
         return None
     if not isinstance(cos, Node) or not isinstance(sin, Node):
         return None
-    cos, sin = through_widening(cos), through_widening(sin)
+    cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (product, straight, total)}
     out = stored_casts(total)
     nodes += [straight] if out == (total,) else [straight, total]
@@ -205,7 +205,7 @@ def _pairwise(cat: Node) -> Rotation | None:
         return None
     if not computed_alike(cos, cos2) or not computed_alike(sin, sin2):
         return None
-    cos, sin = through_widening(cos), through_widening(sin)
+    cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (difference, total, *difference.args, *total.args)}
     out = stored_casts(flat)
     nodes += [difference, total, *([] if out == (flat,) else [flat])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -14,9 +15,9 @@ from fusion_pass.dataflow import (
     dtype,
     is_call,
     is_narrowing,
-    is_plain_add,
     is_stored,
     other_operands,
+    past_views,
     same_shape,
     sole_user,
     value,
@@ -25,7 +26,16 @@ from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.operand import Operand
-from fusion_pass.sites.site import Site, Survey, applied_dtype, choose_form, operand_dtype, promoting_dtype
+from fusion_pass.sites.site import (
+    Operands,
+    Site,
+    Survey,
+    applied_dtype,
+    check_operands,
+    choose_form,
+    operand_dtype,
+    promoting_dtype,
+)
 
 KIND = "norm_scale"
 
@@ -38,6 +48,7 @@ class Scaled:
     """
 
     norm: Norm
+    term: Node  # the norm in the shape in which it meets the scale
     scale: Operand | None
     z: tuple[Node, ...]
     steps: ScaledSteps
@@ -49,7 +60,8 @@ class Scaled:
         assert x is not None
         weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
         scale = None if self.scale is None else promoting_dtype(self.scale)
-        steps = scaled_steps(rounding, self.norm.kind, x, weight, bias, scale, self.steps.z, norm_dtype)
+        kind, root, z = self.norm.kind, self.norm.steps.root, self.steps.z
+        steps = scaled_steps(rounding, kind, x, weight, bias, scale, z, norm_dtype, root)
         return self.steps == steps if self.scale is not None else _roundings(self.steps) == _roundings(steps)
 
     @property
@@ -62,11 +74,11 @@ class Scaled:
         return (self.norm.steps.normed, self.norm.steps.out)
 
 
-def _roundings(steps: ScaledSteps) -> tuple[torch.dtype, ...]:
+def _roundings(steps: ScaledSteps) -> tuple[Any, ...]:
     """The dtypes that a norm without a scale takes in turn: whether the norm or z makes the last cast is no matter."""
     norm = steps.norm
     chain = (norm.stat, norm.normed, norm.weighted, norm.biased, norm.out, steps.product, steps.z)
-    return (*chain[:3], *(dtype for dtype, _ in groupby(chain[3:])))
+    return (norm.root, *chain[:3], *(dtype for dtype, _ in groupby(chain[3:])))
 
 
 def find(norm: Norm, survey: Survey) -> Site | None:
@@ -74,21 +86,25 @@ def find(norm: Norm, survey: Survey) -> Site | None:
     scaled = grow(norm)
     if scaled is None:
         return None
+    operands: Operands = {
+        "x": norm.x,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "scale": scaled.scale,
+        "eps": eps_operand(norm.eps),
+    }
+    check_operands(operands, KIND)
     form = choose_form(norm.anchor, KIND, scaled.norm_dtypes(), scaled.fits)
     return Site(
         kind=KIND,
-        operands={
-            "x": norm.x,
-            "weight": norm.weight,
-            "bias": norm.bias,
-            "scale": scaled.scale,
-            "eps": eps_operand(norm.eps),
-        },
+        operands=operands,
+        like=scaled.term,
         options={
             "norm": norm.kind,
             "add_one": scaled.add_one,
             "rounding": form.rounding,
             "norm_dtype": form.norm_dtype,
+            "root": norm.steps.root,
         },
         outputs=(scaled.z,),
         dtypes={"z_dtype": scaled.steps.z},
@@ -99,23 +115,23 @@ def find(norm: Norm, survey: Survey) -> Site | None:
 
 def grow(norm: Norm) -> Scaled | None:
     """The product with a scale that reads a norm, or None where nothing of the kind stands there. Raises Refused."""
-    product = sole_user(norm.out)
+    terms = past_views(norm.out)
+    term, product = terms[-1], sole_user(terms[-1])
     if product is None or not is_call(product, aten.mul.Tensor):
         return None
-    scale = next(other_operands(product, norm.out))
-    like, val = value(norm.x), value(product)
-    if not isinstance(scale, Node) or scale is norm.out or like is None or val is None or not same_shape(val, like):
+    scale = next(other_operands(product, term))
+    like, val = value(term), value(product)
+    if not isinstance(scale, Node) or scale is term or like is None or val is None or not same_shape(val, like):
         return None
-    follows = sole_user(product)
-    if follows is not None and (is_plain_add(follows) or is_call(follows, aten.mul.Tensor)):
-        raise Refused(Reason.FOLLOWED, follows, kind=KIND)
-    if operand.gate(scale, norm.x).activated:
-        return None  # a gate, and the residual add that it belongs to is not there
-    resolved = operand.scale(scale, norm.x)
     z = _stored(product)
+    if not any(is_stored(node) for node in z):
+        raise Refused(Reason.FOLLOWED, next(iter(past_views(z[0])[-1].users), product), kind=KIND)
+    if operand.gate(scale, term).activated:
+        return None  # a gate, and the residual add that it belongs to is not there
+    resolved = operand.scale(scale, term)
     steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), product, z[0])
-    inside = norm.interior if z == (product,) else (*norm.interior, product)
-    return Scaled(norm, resolved, z, steps, (*inside, *resolved.absorbed))
+    inside = (*norm.interior, *terms) if z == (product,) else (*norm.interior, *terms, product)
+    return Scaled(norm, term, resolved, z, steps, (*inside, *resolved.absorbed))
 
 
 def unscaled(norm: Norm) -> Scaled | None:
@@ -127,7 +143,7 @@ def unscaled(norm: Norm) -> Scaled | None:
     if not any(is_stored(node) for node in z):
         return None
     inside = tuple(node for node in norm.interior if node not in z)
-    return Scaled(norm, None, z, _steps(norm, norm.steps.out, norm.out, z[0]), inside)
+    return Scaled(norm, norm.out, None, z, _steps(norm, norm.steps.out, norm.out, z[0]), inside)
 
 
 def _stored(product: Node) -> tuple[Node, ...]:

@@ -8,6 +8,7 @@ from torch.fx import Node
 from dit_kernels.rounding import SiluSteps, silu_steps
 from fusion_pass.dataflow import (
     aten,
+    before_widening,
     dtype,
     is_call,
     is_stored,
@@ -15,12 +16,11 @@ from fusion_pass.dataflow import (
     same_shape,
     sole_user,
     stored_casts,
-    through_widening,
     value,
 )
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.silu import Silu
-from fusion_pass.sites.site import Site, Survey, operand_dtype
+from fusion_pass.sites.site import Operands, Site, Survey, check_operands, operand_dtype
 
 KIND = "silu_mul"
 
@@ -40,12 +40,14 @@ def find(silu: Silu, survey: Survey) -> Site | None:
     if silu.by_sigmoid:
         raise Refused(Reason.SIGMOID, silu.anchor, kind=KIND)
     steps = SiluSteps(*(_dtype(node) for node in (silu.out, product, out[0])))
-    b = next((node for node in (through_widening(b), b) if _fits(steps, silu.x, node)), None)
+    b = next((node for node in (before_widening(b), b) if _fits(steps, silu.x, node)), None)
     if b is None:
         raise Refused(Reason.ROUNDING, product, kind=KIND)
+    operands: Operands = {"a": silu.x, "b": b}
+    check_operands(operands, KIND)
     return Site(
         kind=KIND,
-        operands={"a": silu.x, "b": b},
+        operands=operands,
         options={"rounding": "model", "silu_dtype": steps.silu},
         outputs=(out,),
         dtypes={"out_dtype": steps.out},

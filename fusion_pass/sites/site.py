@@ -13,11 +13,13 @@ from torch.fx import Graph, Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import FORMS
-from fusion_pass.dataflow import depends_on, is_call, known_equal, region, value
+from fusion_pass.dataflow import RESHAPES, aten, depends_on, is_call, is_size, known_equal, region, same_shape, value
 from fusion_pass.report import Reason, Refused
-from fusion_pass.sites.operand import SWAP, Operand, view_of
+from fusion_pass.sites.operand import ORIGIN, SWAP, Operand, view_of
 
+Operands = dict[str, "Node | Operand | float | None"]
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # real ones are constants that Inductor has folded
+VIEWED = ("x", "residual")  # the operands that are viewed into the shape of `like`
 ROTATIONS = (*KERNEL_DTYPES, torch.complex64, torch.complex128)
 MODEL_FORMS = tuple(form for form in FORMS if form != "fp32")
 
@@ -43,18 +45,20 @@ class Site:
     """One place in a graph, and the call of an op that it becomes.
 
     operands and options are the op's arguments by name. outputs: for each result of the op, the nodes that it replaces,
-    all equal. interior: the nodes that the op replaces and that nothing else may read. twins: nodes that the site reads
-    and that have the value of an operand. swapped: are the results [B, S, H, Dh] where the graph has [B, H, S, Dh]?
-    `anchor` names the site.
+    all equal. interior: the nodes that the op replaces and that nothing else may read. `anchor` names the site.
+    like: where there are views inside the site, the node in whose shape the op runs; x, residual and results are viewed
+    into and out of it. twins: nodes that the site reads and that have the value of an operand. swapped: are the results
+    [B, S, H, Dh] where the graph has [B, H, S, Dh]?
     """
 
     kind: str
-    operands: dict[str, Node | Operand | float | None]
+    operands: Operands
     options: dict[str, Any]
     outputs: tuple[tuple[Node, ...], ...]
     dtypes: dict[str, torch.dtype]
     interior: tuple[Node, ...]
     anchor: Node
+    like: Node | None = None
     twins: tuple[Node, ...] = ()
     swapped: bool = False
 
@@ -70,6 +74,10 @@ class Site:
         operand = self.operands.get(name)
         return operand.source if isinstance(operand, Operand) else operand if isinstance(operand, Node) else None
 
+    def shaped(self) -> Node:
+        """The node in whose shape the op runs."""
+        return self.x if self.like is None else self.like
+
     def results(self) -> tuple[Node, ...]:
         return tuple(node for nodes in self.outputs for node in nodes)
 
@@ -83,6 +91,11 @@ class Site:
             node = self.source(name)
             if node is not None:
                 yield node
+
+    def sizes(self) -> list[Node]:
+        """The nodes that hold the symbolic sizes of the views inside the site, or past which it is read."""
+        views = [node for node in (*self.nodes(), *looked_through(self)) if is_call(node, *RESHAPES)]
+        return [node for view in views for node in view.all_input_nodes if is_size(node)]
 
     def eps(self) -> list[Node]:
         """The eps that are tensors: all of the site's, or none."""
@@ -137,32 +150,61 @@ def applied_dtype(operand: Operand, out: torch.dtype, kind: str) -> torch.dtype:
     return applied
 
 
+def check_operands(operands: Operands, kind: str) -> None:
+    """Raises Refused unless these are tensors that the ops take."""
+    sources = {name: o.source if isinstance(o, Operand) else o for name, o in operands.items()}
+    first = next(iter(sources.values()))
+    for name, node in sources.items():
+        if "eps" in name or not isinstance(node, Node):
+            continue
+        val, like = value(node), value(first) if isinstance(first, Node) else None
+        if val is None or like is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
+            raise Refused(Reason.DTYPE, node, "not a plain tensor", kind)
+        if val.dtype not in (ROTATIONS if name == "rotation" else KERNEL_DTYPES):
+            raise Refused(Reason.DTYPE, node, str(val.dtype), kind)
+        if val.device != like.device:
+            raise Refused(Reason.DEVICE, node, f"{val.device}, {next(iter(operands))} on {like.device}", kind)
+
+
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
 def prove(site: Site, graph: Graph) -> None:
     """Raises Refused unless the op computes what the site's nodes compute, wherever they are read."""
-    _prove_operands(site)
+    _prove_shapes(site)
     _prove_layout(site, graph)
     _prove_closed(site)
     _prove_order(site)
     _prove_undisturbed(site)
 
 
-def _prove_operands(site: Site) -> None:
-    x = value(site.x)
-    if x is None or x.ndim < 2:
-        raise Refused(Reason.SHAPE, site.x, kind=site.kind)
+def _prove_shapes(site: Site) -> None:
+    """What the op needs in another shape can be given that shape."""
+    like = value(site.shaped())
+    if like is None or like.ndim < 2:
+        raise Refused(Reason.SHAPE, site.shaped(), kind=site.kind)
+    if site.like is None:
+        return
+    shapes = [val for node in (site.x, site.like, *site.results()) if (val := value(node)) is not None]
+    if not all(same_shape(shape, shapes[0]) for shape in shapes):
+        for shape in shapes:
+            for size in shape.shape:
+                _where(size, site)
+
+
+def _where(size: int | torch.SymInt, site: Site) -> int | Node | tuple[Node, int]:
+    """A symbolic size stands among the arguments of a view, or is one of an operand. Raises Refused."""
+    if isinstance(size, int):
+        return size
+    for node in site.sizes():
+        if known_equal(node.meta["val"], size):
+            return node
     for node in site.inputs():
         val = value(node)
-        if val is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
-            raise Refused(Reason.DTYPE, node, "not a plain tensor", site.kind)
-        if node in site.eps():
-            continue
-        if val.dtype not in (ROTATIONS if node is site.source("rotation") else KERNEL_DTYPES):
-            raise Refused(Reason.DTYPE, node, str(val.dtype), site.kind)
-        if val.device != x.device:
-            raise Refused(Reason.DEVICE, node, f"{val.device}, x on {x.device}", site.kind)
+        for dim, by in enumerate(() if val is None else val.shape):
+            if known_equal(by, size):
+                return node, dim
+    raise Refused(Reason.SHAPE, site.shaped(), f"nothing in the graph holds the size {size}", site.kind)
 
 
 def _prove_layout(site: Site, graph: Graph) -> None:
@@ -194,7 +236,7 @@ def _prove_closed(site: Site) -> None:
 
 def _prove_order(site: Site) -> None:
     """The op stands in one place: nothing that it reads may be computed from what it returns."""
-    late = depends_on(site.inputs(), {*site.results(), *site.interior})
+    late = depends_on((*site.inputs(), *site.sizes()), {*site.results(), *site.interior})
     if late is not None:
         raise Refused(Reason.ORDER, late, kind=site.kind)
 
@@ -202,19 +244,19 @@ def _prove_order(site: Site) -> None:
 def _prove_undisturbed(site: Site) -> None:
     """No mutation and no switch of streams between any two nodes of the site, or between them and a read of theirs."""
     first, *rest = site.nodes()
-    for node in (*rest, *_looked_through(site)):
+    for node in (*rest, *looked_through(site)):
         if region(node) != region(first):
             raise Refused(Reason.MUTATION, node, kind=site.kind)
 
 
-def _looked_through(site: Site) -> list[Node]:
+def looked_through(site: Site) -> list[Node]:
     """The nodes between the op's inputs and the site's own: casts and views that the op reads past."""
     known = {*site.nodes(), *site.inputs(), *site.twins}
     between: list[Node] = []
     pending = [source for node in site.nodes() for source in node.all_input_nodes]
     while pending:
         node = pending.pop()
-        if node not in known and node.op == "call_function":
+        if node not in known and node.op == "call_function" and not is_size(node):
             known.add(node)
             between.append(node)
             pending.extend(node.all_input_nodes)
@@ -229,7 +271,7 @@ def rewrite(site: Site, graph: Graph, rounding: str) -> Node:
     with graph.inserting_before(_place(site)):
         call = _insert_call(site, graph, rounding)
         results = [call] if len(site.outputs) == 1 else _insert_getitems(site, graph, call)
-        results = [view_of(result, SWAP, graph) for result in results] if site.swapped else results
+        results = [_viewed_back(graph, *pair, site) for pair in zip(results, site.outputs, strict=True)]
     for nodes, result in zip(site.outputs, results, strict=True):
         for node in nodes:
             node.replace_all_uses_with(result)
@@ -239,7 +281,7 @@ def rewrite(site: Site, graph: Graph, rounding: str) -> Node:
 
 def _place(site: Site) -> Node:
     """The first node of the site behind all that the op reads: inside the site, so in its mutation region."""
-    inputs = list(site.inputs())
+    inputs = [*site.inputs(), *site.sizes()]
     return next(node for node in site.nodes() if all(read < node for read in inputs))
 
 
@@ -252,29 +294,62 @@ def _insert_call(site: Site, graph: Graph, rounding: str) -> Node:
     for argument in site.op()._schema.arguments:
         if not argument.kwarg_only:
             operand = site.operands[argument.name]
-            args.append(operand.materialise(graph) if isinstance(operand, Operand) else operand)
+            if isinstance(operand, Operand):
+                operand = operand.materialise(graph)
+            elif argument.name in VIEWED and site.like is not None:
+                operand = _viewed(graph, operand, site.like, site)
+            args.append(operand)
     call = graph.call_function(site.op(), tuple(args), kwargs)
     origin = site.outputs[0][0]
-    call.meta.update({k: origin.meta[k] for k in ("stack_trace", "nn_module_stack", "custom") if k in origin.meta})
+    call.meta.update({k: v for k, v in origin.meta.items() if k in ORIGIN})
     vals = tuple(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
     call.meta["eager_input_vals"] = (vals, kwargs)
-    results = tuple(_fresh(nodes[0], site.swapped) for nodes in site.outputs)
+    results = tuple(_fresh(nodes[0], site) for nodes in site.outputs)
     call.meta["val"] = results if len(results) > 1 else results[0]
     return call
 
 
-def _fresh(node: Node, swapped: bool) -> torch.Tensor:
+def _fresh(node: Node, site: Site) -> torch.Tensor:
     """The fake result of the op that replaces `node`: contiguous, with the sizes that the graph knows already."""
     val = value(node)
     assert val is not None
-    return val.new_empty(val.transpose(1, 2).shape if swapped else val.shape)
+    shape = val.transpose(1, 2).shape if site.swapped else val.shape
+    return val.new_empty(shape if site.like is None else site.like.meta["val"].shape)
+
+
+def _viewed_back(graph: Graph, result: Node, replaced: tuple[Node, ...], site: Site) -> Node:
+    """A result of the op in the shape of the nodes that it replaces."""
+    if site.swapped:
+        return view_of(result, SWAP, graph)
+    return result if site.like is None else _viewed(graph, result, replaced[0], site)
+
+
+def _viewed(graph: Graph, node: Any, like: Node, site: Site) -> Node:
+    """`node` in the shape of `like`."""
+    val, shape = value(node), value(like)
+    assert val is not None and shape is not None
+    if same_shape(val, shape):
+        return node
+    view = graph.call_function(aten.reshape.default, (node, [_size(graph, size, site) for size in shape.shape]))
+    view.meta = {k: v for k, v in like.meta.items() if k in ORIGIN}
+    view.meta["val"] = val.reshape(shape.shape)
+    return view
+
+
+def _size(graph: Graph, size: int | torch.SymInt, site: Site) -> int | Node:
+    found = _where(size, site)
+    if not isinstance(found, tuple):
+        return found
+    node = graph.call_function(aten.sym_size.int, found)
+    node.meta["val"] = size
+    return node
 
 
 def _insert_getitems(site: Site, graph: Graph, call: Node) -> list[Node]:
     results = []
     for index, nodes in enumerate(site.outputs):
         item = graph.call_function(operator.getitem, (call, index))
-        item.meta = {k: v for k, v in nodes[0].meta.items() if k in ("stack_trace", "nn_module_stack", "custom")}
+        item.meta = {k: v for k, v in nodes[0].meta.items() if k in ORIGIN}
         item.meta["val"] = call.meta["val"][index]
         results.append(item)
     return results
@@ -295,7 +370,7 @@ def _erase(site: Site, graph: Graph) -> None:
 _PURE = (
     torch.ops.prims.convert_element_type.default,
     torch.ops.aten.clone.default,
-    torch.ops.aten.unsqueeze.default,
     torch.ops.aten.expand.default,
     torch.ops.aten.permute.default,
+    *RESHAPES,
 )

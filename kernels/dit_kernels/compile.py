@@ -8,7 +8,8 @@ of kernels, of which the type of a chain tells one, are listed in _KERNELS.
 
 The disk cache is $DIT_KERNELS_CACHE_DIR, or dit_kernels in $XDG_CACHE_HOME or ~/.cache. What it holds is machine code,
 so it is used only where nobody but the user can write. The name of an entry is a hash of all that shapes it: versions,
-sources, arch, variant. An entry ends in its own digest; one that does not read back is thrown away and compiled anew.
+sources, arch, variant. An entry ends in a digest of its name and itself; one that does not read back, or was made under
+another name, is thrown away and compiled anew.
 """
 
 from __future__ import annotations
@@ -316,7 +317,8 @@ def _versions() -> tuple[str, ...]:
 def _source_hash() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for source in (here / "compile.py", *sorted((here / "cute").glob("*.py"))):
+    folders = (here / "cute", here / "calls")  # device code, and what it is called with
+    for source in (here / "compile.py", *(path for folder in folders for path in sorted(folder.glob("*.py")))):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()
 
@@ -358,7 +360,7 @@ def _load(entry: Path) -> Function | None:
             content = file.read()
     except FileNotFoundError:
         return None
-    if content[-_DIGEST_BYTES:] == hashlib.sha256(content[:-_DIGEST_BYTES]).digest():
+    if content[-_DIGEST_BYTES:] == _digest(entry.name, content[:-_DIGEST_BYTES]):
         try:
             return load_module(str(entry), enable_tvm_ffi=True)[_ENTRY_POINT]
         except Exception as error:  # whatever the loader of CuTeDSL makes of it, a kernel can be compiled anew
@@ -367,13 +369,17 @@ def _load(entry: Path) -> Function | None:
     return None
 
 
+def _digest(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + content).digest()
+
+
 def _compile_into(entry: Path, arch: str, variant: Variant) -> Function:
     compiled = compile_variant(arch, variant)
     with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:  # mode 0700; a rename within one file system
         draft = Path(scratch) / entry.name
         compiled.export_to_c(str(draft), function_name=_ENTRY_POINT)
         with draft.open("ab") as file:  # an ELF object is read by its headers: what follows it is not seen
-            file.write(hashlib.sha256(draft.read_bytes()).digest())
+            file.write(_digest(entry.name, draft.read_bytes()))
         draft.chmod(0o600)
         os.replace(draft, entry)
     return _load(entry) or compiled  # what is loaded is the bare function: it costs less to call and to keep

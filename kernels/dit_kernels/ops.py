@@ -18,7 +18,8 @@ Of silu_mul: a and b [..., S, D].
 
 Results are fresh and contiguous, of the shape of x, q and k, a. dtypes: bfloat16, float16 and float32, each operand its
 own, and complex64 or complex128 rotations; float64 in the definition. `rounding` is a form of dit_kernels.rounding,
-which also says what the other dtypes (`norm_dtype`, `rope_dtype`, `out_dtype`, `silu_dtype`) are by default.
+`root` a spelling of an rms norm's root there; it also says what the other dtypes (`norm_dtype`, `rope_dtype`,
+`out_dtype`, `silu_dtype`) are by default.
 Each op with an eps has an overload `.eps_tensor`, which takes it as a one-element CPU tensor and reads it on the host.
 Bad arguments raise ValueError, which names the argument, what came and what was expected.
 
@@ -37,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
+from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
 
 from dit_kernels.calls import norm_gate, norm_rope, silu_mul
@@ -119,41 +121,57 @@ def _compiler() -> Any:
 
 # --- plans: what was checked and found out for one call is not again for the next like it ---------------------------
 
-_Key = tuple[Any, ...]
-_Plan = Callable[[Tensor, list[Any]], Any]
-_plans: dict[_Key, _Plan] = {}
-_MOST_PLANS = 4096  # shapes that change with every call must not fill the memory
+_Plan = Callable[..., Any]
+_plans: dict[tuple[Any, ...], list[tuple[TensorGuards, _Plan]]] = {}
+_MOST_PLANS = (
+    8  # of calls that differ in metadata only: a shape that changes with every call must not cost more each time
+)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _plan_key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Key | None, list[Any]]:
-    """All that checking and the choice of a kernel depend on, None for arguments that no plan is made for; and the
-    arguments as a kernel takes them: a tensor by its address."""
-    key: list[Any] = [name, *kwargs.items()]
-    given: list[Any] = []
-    pointers = 0
-    for a in args:
-        if a.__class__ in _PLAIN:
-            pointer = a.data_ptr()
-            if not pointer or a.is_neg() or a.is_conj():
-                return None, given
-            pointers |= pointer
-            given.append(pointer)
-            key += (a.dtype, a.shape, a.stride(), a.get_device())
-        elif a is None or a.__class__ is float:
-            given.append(a)
-            key.append(a is None)
-        else:
-            return None, given
-    return None if pointers % ALIGNMENT else tuple(key), given
+def _kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    return (name, *kwargs.items(), *map(type, args))
 
 
-def _make_plan(op: Op, call: Call, given: list[Any]) -> _Plan | None:
-    """Runs calls with the key of this one. None where the kernel reads a copy of an argument."""
+def _planned(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The results of a call that is like one before; None where there was none."""
+    plans = _plans.get(_kind(name, args, kwargs))
+    if plans is not None:
+        tensors = [a for a in args if a.__class__ in _PLAIN]
+        for guards, plan in plans:
+            if guards.check(*tensors):
+                return plan(args, tensors)
+    return None
+
+
+def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Makes a plan for calls like this one, if they can have one.
+
+    Dynamo's guards compare all that checking and the choice of a kernel depend on: dtype, device, sizes, strides and
+    dispatch keys. `name` stands for the op and for the level of the dispatcher, on which those keys depend.
+    """
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    plain = all(a is None or a.__class__ is float or a.__class__ in _PLAIN for a in args)
+    if not plain or any(not t.numel() or t.is_neg() or t.is_conj() for t in tensors):
+        return
+    call = op.make_call(*args, **kwargs)
+    plan = _make_plan(op, call, tensors) if has_kernel(call) else None
+    if plan is None:
+        return
+    static: Any = [[None] * t.ndim for t in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=static, dynamic_dims_strides=static)
+    if guards.check(*tensors):  # they take no tensor twice
+        plans = _plans.setdefault(_kind(name, args, kwargs), [])
+        plans[_MOST_PLANS - 1 :] = []
+        plans.insert(0, (guards, plan))
+
+
+def _make_plan(op: Op, call: Call, tensors: list[Tensor]) -> _Plan | None:
+    """Runs calls like this one. None where the kernel reads a copy of an argument."""
     results = call.empty_results()
     operands = call.operands(results)
     addresses = [t.data_ptr() for t in operands if isinstance(t, Tensor)]
-    if sorted(addresses) != sorted([a for a in given if isinstance(a, int)] + [r.data_ptr() for r in results]):
+    if sorted(addresses) != sorted(t.data_ptr() for t in (*tensors, *results)):
         return None
     function, numbers = _compiler().bound(call.chain, *operands)
     device, metadata = results[0].get_device(), [(r.shape, r.dtype) for r in results]
@@ -161,34 +179,35 @@ def _make_plan(op: Op, call: Call, given: list[Any]) -> _Plan | None:
     alike = x.is_contiguous() and set(metadata) == {(x.shape, x.dtype)}
     several = len(results) > 1
     empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
-    current_device, arranged, of_launch = torch.cuda.current_device, op.arranged, op.family.of_launch
+    current_device, arranged, of_launch = torch._C._cuda_getDevice, op.arranged, op.family.of_launch
 
-    def plan(x: Tensor, given: list[Any]) -> Any:
+    def plan(args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
         if current_device() != device:
             with torch.cuda.device(device):
-                return plan(x, given)
-        results = tuple(empty_like(x) if alike else x.new_empty(shape, dtype=dtype) for shape, dtype in metadata)
-        addresses, stream = arranged([*given, *(r.data_ptr() for r in results)]), stream_of(device)
-        function(*addresses, *numbers, *of_launch(device, stream, numbers[0]), stream)
-        return results if several else results[0]
+                return plan(args, tensors)
+        given = [a.data_ptr() if a.__class__ in _PLAIN else a for a in args]
+        for a in given:
+            if a.__class__ is int and a % ALIGNMENT:
+                return None
+        x = args[0]
+        results = [empty_like(x) if alike else x.new_empty(shape, dtype=dtype) for shape, dtype in metadata]
+        given += [r.data_ptr() for r in results]
+        stream = stream_of(device)
+        function(*arranged(given), *numbers, *of_launch(device, stream, numbers[0]), stream)
+        return tuple(results) if several else results[0]
 
     return plan
 
 
 def _cuda(name: str, op: Op) -> Callable[..., Any]:
+    level = f"{name}, on CUDA"
+
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        key, given = _plan_key(name, args, kwargs)
-        plan = None if key is None else _plans.get(key)
-        if plan is not None:
-            return plan(args[0], given)
-        call = op.make_call(*args, **kwargs)
-        results = _run_cuda(call)
-        if key is not None and has_kernel(call):
-            plan = _make_plan(op, call, given)
-            if plan is not None:
-                if len(_plans) >= _MOST_PLANS:
-                    _plans.clear()
-                _plans[key] = plan
+        planned = _planned(level, args, kwargs)
+        if planned is not None:
+            return planned
+        results = _run_cuda(op.make_call(*args, **kwargs))
+        _keep_plan(level, op, args, kwargs)
         return results if len(results) > 1 else results[0]
 
     return implementation
@@ -220,7 +239,9 @@ def _results(run: Callable[[Any], tuple[Tensor, ...]], make_call: Callable[..., 
     return implementation
 
 
-def _autograd(op: torch._ops.OpOverload, name: str, definition: Callable[..., Any]) -> Callable[..., Any]:
+def _autograd(
+    registered: torch._ops.OpOverload, name: str, op: Op, definition: Callable[..., Any]
+) -> Callable[..., Any]:
     """Runs the definition, which differentiates, where a gradient is wanted; else what the device has.
 
     A plan is run from here, where nothing between autograd and the device is there to see the call: that saves a second
@@ -233,12 +254,12 @@ def _autograd(op: torch._ops.OpOverload, name: str, definition: Callable[..., An
             return definition(*args, **kwargs)
         x = args[0]
         if x is not None and x.is_cuda and not _len_torch_dispatch_stack() and peek_interpreter_stack() is None:
-            key, given = _plan_key(name, args, kwargs)
-            plan = None if key is None else _plans.get(key)
-            if plan is not None:
-                return plan(x, given)
+            planned = _planned(name, args, kwargs)
+            if planned is not None:
+                return planned
+            _keep_plan(name, op, args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
+            return registered(*args, **kwargs)
 
     return implementation
 
@@ -256,7 +277,7 @@ def _register(library: torch.library.Library) -> None:
             library.impl(name + overload, _cuda(name, op), "CUDA")
             torch.library.register_fake(f"{library.ns}::{name}{overload}", fake, lib=library)
             registered = getattr(getattr(torch.ops.dit_kernels, name), overload[1:] or "default")
-            library.impl(name + overload, _autograd(registered, name, definition), "Autograd")
+            library.impl(name + overload, _autograd(registered, name, op, definition), "Autograd")
 
 
 _LIBRARY = torch.library.Library("dit_kernels", "DEF")

@@ -22,13 +22,18 @@ def norm(
     if kind == "layer":
         return _layer_norm(x, weight, bias, eps, steps)
     wide = x.to(steps.stat)
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    n = (wide * rstd).to(steps.normed)
+    n = _over_root(wide, wide.pow(2).mean(-1, keepdim=True) + eps, steps.root).to(steps.normed)
     if weight is not None:
         n = n * weight
     if bias is not None:
         n = n + bias
     return n.to(steps.out)
+
+
+def _over_root(x: Tensor, v: Tensor, root: str) -> Tensor:
+    if root == "quotient":
+        return x / v.sqrt()
+    return x * (torch.rsqrt(v) if root == "rsqrt" else v.sqrt().reciprocal())
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, steps: NormSteps) -> Tensor:

@@ -16,6 +16,9 @@ R(.) rounds to the dtype of a step; arithmetic is fp32 (fp64 where x is fp64); r
 | gate_in_fp32     | x*rstd, not rounded      | Mochi: the product with the gate is rounded, once              |
 | fp32             | nothing rounded inside   | on request: one rounding at each output                        |
 
+rstd is spelled in three ways, which differ in the last bit of fp32: rsqrt(v); "reciprocal", R(1 / R(sqrt(v))), times x
+as well; and "quotient", x / R(sqrt(v)). `root` says which; in `fp32` all are rsqrt.
+
 After the norm: t = R(tanh(gate)), p = R(t*n), y = R(residual + p), s = R(1 + scale), z = R(norm(y)*s). The second norm
 reads the y that is stored. A layer norm is F.layer_norm itself, but in `weight_then_cast`, where the model casts x up,
 calls F.layer_norm and casts back (diffusers' FP32LayerNorm), and in `gate_in_fp32` and `fp32`, where it is not cast.
@@ -35,17 +38,19 @@ Form = Literal["cast_then_weight", "weight_then_cast", "native", "gate_in_fp32",
 FORMS: tuple[str, ...] = get_args(Form)
 NORMS: tuple[str, ...] = ("rms", "layer")
 SILU_FORMS: tuple[str, ...] = ("model", "fp32")
+ROOTS: tuple[str, ...] = ("rsqrt", "reciprocal", "quotient")
 
 
 @dataclass(frozen=True)
 class NormSteps:
     """The dtype that each step of a norm is rounded to; the compute dtype (fp32) means that a step is not rounded."""
 
-    stat: torch.dtype  # x^2, mean(x^2), mean + eps and rsqrt; of a layer norm, what F.layer_norm is called on
+    stat: torch.dtype  # x^2, mean(x^2), mean + eps and its root; of a layer norm, what F.layer_norm is called on
     normed: torch.dtype  # x * rstd
     weighted: torch.dtype  # * weight
     biased: torch.dtype  # + bias
     out: torch.dtype  # the norm as the chain around it reads it
+    root: str = "rsqrt"  # how an rms norm spells its rstd: one of ROOTS
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ def norm_steps(
     weight: torch.dtype | None,
     bias: torch.dtype | None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> NormSteps:
     """The steps of one norm.
 
@@ -112,17 +118,18 @@ def norm_steps(
     where there is no weight) and what PyTorch does in the others (x's dtype).
     """
     wide = compute_dtype(x)
+    root = "rsqrt" if norm == "layer" or form == "fp32" else root
     if form in ("fp32", "gate_in_fp32"):
-        return NormSteps(wide, wide, wide, wide, wide)
+        return NormSteps(wide, wide, wide, wide, wide, root)
     if form == "weight_then_cast":
-        return NormSteps(wide, wide, wide, wide, norm_dtype or x)
+        return NormSteps(wide, wide, wide, wide, norm_dtype or x, root)
     if norm == "layer":
         return NormSteps(x, wide, wide, wide, norm_dtype or x)
     stat = x if form == "native" else wide
     normed = x if form == "native" else norm_dtype or weight or x
     weighted = _promote(normed, weight)
     biased = _promote(weighted, bias)
-    return NormSteps(stat, normed, weighted, biased, biased)
+    return NormSteps(stat, normed, weighted, biased, biased, root)
 
 
 def gated_steps(
@@ -135,6 +142,7 @@ def gated_steps(
     residual: torch.dtype,
     y_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> GatedSteps:
     """The steps of `residual + tanh(gate) * norm(x)`; `gate` is None where there is no gate, or where it is 0-d (a 0-d
     operand does not promote). Without `y_dtype`, y has the dtype that PyTorch's promotion gives the chain."""
@@ -142,7 +150,7 @@ def gated_steps(
         wide = compute_dtype(x)
         default = gated_steps("cast_then_weight", norm, x, weight, bias, gate, residual, None, norm_dtype).y
         return GatedSteps(norm_steps(form, norm, x, weight, bias), wide, wide, wide, y_dtype or default)
-    steps = norm_steps(form, norm, x, weight, bias, norm_dtype)
+    steps = norm_steps(form, norm, x, weight, bias, norm_dtype, root)
     product = norm_dtype or x if form == "gate_in_fp32" else _promote(steps.out, gate)
     total = _promote(product, residual)
     return GatedSteps(steps, gate or steps.out, product, total, y_dtype or total)
@@ -157,9 +165,10 @@ def scaled_steps(
     scale: torch.dtype | None,
     z_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> ScaledSteps:
     """The steps of `norm(x) * (1 + scale)`; `scale` and the default of `z_dtype` as `gate` and `y_dtype` above."""
-    steps = norm_steps(form, norm, x, weight, bias, norm_dtype)
+    steps = norm_steps(form, norm, x, weight, bias, norm_dtype, root)
     if form == "fp32":
         wide = compute_dtype(x)
         default = scaled_steps("cast_then_weight", norm, x, weight, bias, scale, None, norm_dtype).z
@@ -179,6 +188,7 @@ def rotated_steps(
     norm_dtype: torch.dtype | None = None,
     rope_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> RotatedSteps:
     """The steps of `rotate(norm(x))`, the norm an rms norm; `rotation` is complex, or the dtype of cos and sin.
 
@@ -186,7 +196,7 @@ def rotated_steps(
     what real products and their sum are rounded to, by default what PyTorch's promotion gives. Without `out_dtype`, the
     result has that dtype, too.
     """
-    norm = norm_steps(form, "rms", x, weight, None, norm_dtype)
+    norm = norm_steps(form, "rms", x, weight, None, norm_dtype, root)
     if form == "fp32":
         default = rotated_steps("cast_then_weight", x, weight, rotation, norm_dtype, rope_dtype).out
         wide = _promote(compute_dtype(x), rotation.to_real())

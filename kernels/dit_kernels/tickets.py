@@ -20,7 +20,7 @@ _kept: list[Tensor] = []  # whatever has been in use
 
 def address(device: int, stream: int, batches: int) -> int:
     """The address of `batches` counters for a launch on a stream, the current one of a device, the current one."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch._C._cuda_isCurrentStreamCapturing():
         return _for_capture(device, batches)
     found = _of_stream.get((device, stream))
     if found is None or found[1] < batches:

@@ -172,7 +172,7 @@ def dual(x: torch.Tensor, w: torch.Tensor, m: torch.Tensor, r: torch.Tensor, w2:
 
 
 def test_a_direct_call_is_looked_at_once_and_computes_what_the_op_does(looked_at: list[str]) -> None:
-    function = torch.compile(dual, dynamic=None)
+    function = torch.compile(dual, backend=Backend(), dynamic=None)
     for tokens in (64, 64, 96, 128, 64):
         args = dual_operands(2, tokens)
         for got, expected in zip(function(*args), dual(*args), strict=True):
@@ -181,7 +181,7 @@ def test_a_direct_call_is_looked_at_once_and_computes_what_the_op_does(looked_at
 
 
 def test_a_direct_call_takes_an_operand_that_is_not_aligned(looked_at: list[str]) -> None:
-    function = torch.compile(dual, dynamic=False)
+    function = torch.compile(dual, backend=Backend(), dynamic=False)
     for skip in (0, 0, 1, 4, 0):
         args = dual_operands(1, 64, skip)
         for got, expected in zip(function(*args), dual(*args), strict=True):
@@ -190,7 +190,7 @@ def test_a_direct_call_takes_an_operand_that_is_not_aligned(looked_at: list[str]
 
 
 def test_a_direct_call_runs_on_the_current_stream() -> None:
-    function, args = torch.compile(dual, dynamic=False), dual_operands(1, 64)
+    function, args = torch.compile(dual, backend=Backend(), dynamic=False), dual_operands(1, 64)
     function(*args)
     stream, done = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(stream):
@@ -201,3 +201,22 @@ def test_a_direct_call_runs_on_the_current_stream() -> None:
     stream.synchronize()
     for got, expected in zip(results, dual(*args), strict=True):
         assert torch.equal(got, expected)
+
+
+def attention(packed: torch.Tensor, w: torch.Tensor, freqs: torch.Tensor, both: torch.Tensor) -> Any:
+    q, k, _ = packed.split((6 * 64, 2 * 64, 2 * 64), -1)
+    q, k = q.unflatten(-1, (6, 64)), k.unflatten(-1, (2, 64))
+    q, k = torch.ops.dit_kernels.qk_norm_rope(q, k, w, w, freqs, None, 1e-5, 1e-6)
+    alone = torch.ops.dit_kernels.norm_rope(k, None, freqs, None, 1e-5)
+    return q, k, alone, torch.ops.dit_kernels.silu_mul(*both.chunk(2, -1))
+
+
+def test_direct_calls_of_the_ops_of_attention_compute_what_the_ops_do(looked_at: list[str]) -> None:
+    function = torch.compile(attention, dynamic=None)
+    for tokens in (64, 64, 96, 128, 64):
+        angle = torch.randn(tokens, 32, device="cuda")
+        packed, both = (torch.randn(2, tokens, d, device="cuda").bfloat16() for d in (640, 512))
+        args = packed, torch.randn(64, device="cuda").bfloat16(), torch.polar(torch.ones_like(angle), angle), both
+        for got, expected in zip(function(*args), attention(*args), strict=True):
+            assert torch.equal(got, expected)
+    assert len(looked_at) == 2 * 3

@@ -108,6 +108,8 @@ def _pure() -> dict[str, Pure]:
         "cvt.f64.f32": Pure(lambda a: a.astype(F64), F64, (F32,)),
         "cvt.rn.f32.f64": Pure(lambda a: a.astype(F32), F32, (F64,)),
         "cvt.sat.f32.f32": Pure(lambda a: np.where(np.isnan(a), F32.type(0), np.clip(a, 0, 1)), F32, (F32,)),
+        "sqrt.rn.f32": Pure(np.sqrt, F32, (F32,)),
+        "rcp.rn.f32": Pure(np.reciprocal, F32, (F32,)),
         "cvt.f32.bf16": Pure(numbers.from_bf16, F32, (U16,)),
         "cvt.f32.f16": Pure(numbers.from_f16, F32, (U16,)),
         "cvt.rn.bf16.f32": Pure(numbers.to_bf16, U16, (F32,)),

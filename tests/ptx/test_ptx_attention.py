@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
-from dit_kernels.rounding import FORMS, SILU_FORMS
+from dit_kernels.cute import norm_rope, silu_mul
+from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
 from ptx import numbers
-from ptx.device import ARCHS, call, gpu
+from ptx.device import ARCHS, call, compiled, gpu
 from ptx.judging import rsqrt
+from ptx.memory import Fault
 
 _SPEC = importlib.util.spec_from_file_location("attention", Path(__file__).parents[1] / "gpu/test_attention_kernels.py")
 assert _SPEC is not None and _SPEC.loader is not None
@@ -82,6 +84,13 @@ def test_each_models_heads_follow_the_definition(arch: str, kind: str) -> None:
         check_kind(kind)
 
 
+@pytest.mark.parametrize("root", ROOTS[1:])
+def test_heads_follow_the_definition_with_every_spelling_of_the_root(root: str) -> None:
+    with gpu("sm_90a", 1):
+        check_kind("Z-Image", root=root)
+        check_kind("Ideogram 4", root=root, rounding="native")
+
+
 @pytest.mark.parametrize("kind", ("Z-Image", "Ideogram 4"))
 @pytest.mark.parametrize("form", FORMS)
 def test_heads_follow_the_definition_in_every_rounding_form(kind: str, form: str) -> None:
@@ -116,10 +125,14 @@ def test_heads_of_any_layout_follow_the_definition(
         check_heads(o, interleaved=interleaved)
 
 
-def test_a_batch_wider_than_the_grid_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_kernels.cute import norm_rope, silu_mul
-    from ptx.device import compiled
+@pytest.mark.parametrize("direction", (-1, 1))
+@pytest.mark.parametrize("kind", ("Z-Image", "Ideogram 4", "fp16", "fp32"))
+def test_heads_stay_within_the_bounds_whichever_way_approximations_err(kind: str, direction: int) -> None:
+    with gpu("sm_90a", 1), numbers.perturbed(direction):
+        check_kind(kind)
 
+
+def test_a_batch_wider_than_the_grid_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_rope, "MAX_GRID_Y", 2)
     monkeypatch.setattr(silu_mul, "MAX_GRID_Y", 2)
     with gpu("sm_90a", 1, compiled.__wrapped__):
@@ -150,3 +163,122 @@ def test_silu_mul_of_halves_of_one_tensor_and_of_strides_follows_the_definition(
 def test_silu_of_large_and_special_numbers_is_eagers() -> None:
     with gpu("sm_90a", 1):
         bounds.test_silu_of_large_and_special_numbers_is_eagers()
+
+
+@pytest.mark.parametrize("direction", (-1, 1))
+@pytest.mark.parametrize("dtype", (BF16, FP16))
+def test_silu_stays_within_the_bounds_whichever_way_approximations_err(dtype: torch.dtype, direction: int) -> None:
+    a, b = random(1, 3, 1000, dtype=dtype, seed=1) * 3, random(1, 3, 1000, dtype=dtype, seed=2)
+    with gpu("sm_90a", 1), numbers.perturbed(direction):
+        check_silu(a, b)
+
+
+# --- mistakes in the kernels' Python: each is found -----------------------------------------------------------------
+
+
+def _same(original, *arguments):  # type: ignore[no-untyped-def]
+    return original(*arguments)
+
+
+def _argument_back(original, *arguments):  # type: ignore[no-untyped-def]
+    return arguments[-1]
+
+
+def _true(original, *arguments):  # type: ignore[no-untyped-def]
+    return True
+
+
+def _turned_backwards(original, n, rotation):  # type: ignore[no-untyped-def]
+    return original(n, _Conjugate(rotation))
+
+
+class _Conjugate:
+    """A rotation with its sines negated."""
+
+    def __init__(self, rotation: Any):
+        self.rotation, self.element_type = rotation, rotation.element_type
+
+    def __getitem__(self, i: int) -> Any:
+        return -self.rotation[i] if i % 2 else self.rotation[i]
+
+
+def _no_weight(original, heads):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _norm_not_rounded(original, values, weights, eps, steps, *sizes):  # type: ignore[no-untyped-def]
+    return original(values, weights, eps, replace(steps, normed=FP32), *sizes)
+
+
+def _sum_of_half_of_the_lanes(original, value, lanes):  # type: ignore[no-untyped-def]
+    return original(value, lanes // 2)
+
+
+def _sines_unsigned(original, rotation, sin, i):  # type: ignore[no-untyped-def]
+    return sin
+
+
+def _halves_unswapped(original, rotation, head, dtype):  # type: ignore[no-untyped-def]
+    many = len(head) // 2
+    return original(rotation, head[many:] + head[:many], dtype)
+
+
+def _a_token_on(original, place):  # type: ignore[no-untyped-def]
+    return [(at + place.d, inside) for at, inside in original(place)]
+
+
+COMPLEX_HEADS = dict(sizes=(2, 3, 6, 2, 64))
+REAL_HEADS = dict(sizes=(2, 3, 6, 2, 64), rotation=BF16)
+REAL_HALVES = dict(sizes=(2, 3, 6, 2, 64), rotation=BF16, interleaved=False)
+ODD_HEADS = dict(sizes=(1, 3, 5, 3, 64))
+FEW_HEADS = dict(sizes=(1, 3, 1, 1, 64))
+VALUE, FAULT = (AssertionError, "off by|differ"), (Fault, "out of bounds|nothing ever wrote|twice")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong", "of", "found"),
+    (
+        (norm_rope, "_complex_product", _turned_backwards, COMPLEX_HEADS, VALUE),
+        (norm_rope, "_neighbours_swapped", _argument_back, REAL_HEADS, VALUE),
+        (norm_rope._Rotation, "_turned", _sines_unsigned, REAL_HALVES, VALUE),
+        (norm_rope._Rotation, "_by_real", _halves_unswapped, REAL_HALVES, VALUE),
+        (norm_rope._Heads, "load_weight", _no_weight, COMPLEX_HEADS, VALUE),
+        (norm_rope, "_normed", _norm_not_rounded, KINDS["Z-Image"], VALUE),
+        (norm_rope, "warp_sum", _sum_of_half_of_the_lanes, COMPLEX_HEADS, VALUE),
+        (norm_rope._Heads, "_inside", _true, ODD_HEADS, FAULT),
+        (norm_rope._Place, "has_token", _true, FEW_HEADS, FAULT),
+        (norm_rope._Place, "vectors", _a_token_on, COMPLEX_HEADS, FAULT),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_in_the_kernel_of_heads_is_found(owner: Any, name: str, wrong: Any, of: dict, found: Any) -> None:
+    original = getattr(owner, name)
+
+    def judge(replaced: Any) -> None:
+        patch = mock.patch.object(owner, name, lambda *a: replaced(original, *a))
+        with gpu("sm_90a", 1, compiled.__wrapped__), mock.patch.dict(KINDS, {"mistaken": of}), patch:
+            check_kind("mistaken")
+
+    judge(_same)
+    error, message = found
+    with pytest.raises(error, match=message):
+        judge(wrong)
+
+
+def _silu_rounded_late(original, a, b, steps):  # type: ignore[no-untyped-def]
+    return original(a, b, replace(steps, silu=FP32))
+
+
+def _gate_for_value(original, a, b, steps):  # type: ignore[no-untyped-def]
+    return original(b, a, steps)
+
+
+@pytest.mark.parametrize("wrong", (_silu_rounded_late, _gate_for_value), ids=lambda wrong: wrong.__name__.strip("_"))
+def test_a_mistake_in_silu_mul_is_found(wrong: Any) -> None:
+    original = silu_mul._silu_mul
+    with (
+        gpu("sm_90a", 1, compiled.__wrapped__),
+        mock.patch.object(silu_mul, "_silu_mul", lambda *a: wrong(original, *a)),
+        pytest.raises(AssertionError, match=r"off by|differ"),
+    ):
+        check_silu(random(1, 5, 1000), random(1, 5, 1000, seed=1))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
-from dit_kernels.rounding import FORMS, NORMS
+from dit_kernels.rounding import FORMS, NORMS, ROOTS
 from ptx.device import ARCHS, gpu
 from ptx.judging import bounds, check, random
 
@@ -33,6 +33,15 @@ def test_every_op_follows_the_definition(arch: str, op: str, d: int) -> None:
 def test_the_dual_follows_the_definition_in_every_rounding_form(arch: str, form: str, norm: str) -> None:
     with gpu(arch, 1):
         check(bounds.DUAL, bounds.operands(1, 7, 3840), rounding=form, norm=norm)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("form", ("cast_then_weight", "native"))
+def test_every_root_follows_the_definition(arch: str, root: str, form: str) -> None:
+    with gpu(arch, 1):
+        check(bounds.DUAL, bounds.operands(1, 7, 2304), root=root, rounding=form)
+        check(bounds.DUAL, bounds.operands(1, 7, 2304, FP32), root=root, rounding=form)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -108,7 +108,7 @@ def one_left_out(original, parameters, scale):  # type: ignore[no-untyped-def]
         (norm_gate.NormGate, "run", residual_read_from_x, "y"),
         (norm_gate, "_gated", product_not_rounded, "y"),
         (norm_gate, "_scaled", product_of_z_without_its_scale, "z"),
-        (norm_gate, "_normed", norm_not_rounded, "y"),
+        (norm_gate, "normed", norm_not_rounded, "y"),
         (norm_gate._Place, "counted", sum_without_the_first_vector, "y"),
     ),
     ids=lambda value: getattr(value, "__name__", None),

@@ -140,6 +140,30 @@ def test_fma_of_fp32_is_rounded_once() -> None:
     assert_rounded_once(got, exacts, "f32")
 
 
+def test_fma_of_fp64_is_rounded_once() -> None:
+    a, b = (rng.standard_normal(3000) * 2.0 ** rng.integers(-30, 30, 3000) for _ in range(2))
+    c = np.where(np.arange(3000) % 2, -a * b * (1 + 2.0**-52), rng.standard_normal(3000))
+    got = PURE["fma.rn.f64"].function(a, b, c)
+    exacts = [Fraction(x) * Fraction(y) + Fraction(z) for x, y, z in zip(*(t.tolist() for t in (a, b, c)), strict=True)]
+    assert got.tolist() == [float(exact) for exact in exacts]
+    assert computed("fma.rn.f64", [math.inf, math.inf, 1.0], [1.0, 1.0, 2.0], [1.0, -math.inf, 3.0])[::2] == [
+        math.inf,
+        5,
+    ]
+
+
+def test_fma_may_be_rounded_down() -> None:
+    a, b, c = triples("f32")
+    with np.errstate(all="ignore"):
+        down, nearest = (PURE[f"fma.{mode}.f32"].function(a, b, c).astype(np.float64) for mode in ("rm", "rn"))
+    exacts = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+    finite = np.isfinite(down) & np.isfinite(nearest)
+    below = np.array([Fraction(d) <= e for d, e in zip(down[finite], np.array(exacts)[finite], strict=True)])
+    assert below.all()
+    step = np.nextafter(down[finite].astype(F32), F32(np.inf)).astype(np.float64)
+    assert ((nearest[finite] == down[finite]) | (nearest[finite] == step)).all()
+
+
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("name", ("add", "mul", "fma"))
 def test_16_bit_arithmetic_is_rounded_once(kind: str, name: str) -> None:
@@ -207,6 +231,23 @@ def test_wide_products_keep_their_upper_half_and_sign() -> None:
     assert computed("cvt.s64.s32", [-5]) == [-5] and computed("cvt.u64.u32", [2**32 - 5]) == [2**32 - 5]
 
 
+def test_upper_halves_of_products_are_exact() -> None:
+    a, b = 0xFEDCBA9876543210, 0xFFFFFFFFFFFFFFFB
+    assert computed("mul.hi.u64", [a, 2**63], [b, 2]) == [a * b >> 64, 1]
+    assert computed("mul.hi.u32", [2**32 - 1], [2**32 - 5]) == [(2**32 - 1) * (2**32 - 5) >> 32]
+    assert computed("mul.hi.u16", [2**16 - 1], [2**16 - 5]) == [(2**16 - 1) * (2**16 - 5) >> 16]
+    assert computed("cvt.u16.u32", [2**16 + 5]) == [5] and computed("cvt.u64.u16", [2**16 - 5]) == [2**16 - 5]
+
+
+def test_a_saturating_conversion_ends_at_0_and_1_and_makes_a_nan_0() -> None:
+    assert computed("cvt.sat.f32.f32", [-2.0, 0.25, 7.0, math.nan]) == [0, 0.25, 1, 0]
+
+
+def test_fp64_narrows_to_fp32_once() -> None:
+    assert computed("cvt.rn.f32.f64", [1 + 2.0**-24, 1 + 3 * 2.0**-24, 1e300]) == [1, 1 + 2.0**-22, math.inf]
+    assert computed("cvt.f64.f32", [0.1]) == [float(F32(0.1))]
+
+
 def test_selp_takes_its_first_operand_where_the_predicate_holds() -> None:
     assert computed("selp.b32", [1, 1], [2, 2], [True, False]) == [1, 2]
 
@@ -256,6 +297,12 @@ def test_an_indexed_shuffle_gives_every_lane_that_of_its_own_warp() -> None:
     assert stored_by_each_lane("shfl.sync.idx.b32 %r9, %r3, 5, 31, -1;") == [5] * 32 + [37] * 32
 
 
+def test_a_barrier_of_a_warp_takes_all_of_it() -> None:
+    assert stored_by_each_lane("mov.b32 %r9, %r3;\nbar.warp.sync -1;") == list(range(64))
+    with pytest.raises(Fault, match="waits for all of its warp"):
+        stored_by_each_lane("setp.lt.u32 %p1, %r1, 8;\nmov.b32 %r9, 1;\n@%p1 bar.warp.sync -1;")
+
+
 def test_lanes_that_branch_apart_join_again() -> None:
     body = """
     mov.b32 %r9, 1;
@@ -266,6 +313,16 @@ $LESS:
     shfl.sync.bfly.b32 %r9, %r9, 16, 31, -1;
 """
     assert stored_by_each_lane(body) == ([2] * 16 + [1] * 8 + [2] * 8) * 2
+
+
+def test_roots_and_quotients_are_rounded_once() -> None:
+    values = [2.0, 3.0, 1e-40, 1e30, 0.0, math.inf]
+    exact = np.array(values, F32).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        assert computed("sqrt.rn.f32", values) == list(np.sqrt(exact).astype(F32))
+        assert computed("rcp.rn.f32", values) == list((1 / exact).astype(F32))
+        assert computed("div.rn.f32", [7.0] * 6, values) == list((7 / exact).astype(F32))
+    assert math.isnan(computed("sqrt.rn.f32", [-1.0])[0])
 
 
 # --- approximate instructions ---------------------------------------------------------------------------------------

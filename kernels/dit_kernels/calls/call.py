@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache, cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -74,6 +74,15 @@ class Op:
         """The arguments of the kernel, of values for `arguments`: None, or for an eps 0, where the op has none."""
         every = (*given, None, 0.0)
         return [every[i] for i in self._order]
+
+
+@cache
+def step_dtypes(steps: Any) -> frozenset[torch.dtype]:
+    """The dtypes that the steps of a chain are rounded to."""
+    if isinstance(steps, torch.dtype):
+        return frozenset({steps})
+    nested = [getattr(steps, field.name) for field in fields(steps)] if is_dataclass(steps) else []
+    return frozenset().union(*map(step_dtypes, nested))
 
 
 # --- checking -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from dit_kernels.calls.call import (
     rows,
 )
 from dit_kernels.chain import Chain
-from dit_kernels.rounding import FORMS, NORMS, gated_steps, scaled_steps
+from dit_kernels.rounding import FORMS, NORMS, ROOTS, gated_steps, scaled_steps
 
 
 @dataclass(slots=True)
@@ -161,9 +161,10 @@ def _check_broadcast(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
         reject(op, f"{name}.shape", list(t.shape), f"one that broadcasts to the shape of x, {list(x.shape)}")
 
 
-def _check_words(op: str, norm: str, rounding: str, **dtypes: torch.dtype | None) -> None:
+def _check_words(op: str, norm: str, rounding: str, root: str, **dtypes: torch.dtype | None) -> None:
     check_word(op, "norm", norm, NORMS)
     check_word(op, "rounding", rounding, FORMS)
+    check_word(op, "root", root, ROOTS)
     check_dtypes(op, **dtypes)
 
 
@@ -209,9 +210,10 @@ def _gated_call(
     rounding: str = "cast_then_weight",
     y_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
     op: str = "norm_tanh_mul_add",
 ) -> NormGateCall:
-    _check_words(op, norm, rounding, y_dtype=y_dtype, norm_dtype=norm_dtype)
+    _check_words(op, norm, rounding, root, y_dtype=y_dtype, norm_dtype=norm_dtype)
     _check_x(op, x)
     check_row(op, "weight", weight, x)
     check_row(op, "bias", bias, x)
@@ -228,6 +230,7 @@ def _gated_call(
         residual.dtype,
         y_dtype,
         norm_dtype,
+        root,
     )
     return NormGateCall(_chain(norm, tanh, True, steps, None), x, weight, bias, gate, residual, eps)
 
@@ -244,16 +247,17 @@ def _scaled_call(
     rounding: str = "cast_then_weight",
     z_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> NormGateCall:
     op = "norm_scale"
-    _check_words(op, norm, rounding, z_dtype=z_dtype, norm_dtype=norm_dtype)
+    _check_words(op, norm, rounding, root, z_dtype=z_dtype, norm_dtype=norm_dtype)
     _check_x(op, x)
     check_row(op, "weight", weight, x)
     check_row(op, "bias", bias, x)
     _check_broadcast(op, "scale", scale, x)
     check_eps(op, "eps", eps)
     steps = _scaled_steps(
-        rounding, norm, x.dtype, dtype_of(weight), dtype_of(bias), _promoting(scale), z_dtype, norm_dtype
+        rounding, norm, x.dtype, dtype_of(weight), dtype_of(bias), _promoting(scale), z_dtype, norm_dtype, root
     )
     return NormGateCall(_chain(norm, True, add_one, None, steps), x, weight, bias, None, None, eps, scale=scale)
 
@@ -277,6 +281,7 @@ def _dual_call(
     y_dtype: torch.dtype | None = None,
     z_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> NormGateCall:
     op = "norm_tanh_mul_add_norm_scale"
     first = _gated_call(
@@ -291,9 +296,10 @@ def _dual_call(
         rounding=rounding,
         y_dtype=y_dtype,
         norm_dtype=norm_dtype,
+        root=root,
         op=op,
     )
-    _check_words(op, norm, rounding, z_dtype=z_dtype)
+    _check_words(op, norm, rounding, root, z_dtype=z_dtype)
     check_row(op, "weight2", weight2, x)
     check_row(op, "bias2", bias2, x)
     _check_broadcast(op, "scale", scale, x)
@@ -301,7 +307,7 @@ def _dual_call(
     gated = first.chain.gated
     assert gated is not None
     steps = _scaled_steps(
-        rounding, norm, gated.y, dtype_of(weight2), dtype_of(bias2), _promoting(scale), z_dtype, norm_dtype
+        rounding, norm, gated.y, dtype_of(weight2), dtype_of(bias2), _promoting(scale), z_dtype, norm_dtype, root
     )
     chain = _chain(norm, tanh, add_one, gated, steps)
     return NormGateCall(chain, x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2)
@@ -309,7 +315,7 @@ def _dual_call(
 
 # --- the ops --------------------------------------------------------------------------------------------------------
 
-_TAIL = "ScalarType? norm_dtype=None"
+_TAIL = "ScalarType? norm_dtype=None, str root='rsqrt'"
 _NORM = ("x", "weight", "bias")
 _GATED = (*_NORM, "gate", "residual", "eps")
 

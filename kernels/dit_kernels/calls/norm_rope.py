@@ -8,7 +8,7 @@ for batch items, and behind S one of size 1 for heads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,9 +31,10 @@ from dit_kernels.calls.call import (
     number,
     reject,
     row,
+    step_dtypes,
 )
 from dit_kernels.chain import RotatedChain
-from dit_kernels.rounding import FORMS, rotated_steps
+from dit_kernels.rounding import FORMS, ROOTS, rotated_steps
 
 COMPLEX = (torch.complex64, torch.complex128)
 HEAD_GRAIN, WIDEST_HEAD = 8, 512  # kernels take a Dh that is a multiple of the one, up to the other
@@ -73,9 +74,11 @@ class NormRopeCall(Call):
     def fits_kernel(self) -> bool:
         d = self.q.shape[3]
         real = (self.q, self.k, self.q_weight, self.k_weight, self.sin)
-        known = self.rotation.dtype in (*KERNEL_DTYPES, *COMPLEX)
-        known = known and all(t.dtype in KERNEL_DTYPES for t in real if t is not None)
-        return known and d % HEAD_GRAIN == 0 and d <= WIDEST_HEAD
+        dtypes = {t.dtype for t in real if t is not None} | {self.rotation.dtype} - set(COMPLEX)
+        for steps in (self.chain.q, self.chain.k):
+            if steps is not None:  # a complex product may be fp64, other steps may not
+                dtypes |= step_dtypes(replace(steps, product=steps.rotated) if self.sin is None else steps)
+        return dtypes <= set(KERNEL_DTYPES) and d % HEAD_GRAIN == 0 and d <= WIDEST_HEAD
 
     def operands(self, results: tuple[Tensor, ...], read_eps: bool = True) -> tuple[Any, ...]:
         return (
@@ -161,8 +164,11 @@ def _for_heads(op: str, name: str, t: Tensor, x: Tensor, widths: tuple[int, ...]
     return t
 
 
-def _check_words(op: str, interleaved: bool, sin: Tensor | None, rounding: str, **dtypes: torch.dtype | None) -> None:
+def _check_words(
+    op: str, interleaved: bool, sin: Tensor | None, rounding: str, root: str, **dtypes: torch.dtype | None
+) -> None:
     check_word(op, "rounding", rounding, FORMS)
+    check_word(op, "root", root, ROOTS)
     check_dtypes(op, **dtypes)
     if sin is None and not interleaved:
         reject(op, "interleaved", interleaved, "True with a complex rotation, whose pairs are neighbours")
@@ -191,15 +197,16 @@ def _norm_rope_call(
     norm_dtype: torch.dtype | None = None,
     rope_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> NormRopeCall:
     op = "norm_rope"
     dtypes = dict(norm_dtype=norm_dtype, rope_dtype=rope_dtype, out_dtype=out_dtype)
-    _check_words(op, interleaved, sin, rounding, **dtypes)
+    _check_words(op, interleaved, sin, rounding, root, **dtypes)
     _check_heads(op, "x", x, x, "x")
     check_row(op, "weight", weight, x)
     turning = _rotation(op, x, "x", rotation, sin)
     check_eps(op, "eps", eps)
-    steps = _rotated_steps(rounding, x.dtype, dtype_of(weight), rotation.dtype, **dtypes)
+    steps = _rotated_steps(rounding, x.dtype, dtype_of(weight), rotation.dtype, root=root, **dtypes)
     return NormRopeCall(
         _chain(interleaved, _one_a_pair(turning, x), steps, None), x, None, weight, None, *turning, eps, 0.0
     )
@@ -220,10 +227,11 @@ def _qk_norm_rope_call(
     norm_dtype: torch.dtype | None = None,
     rope_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    root: str = "rsqrt",
 ) -> NormRopeCall:
     op = "qk_norm_rope"
     dtypes = dict(norm_dtype=norm_dtype, rope_dtype=rope_dtype, out_dtype=out_dtype)
-    _check_words(op, interleaved, sin, rounding, **dtypes)
+    _check_words(op, interleaved, sin, rounding, root, **dtypes)
     _check_heads(op, "q", q, q, "q")
     _check_heads(op, "k", k, q, "q")
     _check_same_tokens(op, q, k)
@@ -232,8 +240,8 @@ def _qk_norm_rope_call(
     turning = _rotation(op, q, "q", rotation, sin)
     check_eps(op, "q_eps", q_eps)
     check_eps(op, "k_eps", k_eps)
-    of_q = _rotated_steps(rounding, q.dtype, dtype_of(q_weight), rotation.dtype, **dtypes)
-    of_k = _rotated_steps(rounding, k.dtype, dtype_of(k_weight), rotation.dtype, **dtypes)
+    of_q = _rotated_steps(rounding, q.dtype, dtype_of(q_weight), rotation.dtype, root=root, **dtypes)
+    of_k = _rotated_steps(rounding, k.dtype, dtype_of(k_weight), rotation.dtype, root=root, **dtypes)
     return NormRopeCall(
         _chain(interleaved, _one_a_pair(turning, q), of_q, of_k), q, k, q_weight, k_weight, *turning, q_eps, k_eps
     )
@@ -243,7 +251,7 @@ def _qk_norm_rope_call(
 
 _KEYWORDS = (
     "bool interleaved=True, str rounding='cast_then_weight', ScalarType? norm_dtype=None, ScalarType? rope_dtype=None, "
-    "ScalarType? out_dtype=None"
+    "ScalarType? out_dtype=None, str root='rsqrt'"
 )
 
 OPS = {

@@ -21,6 +21,7 @@ from dit_kernels.calls.call import (
     check_word,
     reject,
     rows,
+    step_dtypes,
 )
 from dit_kernels.chain import SiluChain
 from dit_kernels.rounding import SILU_FORMS, silu_steps
@@ -44,7 +45,7 @@ class SiluMulCall(Call):
         return (reference.silu_mul(self.a, self.b, self.chain.steps).contiguous(),)
 
     def fits_kernel(self) -> bool:
-        return self.a.dtype in KERNEL_DTYPES and self.b.dtype in KERNEL_DTYPES
+        return {self.a.dtype, self.b.dtype} | step_dtypes(self.chain.steps) <= set(KERNEL_DTYPES)
 
     def operands(self, results: tuple[Tensor, ...], read_eps: bool = True) -> tuple[Any, ...]:
         return rows(self.a), rows(self.b), rows(results[0])

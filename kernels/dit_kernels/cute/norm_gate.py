@@ -33,7 +33,8 @@ from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.memory import SmemAllocator
 
 from dit_kernels.chain import Chain
-from dit_kernels.cute.arith import add, product, rounded, total, widen
+from dit_kernels.cute.arith import product, rounded, total, widen
+from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
 from dit_kernels.cute.reduce import cta_sum
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling
 from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps
@@ -68,29 +69,7 @@ class Operands:
 
 
 # --- one vector -----------------------------------------------------------------------------------------------------
-# Plain Python: these run while a kernel is traced. Values are those of `arith`; mean is None in an rms norm, and any
-# parameter may be.
-
-
-def _sum(value) -> Float32:
-    return widen(value).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
-
-
-def _square(x, mean, stat: torch.dtype):
-    centred = x if mean is None else widen(x) - mean
-    return product(centred, centred, stat)
-
-
-def _normed(x, mean, rstd, weight, bias, steps: NormSteps):
-    x = widen(x)
-    n = rounded((x if mean is None else x - mean) * rstd, steps.normed)
-    if weight is not None:
-        n = product(n, weight, steps.weighted)
-    if bias is not None:
-        # A layer norm is one kernel in eager, too, and contracts.
-        contracts = mean is not None and steps.biased == torch.float32
-        n = widen(n) + widen(bias) if contracts else total(n, bias, steps.biased)
-    return rounded(n, steps.out)
+# Plain Python: these run while a kernel is traced. Values are those of `arith`, and any parameter may be None.
 
 
 def _gated(n, gate, residual, steps: GatedSteps):
@@ -289,21 +268,21 @@ class _Norm:
 
     def moment(self, i, value) -> Float32:
         place = self.place
-        part = widen(value) * Float32(1.0 / place.d) if self.layer else _square(value, None, self.stat)
-        return place.counted(i, _sum(part))
+        part = widen(value) * Float32(1.0 / place.d) if self.layer else square(value, None, self.stat)
+        return place.counted(i, sum_of(part))
 
     def finish(self, moments: Float32, values: _Reader, eps: Float32) -> None:
         """moments: this thread's; values: the row. A mean is a product with 1/D, as in torch.mean."""
         place, stat = self.place, self.stat
         if self.layer:
             self.mean = mean = cta_sum(moments, self.partials[None, 0])
-            moments = _walk(place.tiling, lambda i: place.counted(i, _sum(_square(values(i), mean, stat))))
-        mean_square = rounded(cta_sum(moments, self.partials[None, 1]) * Float32(1.0 / place.d), stat)
-        self.rstd = rounded(cute.math.rsqrt(rounded(add(mean_square, eps), stat)), stat)
+            moments = _walk(place.tiling, lambda i: place.counted(i, sum_of(square(values(i), mean, stat))))
+        mean_square = cta_sum(moments, self.partials[None, 1]) * Float32(1.0 / place.d)
+        self.rstd = rstd_of(mean_square, eps, self.steps.root, stat)
 
     def __call__(self, i, value):
         """The normalised vector i."""
-        return _normed(value, self.mean, self.rstd, self.weight(i), self.bias(i), self.steps)
+        return normed(value, self.mean, self.rstd, self.weight(i), self.bias(i), self.steps)
 
 
 # --- the kernels ----------------------------------------------------------------------------------------------------

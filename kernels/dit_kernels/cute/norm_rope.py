@@ -19,9 +19,10 @@ import torch
 from cutlass import Boolean, Float32, Float64, Int32, Int64, const_expr
 
 from dit_kernels.chain import RotatedChain
-from dit_kernels.cute.arith import add, product, rounded, total, widen
+from dit_kernels.cute.arith import product, rounded, total, widen
 from dit_kernels.cute.fma import fma32, fma64
 from dit_kernels.cute.heads import HeadTiling
+from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
 from dit_kernels.cute.norm_gate import Operand
 from dit_kernels.cute.reduce import warp_sum
 from dit_kernels.cute.vectors import load, store
@@ -51,14 +52,11 @@ Vectors = list[Any]  # cute.TensorSSA, as those of `arith`
 
 
 def _normed(values: Vectors, weights: Vectors | None, eps: Float32, steps: NormSteps, d: int, lanes: int) -> Vectors:
-    squares = [product(x, x, steps.stat) for x in values]
-    sums = [widen(s).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0) for s in squares]
-    mean = rounded(warp_sum(sum(sums[1:], sums[0]), lanes) * Float32(1.0 / d), steps.stat)
-    rstd = rounded(cute.math.rsqrt(rounded(add(mean, eps), steps.stat)), steps.stat)
-    normed = [rounded(widen(x) * rstd, steps.normed) for x in values]
-    if weights is not None:
-        normed = [product(n, w, steps.weighted) for n, w in zip(normed, weights, strict=True)]
-    return [rounded(n, steps.out) for n in normed]
+    """The rms norm of a head."""
+    squares = [sum_of(square(x, None, steps.stat)) for x in values]
+    mean_square = warp_sum(sum(squares[1:], squares[0]), lanes) * Float32(1.0 / d)
+    rstd = rstd_of(mean_square, eps, steps.root, steps.stat)
+    return [normed(x, None, rstd, w, None, steps) for x, w in zip(values, weights or len(values) * [None], strict=True)]
 
 
 def _elements(value) -> cute.Tensor:

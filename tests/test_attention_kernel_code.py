@@ -1,0 +1,163 @@
+"""What the kernels of qk_norm_rope and silu_mul compile to, for every architecture: this needs no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
+
+from ptx.device import compiled
+from test_kernel_code import COMPILED, WIDE, resources
+
+from dit_kernels.chain import RotatedChain, SiluChain
+from dit_kernels.compile import Variant
+from dit_kernels.cute.heads import head_tiling
+from dit_kernels.cute.norm_gate import Operand
+from dit_kernels.cute.norm_rope import RopeOperands
+from dit_kernels.cute.silu_mul import SiluOperands
+from dit_kernels.rounding import rotated_steps, silu_steps
+
+BF16, FP32 = torch.bfloat16, torch.float32
+COMPLEX64, COMPLEX128 = torch.complex64, torch.complex128
+
+
+def rope(
+    d: int,
+    h: int,
+    hk: int,
+    dtype: torch.dtype = BF16,
+    rotation: torch.dtype = COMPLEX64,
+    *,
+    form: str = "cast_then_weight",
+    interleaved: bool = True,
+    access: int = 16,
+    **dtypes: Any,
+) -> Variant:
+    """q and k of one dtype, with weights, all as aligned as contiguous heads are."""
+    steps = rotated_steps(form, dtype, dtype, rotation, **dtypes)
+    turning, weight = Operand(rotation, "token", 16), Operand(dtype, "column", 16)
+    operands = RopeOperands(
+        q=Operand(dtype, "token", access, h),
+        k=Operand(dtype, "token", access, hk),
+        q_weight=weight,
+        k_weight=weight,
+        rotation=turning,
+        sin=None if rotation.is_complex else turning,
+        q_out=Operand(steps.out, "token", 16, h),
+        k_out=Operand(steps.out, "token", 16, hk),
+    )
+    return Variant(RotatedChain(interleaved, rotation.is_complex, steps, steps), d, operands)
+
+
+def silu(d: int, dtype: torch.dtype = BF16, form: str = "model") -> Variant:
+    steps, row = silu_steps(form, dtype, dtype), Operand(dtype, "token", 16)
+    return Variant(SiluChain(steps), d, SiluOperands(row, row, Operand(steps.out, "token", 16)))
+
+
+VARIANTS = {
+    "Z-Image": rope(128, 30, 30),
+    "Z-Image, heads in fp32": rope(128, 30, 30, FP32),
+    "Lumina 2": rope(96, 24, 8, rotation=COMPLEX128),
+    "Ideogram 4": rope(256, 18, 18, rotation=BF16, interleaved=False),
+    "Flux": rope(128, 24, 24, rotation=FP32, rope_dtype=FP32, out_dtype=BF16),
+    "halves in fp32": rope(128, 24, 8, FP32, FP32, interleaved=False),
+    "many heads": rope(128, 128, 8),
+    "wide heads": rope(512, 16, 16, FP32),
+    "Z-Image, native": rope(128, 30, 30, form="native"),
+    "silu": silu(10240),
+    "silu fp32": silu(10240, FP32),
+}
+
+
+@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_spills(arch: str, name: str) -> None:
+    kernel = compiled(arch, VARIANTS[name])
+    used = resources(kernel.cubin)
+    assert ".local" not in kernel.ptx
+    assert used["frame"] == 0
+    assert -(-used["registers"] // 8) * 8 * VARIANTS[name].tiling(arch).threads <= 65536
+
+
+@pytest.mark.parametrize("arch", COMPILED)
+def test_seven_ctas_of_z_images_heads_run_on_a_multiprocessor(arch: str) -> None:
+    registers = -(-resources(compiled(arch, VARIANTS["Z-Image"]).cubin)["registers"] // 8) * 8
+    assert 7 * registers * VARIANTS["Z-Image"].tiling(arch).threads <= 65536
+
+
+def accesses(ptx: str) -> tuple[list[str], list[str]]:
+    return re.findall(r"ld\.global\S*", ptx), re.findall(r"st\.global\S*", ptx)
+
+
+@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [
+        ("Z-Image", 6 + 2 + 2, 6),  # heads, rotation, weights
+        ("Lumina 2", 4 + 4 + 2, 4),
+        ("Ideogram 4", 2 * 2 + 2 * 2 + 2 * 2, 2 * 2),  # both halves of each
+        ("silu", 4, 2),
+    ],
+)
+def test_every_head_and_row_is_read_and_written_once_in_pieces_of_16_bytes(
+    arch: str, name: str, loads: int, stores: int
+) -> None:
+    reads, writes = accesses(compiled(arch, VARIANTS[name]).ptx)
+    assert len(reads) == loads and len(writes) == stores
+    assert all(access.endswith(WIDE) for access in reads + writes)
+
+
+@pytest.mark.parametrize("name", ["Z-Image", "Lumina 2", "Ideogram 4"])
+def test_every_load_is_issued_before_the_first_sum_and_no_cta_waits(name: str) -> None:
+    ptx = compiled("sm_90a", VARIANTS[name]).ptx
+    before, _ = ptx.split("bar.warp.sync")
+    assert before.count("ld.global") == ptx.count("ld.global")
+    assert "shfl" not in before
+    assert "bar.sync" not in ptx
+
+
+def test_a_sum_over_a_head_is_shuffled_among_its_lanes_only() -> None:
+    for name, lanes in (("Z-Image", 16), ("Ideogram 4", 16), ("Z-Image, heads in fp32", 32)):
+        ptx, tiling = compiled("sm_90a", VARIANTS[name]).ptx, VARIANTS[name].tiling("sm_90a")
+        assert tiling.lanes == lanes
+        distances = [int(distance) for distance in re.findall(r"shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, (\d+),", ptx)]
+        assert set(distances) == {1 << i for i in range(lanes.bit_length() - 1)}
+
+
+def test_a_misaligned_head_narrows_its_own_accesses_only() -> None:
+    reads, writes = accesses(compiled("sm_80", rope(128, 30, 30, access=2)).ptx)
+    assert sum(access.endswith(WIDE) for access in reads) == 2 + 2
+    assert sum(not access.endswith(WIDE) for access in reads) == 6 * 8
+    assert all(access.endswith(WIDE) for access in writes)
+
+
+@pytest.mark.parametrize("arch", COMPILED)
+def test_complex_numbers_are_multiplied_with_two_fmas_and_two_products(arch: str) -> None:
+    """As CUDA's compiler contracts eager's product: the sums would else round once more than it does."""
+    ptx = compiled(arch, VARIANTS["Lumina 2"]).ptx
+    assert ptx.count("fma.rn.f64") == ptx.count("mul.f64") == 4 * 8  # of 4 heads, 8 elements each
+    assert "add.f64" not in ptx and "sub.f64" not in ptx
+
+
+@pytest.mark.parametrize("arch", COMPILED)
+def test_silu_in_16_bits_takes_two_special_functions_an_element_and_fp32_divides(arch: str) -> None:
+    narrow, wide = (compiled(arch, VARIANTS[name]).ptx for name in ("silu", "silu fp32"))
+    assert narrow.count("ex2.approx.ftz.f32") == narrow.count("rcp.approx.ftz.f32") == 16
+    assert "div" not in narrow
+    assert wide.count("div.rn.f32") == 8
+
+
+def test_a_tiling_covers_every_element_of_every_head() -> None:
+    every_heads = ((1, 0), (3, 1), (30, 30), (24, 8), (128, 128))
+    for d, parts, width, heads in itertools.product(range(8, 513, 8), (1, 2), (2, 4), every_heads):
+        tiling = head_tiling(d, heads, width, parts)
+        assert d % (parts * tiling.vector) == 0  # a vector lies in one part
+        assert tiling.vector % 2 == 0 and tiling.vector * width <= 16  # a pair of neighbours lies in one vector
+        assert tiling.parts * tiling.vectors * tiling.vector * tiling.lanes >= d
+        assert 32 % tiling.lanes == 0
+        assert tiling.threads % 32 == 0 and tiling.threads <= 512
