@@ -401,7 +401,17 @@ def a_complex_table_for_the_other_axis(q: Tensor, k: Tensor, cos: Tensor, sin: T
     return _attend(torch.view_as_real(pairs * table).flatten(3).to(q.dtype), k)
 
 
-OTHER_AXIS = (a_table_for_the_other_axis, a_complex_table_for_the_other_axis)
+def a_table_that_is_reshaped_for_the_other_axis(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+    n = diffusers_norm(q, None)
+    cos, sin = (t[0].unsqueeze(1).float().reshape(1, 1, *t.shape[1:]) for t in (cos, sin))
+    return _attend((n.float() * cos + _turned(n).float() * sin).to(q.dtype), k)
+
+
+OTHER_AXIS = (
+    a_table_for_the_other_axis,
+    a_complex_table_for_the_other_axis,
+    a_table_that_is_reshaped_for_the_other_axis,
+)
 NEVER_TURNED = (
     the_halves_are_in_the_other_order,
     the_other_half_is_negative,

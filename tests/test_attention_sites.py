@@ -269,6 +269,16 @@ def test_what_are_no_q_and_k_of_one_attention_and_rotation_are_fused_each_alone(
     assert_bit_equal(got, mutant(*args))
 
 
+def test_a_factor_that_was_cast_up_in_another_shape_is_read_in_its_own() -> None:
+    def model(a, b):
+        return (torch.nn.functional.silu(a.float()) * b.flatten(0, 1).float().reshape(a.shape)) @ torch.ones(16, 2)
+
+    args = silu_inputs(SiluSpec())
+    got, backend = run(model, *args)
+    assert backend.report.counts() == {"silu_mul": 1}
+    assert_bit_equal(got, model(*args))
+
+
 @pytest.mark.parametrize("mutant", NO_SWIGLU, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_what_is_no_swiglu_is_not_fused_and_its_result_is_right(mutant, dtype: torch.dtype) -> None:
