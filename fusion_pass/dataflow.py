@@ -101,6 +101,13 @@ def through_widening(node: Any) -> Any:
     return narrow
 
 
+def before_widening(node: Any) -> Any:
+    """What was cast up to fp32, in the same shape."""
+    while is_widening(node):
+        node = node.args[0]
+    return node
+
+
 def same_value(a: Any, b: Any) -> bool:
     """Are a and b the same value, up to casts that change nothing and equal views?"""
     left, right = (value(node) if isinstance(node, Node) else None for node in (a, b))

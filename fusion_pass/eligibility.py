@@ -23,9 +23,10 @@ def check(site: Site) -> None:
         raise Refused(Reason.NO_KERNEL, site.x, missing, site.kind)
     if not checked_call(site.op(), *_vals(site), **site.options, **site.dtypes).fits_kernel():
         raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
-    for operand in (site.operands.get("gate"), site.operands.get("scale")):
-        if isinstance(operand, Operand) and _is_computed_per_token(operand, x):
-            raise Refused(Reason.PER_TOKEN, operand.source, kind=site.kind)
+    for name in ("gate", "scale", "a", "b"):
+        source = site.source(name)
+        if source is not None and _is_computed_per_token(source, x):
+            raise Refused(Reason.PER_TOKEN, source, kind=site.kind)
 
 
 def _vals(site: Site) -> list[Any]:
@@ -42,15 +43,15 @@ def _val(site: Site, name: str) -> Any:
     return val
 
 
-def _is_computed_per_token(operand: Operand, x: torch.Tensor) -> bool:
-    """A gate or scale of x's size that Inductor would have computed inside its kernel, and that the op must read.
+def _is_computed_per_token(source: Node, x: torch.Tensor) -> bool:
+    """An operand of x's size that Inductor would have computed inside its kernel, and that the op must read.
 
     Such a site is left to Inductor. On an H200 (D=3840, bf16, kernels/benchmarks/results/h200.json) the dual with gate
     and scale of x's size in memory takes 47.6 us at 4128 tokens, by itself longer than Inductor's one kernel with
     broadcast ones, 46.4; at 1056 tokens it takes 14.5 instead of 18.7, which is less than it costs to write the two
     first, a copy of as many bytes being 4.8. kernels/benchmarks/bench_per_token.py times the two ways side by side.
     """
-    val = value(operand.source)
-    if val is None or val.ndim < x.ndim or not is_pointwise(under_views(operand.source)):
+    val = value(source)
+    if val is None or val.ndim < x.ndim or not is_pointwise(under_views(source)):
         return False
     return not any(known_equal(size, 1) for size in val.shape[-2:])

@@ -137,7 +137,7 @@ class FusionPass(CustomGraphPass):
         )
 
 
-FAMILIES = {target: family for family in sites.FAMILIES for target in family.value.ANCHORS}
+_FAMILIES = {target: family for family in sites.FAMILIES for target in family.value.ANCHORS}
 
 
 def _found(graph: Graph, targets: Iterable[Any]) -> Iterator[Node]:
@@ -155,10 +155,10 @@ class _Rewriter:
         self.proven: dict[Node, Site] = {}
 
     def run(self) -> None:
-        for anchor in sorted(_found(self.graph, FAMILIES)):
+        for anchor in sorted(_found(self.graph, _FAMILIES)):
             self._look_at(anchor)
         matcher = PatternMatcherPass(pass_name="fusion_pass")
-        for target in FAMILIES:
+        for target in _FAMILIES:
             inputs = [Ignored() for argument in target._schema.arguments if not argument.kwarg_only]
             pattern = CallFunction(target, *inputs, _users=MULTIPLE)
             register_graph_pattern(pattern, extra_check=self._check, pass_dict=matcher)(self._rewrite)
@@ -169,7 +169,7 @@ class _Rewriter:
 
     def _look_at(self, anchor: Node) -> None:
         """Lets the kinds of site note what their sites must know of each other."""
-        family = FAMILIES[anchor.target]
+        family = _FAMILIES[anchor.target]
         for kind in family.kinds:
             try:
                 if hasattr(kind, "note") and (found := family.value.find(anchor)) is not None:
@@ -187,19 +187,19 @@ class _Rewriter:
             self.proven[anchor] = site
             return True
         except Refused as refusal:
-            self.report.missed.append(_missed(anchor, refusal, FAMILIES[anchor.target].value))
+            self.report.missed.append(_missed(anchor, refusal, _FAMILIES[anchor.target].value))
             if refusal.reason not in BY_DESIGN:
                 if self.options.strict:
                     raise StrictError(self.report.missed[-1]) from refusal
                 _warn_missed(refusal)
             return False
         except Exception as error:  # reading went wrong, and nothing is rewritten yet: the other sites need not suffer
-            self._report_failure(error, anchor, FAMILIES[anchor.target].value)
+            self._report_failure(error, anchor, _FAMILIES[anchor.target].value)
             return False
 
     def _find(self, anchor: Node) -> Site | None:
         """The site that is to be fused, or None where there is nothing of the kind. Raises Refused."""
-        family = FAMILIES[anchor.target]
+        family = _FAMILIES[anchor.target]
         try:
             found = family.value.find(anchor)
             site = None if found is None else self._prove(found, family)

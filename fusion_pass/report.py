@@ -38,9 +38,10 @@ class Reason(str, Enum):
     MUTATION = "a mutation or a stream switch stands between its nodes"
     TRAINING = "a training graph, whose backward reads the values inside the site"
     UNNORMED = "what is rotated is not an RMSNorm of each head"
+    HEADS = "what is rotated has no heads, or its rotation is not one row for each token, the same for all heads"
     INLINE = "Inductor computes it in the kernel that reads it, or writes it into the tensor that it becomes a part of"
     SIGMOID = "its silu is written x * sigmoid(x), which rounds otherwise than silu"
-    PER_TOKEN = "a per-token gate or scale that Inductor computes inside its own kernel"
+    PER_TOKEN = "an operand for each token that Inductor computes inside its own kernel"
     NO_KERNEL = "no kernel can run here"
     UNFIT = "no kernel takes its dtypes and sizes"
     ERROR = "an internal error of the pass; nothing was changed"
@@ -59,6 +60,7 @@ BY_DESIGN = frozenset(
         Reason.KINDS,
         Reason.PER_TOKEN,
         Reason.UNNORMED,
+        Reason.HEADS,
         Reason.INLINE,
         Reason.SIGMOID,
         Reason.UNFIT,

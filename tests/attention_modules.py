@@ -26,10 +26,10 @@ def complex_rope(x: Tensor, freqs: Tensor, _: Tensor) -> Tensor:
     return torch.view_as_real(pairs * freqs).flatten(3).type_as(x)
 
 
-def swapped_complex_rope(x: Tensor, freqs: Tensor, _: Tensor) -> Tensor:
-    """The reshape before the cast, the rotation on the left."""
+def reshaped_complex_rope(x: Tensor, freqs: Tensor, _: Tensor) -> Tensor:
+    """The reshape before the cast."""
     pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).float())
-    return torch.view_as_real(freqs * pairs).reshape(x.shape).to(x.dtype)
+    return torch.view_as_real(pairs * freqs).reshape(x.shape).to(x.dtype)
 
 
 def half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def chunked_half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """In fp32, the halves by chunk, operands the other way round."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (sin * turned.float() + cos * x.float()).to(x.dtype)
+    return (sin.float() * turned.float() + cos.float() * x.float()).to(x.dtype)
 
 
 def unbound_half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,10 +73,25 @@ def strided_neighbours_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
-COMPLEX: tuple[Rope, ...] = (complex_rope, swapped_complex_rope)
+def pairwise_half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """vLLM's and others': each half by itself, one cosine for a pair."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def pairwise_neighbours_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Mochi's, in fp32, both of a pair cast before they are put together."""
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    first, second = (even * cos - odd * sin).to(x.dtype), (even * sin + odd * cos).to(x.dtype)
+    return torch.stack([first, second], dim=-1).flatten(-2)
+
+
+COMPLEX: tuple[Rope, ...] = (complex_rope, reshaped_complex_rope)
 HALVES: tuple[Rope, ...] = (half_rope, chunked_half_rope, unbound_half_rope)
 NEIGHBOURS: tuple[Rope, ...] = (neighbours_rope, wide_neighbours_rope, strided_neighbours_rope)
-ROPES = (*COMPLEX, *HALVES, *NEIGHBOURS)
+PAIRWISE: tuple[Rope, ...] = (pairwise_half_rope, pairwise_neighbours_rope)
+ROPES = (*COMPLEX, *HALVES, *NEIGHBOURS, *PAIRWISE)
 
 
 # --- a site -----------------------------------------------------------------------------------------------------------
@@ -152,7 +167,8 @@ def rope_inputs(spec: RopeSpec, seed: int = 0) -> tuple[Tensor, ...]:
         table = torch.polar(torch.ones_like(angles), angles).to(spec.table)
         tables = (table, table.real)
     else:
-        angles = torch.cat((angles, angles), -1) if spec.rope in HALVES else angles.repeat_interleave(2, -1)
+        if spec.rope not in PAIRWISE:
+            angles = torch.cat((angles, angles), -1) if spec.rope in HALVES else angles.repeat_interleave(2, -1)
         tables = (angles.cos().to(spec.table), angles.sin().to(spec.table))
     for t in (q, k, *tables):  # what a model's configuration fixes is static, whatever else is dynamic
         torch._dynamo.mark_static(t, t.ndim - 1)
@@ -236,6 +252,24 @@ def halves_are_put_together_as_neighbours(q: Tensor, k: Tensor, cos: Tensor, sin
     n = diffusers_norm(q, None)
     first, second = n.chunk(2, dim=-1)
     return _attend(_rotate(n, torch.stack((-second, first), dim=-1).flatten(3), cos, sin), k)
+
+
+def the_pairs_are_turned_back_by_one_of_two(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = diffusers_norm(q, None).chunk(2, dim=-1)
+    cos, sin = cos[:, :, None, :8], sin[:, :, None, :8]
+    return _attend(torch.cat((first * cos - second * sin, first * sin - second * cos), dim=-1), k)
+
+
+def the_halves_of_a_pair_have_other_tables(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = diffusers_norm(q, None).chunk(2, dim=-1)
+    cos, sin = cos[:, :, None, :8], sin[:, :, None, :8]
+    return _attend(torch.cat((first * cos - second * sin, first * cos + second * sin), dim=-1), k)
+
+
+def the_halves_of_a_pair_are_put_the_other_way_round(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = diffusers_norm(q, None).chunk(2, dim=-1)
+    cos, sin = cos[:, :, None, :8], sin[:, :, None, :8]
+    return _attend(torch.cat((first * sin + second * cos, first * cos - second * sin), dim=-1), k)
 
 
 def the_heads_are_turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -345,6 +379,14 @@ def complex_numbers_are_divided(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) 
     return _attend(torch.view_as_real(pairs / (cos[:, :, None, ::2].float() * 1j)).flatten(3).to(q.dtype), k)
 
 
+def the_rotation_is_on_the_left(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In the last bit, PyTorch's product of complex numbers does not commute."""
+    n = diffusers_norm(q, None)
+    pairs = torch.view_as_complex(n.float().reshape(*n.shape[:-1], -1, 2))
+    table = torch.polar(cos[:, :, None, ::2].float().abs(), sin[:, :, None, ::2].float())
+    return _attend(torch.view_as_real(table * pairs).flatten(3).to(q.dtype), k)
+
+
 def complex_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = diffusers_norm(q, None)
     pairs = torch.view_as_complex(n.float().reshape(*n.shape[:-1], 2, -1).transpose(-1, -2).contiguous())
@@ -359,7 +401,17 @@ def a_complex_table_for_the_other_axis(q: Tensor, k: Tensor, cos: Tensor, sin: T
     return _attend(torch.view_as_real(pairs * table).flatten(3).to(q.dtype), k)
 
 
-OTHER_AXIS = (a_table_for_the_other_axis, a_complex_table_for_the_other_axis)
+def a_table_that_is_reshaped_for_the_other_axis(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+    n = diffusers_norm(q, None)
+    cos, sin = (t[0].unsqueeze(1).float().reshape(1, 1, *t.shape[1:]) for t in (cos, sin))
+    return _attend((n.float() * cos + _turned(n).float() * sin).to(q.dtype), k)
+
+
+OTHER_AXIS = (
+    a_table_for_the_other_axis,
+    a_complex_table_for_the_other_axis,
+    a_table_that_is_reshaped_for_the_other_axis,
+)
 NEVER_TURNED = (
     the_halves_are_in_the_other_order,
     the_other_half_is_negative,
@@ -367,6 +419,9 @@ NEVER_TURNED = (
     the_parts_overlap,
     neighbours_are_put_together_as_halves,
     halves_are_put_together_as_neighbours,
+    the_pairs_are_turned_back_by_one_of_two,
+    the_halves_of_a_pair_have_other_tables,
+    the_halves_of_a_pair_are_put_the_other_way_round,
     the_heads_are_turned,
     what_is_turned_is_not_what_is_added,
     the_terms_are_subtracted,
@@ -387,6 +442,7 @@ NEVER_TURNED = (
     the_result_is_put_into_another_tensor,
     complex_numbers_are_divided,
     complex_halves,
+    the_rotation_is_on_the_left,
 )
 
 

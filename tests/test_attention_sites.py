@@ -153,6 +153,23 @@ def _swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(a) * b
 
 
+@pytest.mark.parametrize("swapped", ("behind", "before"))
+def test_what_reads_q_before_k_is_there_is_moved_behind_the_op(swapped: str) -> None:
+    module = RopeModule(RopeSpec(swapped=swapped))
+
+    def model(q, k, table, sin, w):
+        table = table.unsqueeze(2 if swapped == "behind" else 1)
+        q = module.rotated(q, module.q_weight, table, sin)
+        early = q @ w
+        k = module.rotated(k, module.k_weight, table, sin)
+        return early, torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    args = (*rope_inputs(RopeSpec()), torch.randn(16, 2).bfloat16())
+    got, backend = run(model, *args)
+    assert_bit_equal(got, model(*args))
+    assert backend.report.counts() == {"qk_norm_rope": 1}
+
+
 @pytest.mark.parametrize("changed", ("the table", "something else"))
 def test_a_mutation_between_q_and_k_leaves_each_alone(changed: str) -> None:
     """k reads the table that was changed; where it is another tensor, the two could still not stand in one place."""
@@ -209,10 +226,11 @@ def test_a_conjugate_table_is_left_alone() -> None:
 SQUARE = RopeSpec(rope=half_rope, tokens=4, heads=4, kv_heads=4, table=torch.bfloat16)  # axes that can be mixed up
 REASONS = {
     "the_heads_are_turned": ["ALONE"],
-    "a_table_for_each_head": ["SHAPE"],
-    "one_row_for_all_tokens": ["SHAPE"],
+    "a_table_for_each_head": ["HEADS"],
+    "one_row_for_all_tokens": ["HEADS"],
     "the_tables_differ_in_dtype": ["DTYPE"],
     "the_terms_are_rounded_otherwise_than_the_sum": ["ROUNDING"],
+    "the_rotation_is_on_the_left": ["ROUNDING"],
     "the_norm_is_read_elsewhere": ["ESCAPES"],
     "the_turned_pairs_are_read_elsewhere": ["ESCAPES"],
     "the_table_is_computed_from_the_norm": ["ESCAPES"],
@@ -249,6 +267,16 @@ def test_what_are_no_q_and_k_of_one_attention_and_rotation_are_fused_each_alone(
     got, backend = run(mutant, *args)
     assert backend.report.counts() == {"norm_rope": 2}, backend.report
     assert_bit_equal(got, mutant(*args))
+
+
+def test_a_factor_that_was_cast_up_in_another_shape_is_read_in_its_own() -> None:
+    def model(a, b):
+        return (torch.nn.functional.silu(a.float()) * b.flatten(0, 1).float().reshape(a.shape)) @ torch.ones(16, 2)
+
+    args = silu_inputs(SiluSpec())
+    got, backend = run(model, *args)
+    assert backend.report.counts() == {"silu_mul": 1}
+    assert_bit_equal(got, model(*args))
 
 
 @pytest.mark.parametrize("mutant", NO_SWIGLU, ids=lambda f: f.__name__)
@@ -296,6 +324,18 @@ def test_gates_of_which_none_is_fused_are_warned_of_where_the_attention_is_fused
     with pytest.warns(UserWarning, match="norms and gates, and nothing of it was fused"):
         _, backend = run(model, *args)
     assert backend.report.counts() == {"qk_norm_rope": 1}
+
+
+def test_a_swiglu_of_what_inductor_computes_on_the_way_is_left_to_it(monkeypatch) -> None:
+    """A LoRA beside the projection: the op would have to read the sum, which nobody else needs."""
+
+    def model(x, up, gate, lora):
+        return torch.nn.functional.silu(x @ gate + (x @ lora) @ lora.mT) * (x @ up) @ up.mT
+
+    monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)
+    args = [torch.randn(shape).bfloat16() for shape in ((2, 3, 8), (8, 8), (8, 8), (8, 2))]
+    _, backend = run(model, *args, kernels="auto")
+    assert [site.reason_name for site in backend.report.missed] == ["PER_TOKEN"]
 
 
 @pytest.mark.parametrize(("width", "kinds"), ((16, ["qk_norm_rope"]), (12, [])))

@@ -110,16 +110,28 @@ def grow(norm: Norm) -> Rotated | None:
         raise Refused(Reason.UNNORMED, norm.anchor, kind=KIND)
     x = value(found.x)
     if x is None or x.ndim != 4:
-        raise Refused(Reason.SHAPE, norm.x, "a head is not the last of four dimensions", KIND)
-    swapped = not _is_table(found.by, x, False)
+        raise Refused(Reason.HEADS, norm.x, kind=KIND)
+    if not _has_shape_of(norm.x, found.x, swapped=found.x is not norm.out):
+        raise Refused(Reason.HEADS, norm.x, kind=KIND)
+    width = x.shape[3] // 2 if found.halved else x.shape[3]
+    swapped = not _is_table(found.by, x, width, False)
     for table in (found.by, found.sin):
-        if table is not None and not _is_table(table, x, swapped):
-            raise Refused(Reason.SHAPE, table, "not a row for each token, the same for all heads", KIND)
+        if table is not None and not _is_table(table, x, width, swapped):
+            raise Refused(Reason.HEADS, table, kind=KIND)
     if found.sin is not None and dtype(found.sin) != dtype(found.by):
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines of different dtypes", KIND)
     if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.out):
         raise Refused(Reason.INLINE, found.out[0], kind=KIND)
     return Rotated(norm, found, swapped, _steps(norm, found))
+
+
+def _has_shape_of(x: Node, rotated: Node, swapped: bool) -> bool:
+    """A norm may have been computed of other shapes of the same rows."""
+    before, after = value(x), value(rotated)
+    if before is None or after is None or before.ndim != 4:
+        return False
+    order = (0, 2, 1, 3) if swapped else (0, 1, 2, 3)
+    return all(known_equal(before.shape[dim], size) for dim, size in zip(order, after.shape, strict=True))
 
 
 def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:
@@ -132,8 +144,8 @@ def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:
     return RotatedSteps(norm.steps, product, out if turn.sin is None else product, out)
 
 
-def _is_table(table: Node, x: torch.Tensor, swapped: bool) -> bool:
-    """Is it one row for each token, of Dh numbers or Dh / 2 complex ones, for one batch item or for each?
+def _is_table(table: Node, x: torch.Tensor, columns: int, swapped: bool) -> bool:
+    """Is it one row of so many columns for each token, for one batch item or for each?
 
     x is [B, S, H, Dh], or swapped [B, H, S, Dh]; the table broadcasts to it along the heads.
     """
@@ -144,4 +156,4 @@ def _is_table(table: Node, x: torch.Tensor, swapped: bool) -> bool:
     heads, tokens = middle if swapped else reversed(middle)
     of_batch = known_equal(batch, 1) or known_equal(batch, x.shape[0])
     of_tokens = known_equal(tokens, x.shape[2 if swapped else 1]) and known_equal(heads, 1)
-    return of_batch and of_tokens and known_equal(width, x.shape[3] // (2 if val.is_complex() else 1))
+    return of_batch and of_tokens and known_equal(width, columns)

@@ -2,6 +2,7 @@
 
     complex:  out = cast?(view_as_real(view_as_complex(pairs of x) * rotation))
     real:     out = cast?(x * cos + turned(x) * sin)         turned: every pair (a, b) becomes (-b, a)
+              out = every pair (a, b) becomes (a * cos - b * sin, a * sin + b * cos), with one cos and sin for a pair
 
 A pair is two neighbours, or the same element of either half of the last dimension; complex numbers are neighbours.
 Everything is read off the dataflow, whatever the order of operands: halves and neighbours as slices, split, unbind or
@@ -21,8 +22,12 @@ from torch.fx import Node
 from fusion_pass.dataflow import (
     VIEWS,
     aten,
+    before_widening,
+    computed_alike,
     dtype,
     is_call,
+    is_cast,
+    is_narrowing,
     is_plain_add,
     is_swap,
     is_widening,
@@ -31,7 +36,6 @@ from fusion_pass.dataflow import (
     same_shape,
     sole_user,
     stored_casts,
-    through_widening,
     value,
 )
 from fusion_pass.report import Reason
@@ -48,8 +52,9 @@ _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 class Rotation:
     """out = x rotated, over the last dimension.
 
-    `by` is complex, or the cosines where `sin` is given. `out` are nodes of one value: the sum, or the equal casts that
-    read it; `product` is the real dtype of the products and of their sum, None where these differ.
+    `by` is complex, or the cosines where `sin` is given; halved: with one number for a pair. `out` are nodes of one
+    value: the sum, or the equal casts that read it; `product` is the real dtype of the products and of their sum, None
+    where these differ, or are rounded otherwise than the op does.
     """
 
     anchor: Node
@@ -57,6 +62,7 @@ class Rotation:
     by: Node
     sin: Node | None
     interleaved: bool
+    halved: bool
     product: torch.dtype | None
     out: tuple[Node, ...]
     interior: tuple[Node, ...]  # every node behind x and before `out`
@@ -82,18 +88,22 @@ def measured(anchor: Node) -> Node:
 
 
 def _anchors_behind(x: Node) -> Iterator[Node]:
+    """Past parts of x, casts, and the product and the sum of halves that are rotated apart."""
     parts = (*VIEWS, *_SPLITS, aten.slice.Tensor, aten.select.int, aten.unbind.int, operator.getitem, aten.neg.default)
+    arithmetic = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
     seen: set[Node] = set()
-    pending = list(x.users)
+    pending = [(user, 2) for user in x.users]
     while pending:
-        node = pending.pop(0)
+        node, operations = pending.pop(0)
         if node in seen:
             continue
         seen.add(node)
         if is_call(node, *ANCHORS):
             yield node
-        elif is_widening(node) or is_call(node, *parts):
-            pending.extend(node.users)
+        elif is_cast(node) or is_call(node, *parts):
+            pending += [(user, operations) for user in node.users]
+        elif operations and is_call(node, *arithmetic):
+            pending += [(user, operations - 1) for user in node.users]
 
 
 # --- with complex numbers ---------------------------------------------------------------------------------------------
@@ -116,7 +126,9 @@ def _complex(anchor: Node) -> Rotation | None:
         return None
     out = stored_casts(flat)
     nodes += [real] if out == (flat,) else [real, flat]
-    return Rotation(anchor, x, by, None, True, dtype(real), out, tuple(nodes))
+    # PyTorch's product of complex numbers contracts one of two products into the sum: on the left, it is the other one.
+    rounded = dtype(real) if product.args[0] is anchor else None
+    return Rotation(anchor, x, by, None, True, True, rounded, out, tuple(nodes))
 
 
 def _is_complex(node: Node) -> bool:
@@ -130,7 +142,7 @@ def _is_complex(node: Node) -> bool:
 def _real(anchor: Node) -> Rotation | None:
     turn = _quarter_turn(anchor)
     if turn is None:
-        return None
+        return _pairwise(anchor)
     for product in _past_casts(turn.out, turn.nodes):
         total = sole_user(product) if is_call(product, aten.mul.Tensor) else None
         if total is None or not is_plain_add(total):
@@ -153,47 +165,104 @@ class _Turn:
 
 def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | None:
     """x * cos + turned * sin, where `product` is the right one."""
-    turned = next(arg for arg in product.args if through_widening(arg) is turn.out)
+    turned = next(arg for arg in product.args if before_widening(arg) is turn.out)
     nodes = [*turn.nodes, product]
     straight = next(other_operands(total, product))
     sin = next(other_operands(product, turned))
     if not is_call(straight, aten.mul.Tensor) or straight is product or len(straight.users) != 1:
         return None
-    for x, cos in (straight.args[:2], reversed(straight.args[:2])):
-        if isinstance(cos, Node) and isinstance(sin, Node) and _narrowest(x, nodes) is turn.x:
-            break
-    else:
+    x, cos = straight.args[:2] if before_widening(straight.args[0]) is turn.x else straight.args[1::-1]
+    if _narrowest(x, nodes) is not turn.x or not _same_shape(total, turn.x):
         return None
-    if not _same_shape(total, turn.x):
+    if not isinstance(cos, Node) or not isinstance(sin, Node):
         return None
+    cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (product, straight, total)}
     out = stored_casts(total)
     nodes += [straight] if out == (total,) else [straight, total]
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, product_dtype, out, tuple(dict.fromkeys(nodes)))
+    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, product_dtype, out, tuple(dict.fromkeys(nodes)))
+
+
+def _pairwise(cat: Node) -> Rotation | None:
+    """Both of a pair computed apart, from halves, and put together by `cat`."""
+    nodes: list[Node] = []
+    joined = _joined(cat, nodes)
+    if joined is None:
+        return None
+    left, right, interleaved, flat = joined
+    difference, total = (_sum_of(part, nodes) for part in (left, right))
+    if difference is None or total is None or not is_call(difference, aten.sub.Tensor) or not is_plain_add(total):
+        return None
+    terms = [_term(product, nodes) for product in (*difference.args[:2], *total.args[:2])]
+    if None in terms:
+        return None
+    (a, cos), (b, sin), *others = (term for term in terms if term is not None)
+    (c, sin2), (d, cos2) = sorted(others, key=lambda term: term[0][2])
+    expected = [(a[0], interleaved, index) for index in (0, 1, 0, 1)]
+    x = _narrowest(a[0], nodes)
+    if [a, b, c, d] != expected or not _same_shape(flat, x) or len(difference.args) != 2 or difference.kwargs:
+        return None
+    if not computed_alike(cos, cos2) or not computed_alike(sin, sin2):
+        return None
+    cos, sin = before_widening(cos), before_widening(sin)
+    dtypes = {dtype(node) for node in (difference, total, *difference.args, *total.args)}
+    out = stored_casts(flat)
+    nodes += [difference, total, *([] if out == (flat,) else [flat])]
+    inside = tuple(node for node in dict.fromkeys(nodes) if node not in out)
+    return Rotation(cat, x, cos, sin, interleaved, True, dtypes.pop() if len(dtypes) == 1 else None, out, inside)
+
+
+def _sum_of(part: Node, nodes: list[Node]) -> Node | None:
+    """The sum that is put together, or whose cast is."""
+    nodes.append(part)
+    return part.args[0] if is_narrowing(part) else part
+
+
+def _term(product: Any, nodes: list[Node]) -> tuple[tuple[Node, bool, int], Node] | None:
+    """Which half, and by what it is multiplied."""
+    for half, table in (product.args[:2], product.args[1::-1]) if is_call(product, aten.mul.Tensor) else ():
+        tried: list[Node] = [product]
+        found = _half(_narrowest(half, tried), tried)
+        if found is not None and isinstance(table, Node):
+            nodes += tried
+            return found, table
+    return None
 
 
 def _quarter_turn(cat: Node) -> _Turn | None:
     """The turn that `cat` puts together: (-second half, first half), or (-odd, even) as a new last dimension."""
-    val = value(cat)
-    parts = cat.args[0]
-    dim = cat.args[1] if len(cat.args) > 1 else 0
-    if val is None or not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-1, val.ndim - 1):
+    nodes: list[Node] = []
+    joined = _joined(cat, nodes)
+    if joined is None:
         return None
-    nodes = [cat]
-    left, right = (_below_unsqueeze(part, nodes) for part in parts)
-    interleaved = left is not parts[0]
-    if not is_call(left, aten.neg.default) or interleaved != (right is not parts[1]):
+    left, right, interleaved, out = joined
+    if not is_call(left, aten.neg.default):
         return None
     nodes.append(left)
     second, first = _half(left.args[0], nodes), _half(right, nodes)
     if second is None or first is None or second != (first[0], interleaved, 1) or first[1:] != (interleaved, 0):
         return None
-    out = sole_user(cat) if interleaved else cat
     x = _narrowest(first[0], nodes)
-    if out is None or not _same_shape(out, x) or not (out is cat or is_call(out, *_RESHAPES)):
+    return _Turn(x, interleaved, out, nodes) if _same_shape(out, x) else None
+
+
+def _joined(cat: Node, nodes: list[Node]) -> tuple[Node, Node, bool, Node] | None:
+    """(a, b, interleaved?, the whole) where `cat` puts halves a and b of a last dimension together; or neighbours a and
+    b in it, by a new last dimension and a reshape."""
+    val = value(cat)
+    parts = cat.args[0]
+    dim = cat.args[1] if len(cat.args) > 1 else 0
+    if val is None or not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-1, val.ndim - 1):
         return None
-    return _Turn(x, interleaved, out, [*nodes, out])
+    nodes.append(cat)
+    left, right = (_below_unsqueeze(part, nodes) for part in parts)
+    interleaved = left is not parts[0]
+    whole = sole_user(cat) if interleaved else cat
+    if interleaved != (right is not parts[1]) or whole is None or not (whole is cat or is_call(whole, *_RESHAPES)):
+        return None
+    nodes.append(whole)
+    return left, right, interleaved, whole
 
 
 def _below_unsqueeze(node: Any, nodes: list[Node]) -> Any:

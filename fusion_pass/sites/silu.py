@@ -13,11 +13,11 @@ from torch.fx import Node
 from fusion_pass.dataflow import (
     add_constant,
     aten,
+    before_widening,
     is_call,
     is_narrowing,
     other_operands,
     sole_user,
-    through_widening,
 )
 
 NAME = "silu"
@@ -70,4 +70,4 @@ def _product(sigmoid: Node) -> Silu | None:
 def _silu(anchor: Node, wide: Node, activated: Node, by_sigmoid: bool, nodes: tuple[Node, ...]) -> Silu:
     cast = sole_user(activated)
     out = cast if cast is not None and is_narrowing(cast) else activated
-    return Silu(anchor, through_widening(wide), out, by_sigmoid, tuple(dict.fromkeys((*nodes, out))))
+    return Silu(anchor, before_widening(wide), out, by_sigmoid, tuple(dict.fromkeys((*nodes, out))))

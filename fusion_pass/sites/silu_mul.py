@@ -8,6 +8,7 @@ from torch.fx import Node
 from dit_kernels.rounding import SiluSteps, silu_steps
 from fusion_pass.dataflow import (
     aten,
+    before_widening,
     dtype,
     is_call,
     is_stored,
@@ -15,7 +16,6 @@ from fusion_pass.dataflow import (
     same_shape,
     sole_user,
     stored_casts,
-    through_widening,
     value,
 )
 from fusion_pass.report import Reason, Refused
@@ -40,7 +40,7 @@ def find(silu: Silu, survey: Survey) -> Site | None:
     if silu.by_sigmoid:
         raise Refused(Reason.SIGMOID, silu.anchor, kind=KIND)
     steps = SiluSteps(*(_dtype(node) for node in (silu.out, product, out[0])))
-    b = next((node for node in (through_widening(b), b) if _fits(steps, silu.x, node)), None)
+    b = next((node for node in (before_widening(b), b) if _fits(steps, silu.x, node)), None)
     if b is None:
         raise Refused(Reason.ROUNDING, product, kind=KIND)
     operands: Operands = {"a": silu.x, "b": b}
