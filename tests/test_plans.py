@@ -16,7 +16,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Is there a plan for this call, after one with the arguments of the gated norm as they come from here?"""
     monkeypatch.setattr(ops, "_plans", {})
     monkeypatch.setattr(ops, "has_kernel", lambda call: True)
-    monkeypatch.setattr(ops, "_make_plan", lambda op, call, tensors: lambda args, tensors: True)
+    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: lambda args, tensors: True)
 
     def arguments(dtype: torch.dtype = torch.float32, tokens: int = 4, d: int = 8, **replaced: Any) -> tuple[Any, ...]:
         x, residual = (torch.ones(1, tokens, d, dtype=dtype) for _ in range(2))
@@ -81,3 +81,17 @@ def test_there_is_no_plan_for_a_tensor_that_comes_twice_and_it_is_not_tried_for_
     x = torch.ones(1, 4, 8)
     assert not planned({"x": x, "residual": x}, {"x": x, "residual": x})
     assert not ops._plans
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_a_kernel_is_given_what_the_op_is_given_in_its_own_order(name: str) -> None:
+    op = ops.OPS[name]
+    results = [a for a in op.arguments if a in op.family.results]
+    names = [a for a in op.arguments if a not in results]
+    present = [a for a in names if a not in ("bias", "k_weight")]
+    args = tuple(0.5 if "eps" in a else torch.ones(1) if a in present else None for a in names)
+    order, floats = ops._order(op, args, len(results))
+    tensors = [a for a in present if "eps" not in a]
+    values = [*tensors, *results, *(names[i] for i in floats), None, 0.0]
+    expected = [a if a in present or a in results else 0.0 if "eps" in a else None for a in op.family.arguments]
+    assert [values[i] for i in order] == expected

@@ -30,10 +30,11 @@ CuTeDSL kernel, or the definition where that cannot run (no CuTeDSL, a GPU older
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,24 +122,33 @@ def _compiler() -> Any:
 
 # --- plans: what was checked and found out for one call is not again for the next like it ---------------------------
 
-_Plan = Callable[..., Any]
-_plans: dict[tuple[Any, ...], list[tuple[TensorGuards, _Plan]]] = {}
+_Plan = Callable[[tuple[Any, ...], Sequence[Tensor]], Any]
 _MOST_PLANS = (
     8  # of calls that differ in metadata only: a shape that changes with every call must not cost more each time
 )
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+class _Kept(NamedTuple):
+    """The plans for calls whose arguments are of the same types."""
+
+    tensors_of: Callable[[tuple[Any, ...]], Sequence[Tensor]]
+    plans: list[tuple[TensorGuards, _Plan]]
+
+
+_plans: dict[tuple[Any, ...], _Kept] = {}
+
+
 def _kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    return (name, *kwargs.items(), *map(type, args))
+    return (name, *map(type, args), *kwargs.items())
 
 
 def _planned(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The results of a call that is like one before; None where there was none."""
-    plans = _plans.get(_kind(name, args, kwargs))
-    if plans is not None:
-        tensors = [a for a in args if a.__class__ in _PLAIN]
-        for guards, plan in plans:
+    kept = _plans.get(_kind(name, args, kwargs))
+    if kept is not None:
+        tensors = kept.tensors_of(args)
+        for guards, plan in kept.plans:
             if guards.check(*tensors):
                 return plan(args, tensors)
     return None
@@ -150,29 +160,32 @@ def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any])
     Dynamo's guards compare all that checking and the choice of a kernel depend on: dtype, device, sizes, strides and
     dispatch keys. `name` stands for the op and for the level of the dispatcher, on which those keys depend.
     """
-    tensors = [a for a in args if isinstance(a, Tensor)]
+    positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    tensors = [args[i] for i in positions]
     plain = all(a is None or a.__class__ is float or a.__class__ in _PLAIN for a in args)
     if not plain or any(not t.numel() or t.is_neg() or t.is_conj() for t in tensors):
         return
     call = op.make_call(*args, **kwargs)
-    plan = _make_plan(op, call, tensors) if has_kernel(call) else None
+    plan = _make_plan(op, call, args) if has_kernel(call) else None
     if plan is None:
         return
     sizes: Any = [list(t.shape) for t in tensors]  # for Dynamo some could be None: any size
     strides: Any = [list(t.stride()) for t in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     if guards.check(*tensors):  # they take no tensor twice
-        plans = _plans.setdefault(_kind(name, args, kwargs), [])
+        tensors_of = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
+        plans = _plans.setdefault(_kind(name, args, kwargs), _Kept(tensors_of, [])).plans
         plans[_MOST_PLANS - 1 :] = []
         plans.insert(0, (guards, plan))
 
 
-def _make_plan(op: Op, call: Call, tensors: list[Tensor]) -> _Plan | None:
+def _make_plan(op: Op, call: Call, args: tuple[Any, ...]) -> _Plan | None:
     """Runs calls like this one. None where the kernel reads a copy of an argument."""
     results = call.empty_results()
     operands = call.operands(results)
+    read = [a for a in args if isinstance(a, Tensor)]
     addresses = [t.data_ptr() for t in operands if isinstance(t, Tensor)]
-    if sorted(addresses) != sorted(t.data_ptr() for t in (*tensors, *results)):
+    if sorted(addresses) != sorted(t.data_ptr() for t in (*read, *results)):
         return None
     function, numbers = _compiler().bound(call.chain, *operands)
     device, metadata = results[0].get_device(), [(r.shape, r.dtype) for r in results]
@@ -180,24 +193,41 @@ def _make_plan(op: Op, call: Call, tensors: list[Tensor]) -> _Plan | None:
     alike = x.is_contiguous() and set(metadata) == {(x.shape, x.dtype)}
     several = len(results) > 1
     empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
-    current_device, arranged, of_launch = torch._C._cuda_getDevice, op.arranged, op.family.of_launch
+    current_device, of_launch = torch._C._cuda_getDevice, op.family.of_launch
+    order, floats = _order(op, args, len(results))
 
-    def plan(args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
+    def plan(args: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
         if current_device() != device:
             with torch.cuda.device(device):
                 return plan(args, tensors)
-        given = [a.data_ptr() if a.__class__ in _PLAIN else a for a in args]
-        for a in given:
-            if a.__class__ is int and a % ALIGNMENT:
-                return None
+        values: list[Any] = [t.data_ptr() for t in tensors]
+        bits = 0
+        for address in values:
+            bits |= address
+        if bits % ALIGNMENT:
+            return None
         x = args[0]
         results = [empty_like(x) if alike else x.new_empty(shape, dtype=dtype) for shape, dtype in metadata]
-        given += [r.data_ptr() for r in results]
+        values += [r.data_ptr() for r in results]
+        values += [args[i] for i in floats]
+        values += (None, 0.0)
         stream = stream_of(device)
-        function(*arranged(given), *numbers, *of_launch(device, stream, numbers[0]), stream)
+        function(*[values[i] for i in order], *numbers, *of_launch(device, stream, numbers[0]), stream)
         return tuple(results) if several else results[0]
 
     return plan
+
+
+def _order(op: Op, args: tuple[Any, ...], results: int) -> tuple[list[int], list[int]]:
+    """Of each argument of the kernel, where it stands among: addresses of tensors, of results, floats, None, 0; and the
+    positions of the floats."""
+    floats = [i for i, a in enumerate(args) if a.__class__ is float]
+    tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    first_float = len(tensors) + results
+    absent = first_float + len(floats)
+    places = {i: n for n, i in enumerate(tensors)} | {i: first_float + n for n, i in enumerate(floats)}
+    given = [places.get(i) for i in range(len(args))] + [len(tensors) + n for n in range(results)]
+    return [absent if i is None else absent + 1 if i.__class__ is float else i for i in op.arranged(given)], floats
 
 
 def _cuda(name: str, op: Op) -> Callable[..., Any]:
