@@ -26,10 +26,12 @@ SERIES = {
     "emulate": ("Inductor, emulate_precision_casts", "C7", "v"),
     "triton": ("Triton, one program a row", "C2", "D"),
 }
-TITLES = {
-    "dual": "norm_tanh_mul_add_norm_scale",
-    "gated": "norm_tanh_mul_add",
-    "scaled": "norm_scale",
+PANELS = {  # op, the sizes of Z-Image that come before the tokens in a case's name, and the op's name
+    ("dual", 3840): "norm_tanh_mul_add_norm_scale",
+    ("gated", 3840): "norm_tanh_mul_add",
+    ("scaled", 3840): "norm_scale",
+    ("qk_norm_rope", 30, 30, 128): "qk_norm_rope",
+    ("silu_mul", 10240): "silu_mul",
 }
 Rows = list[dict[str, Any]]
 
@@ -48,36 +50,39 @@ def draw_lines(axes: Any, rows: Rows, positions: list[int]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-def plain(rows: Rows, op: str) -> list[tuple[int, int, dict[str, Any]]]:
-    """(D, tokens, row) of the cases without a further word: bf16, B=1, gate and scale broadcast."""
+def plain(rows: Rows, op: str) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
+    """(sizes, row) of the cases of an op whose names have no further word: bf16, B=1, gate and scale broadcast."""
     found = []
     for row in rows:
         name, *numbers = row["case"].split()
-        if name == op and len(numbers) == 2:
-            found.append((int(numbers[0]), int(numbers[1]), row))
-    return sorted(found, key=lambda each: each[:2])
+        if name == op and all(number.isdigit() for number in numbers):
+            found.append((tuple(map(int, numbers)), row))
+    return sorted(found, key=lambda each: each[0])
 
 
 def by_tokens(results: dict[str, Any], path: Path) -> None:
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
-    for axes, (op, title) in zip(panels, TITLES.items(), strict=True):
-        cases = [(tokens, row) for d, tokens, row in plain(results["rows"], op) if d == 3840]
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6.4), sharey=True, layout="constrained")
+    panels = grid.flat
+    for axes, ((op, *sizes), title) in zip(panels, PANELS.items(), strict=False):
+        cases = [(numbers[-1], row) for numbers, row in plain(results["rows"], op) if numbers[:-1] == tuple(sizes)]
         axes.set_xscale("log")
         draw_lines(axes, [row for _, row in cases], [tokens for tokens, _ in cases])
         axes.set(title=title, xlabel="tokens")
-    panels[0].set_ylabel("time / copy of the same bytes")
-    panels[0].set_ylim(bottom=0.9)
-    panels[2].legend(fontsize=8)
-    figure.suptitle(f"D=3840, bf16, {results['gpu']}")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("time / copy of the same bytes")
+    grid[0, 0].set_ylim(bottom=0.9, top=2.2)
+    grid[1, 2].axis("off")
+    grid[1, 2].legend(*grid[0, 0].get_legend_handles_labels(), loc="center")
+    figure.suptitle(f"Sizes of Z-Image, bf16, {results['gpu']}")
     figure.savefig(path, metadata={"Date": None})
 
 
 def by_width(results: dict[str, Any], path: Path) -> None:
-    cases = [(d, row) for d, tokens, row in plain(results["rows"], "dual") if tokens == 4128]
+    cases = [(d, row) for (d, tokens), row in plain(results["rows"], "dual") if tokens == 4128]
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     axes.set_xscale("log")
     draw_lines(axes, [row for _, row in cases], [d for d, _ in cases])
-    axes.set(title=f"{TITLES['dual']}, 4128 tokens, bf16, {results['gpu']}", xlabel="D")
+    axes.set(title=f"{PANELS['dual', 3840]}, 4128 tokens, bf16, {results['gpu']}", xlabel="D")
     axes.set_ylabel("time / copy of the same bytes")
     axes.set_ylim(bottom=0.9)
     axes.legend(fontsize=8)
