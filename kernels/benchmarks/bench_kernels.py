@@ -258,8 +258,13 @@ def interleaved(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def operand_sets(case: AnyCase) -> list[tuple[Any, ...]]:
+    """As many as do not fit into L2 together."""
+    return [*case.operand_sets(max(4, int(BYTES_IN_FLIGHT / case.bytes) + 1))]
+
+
 def measure(case: AnyCase, modes: tuple[str, ...]) -> dict[str, float]:
-    sets = case.operand_sets(max(4, int(BYTES_IN_FLIGHT / case.bytes) + 1))
+    sets = operand_sets(case)
     half = case.bytes // case.dtype.itemsize // 2
     copied = [torch.randn(half, device="cuda").to(case.dtype) for _ in sets]
     graphs = {"copy": graph_of([lambda t=t: t.clone() for t in copied])}
