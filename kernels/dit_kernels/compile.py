@@ -73,7 +73,6 @@ class Kernels:
     strides: int  # among the launch numbers, behind B and S
     broadcast: tuple[str, ...] = ()  # operands that a kernel is compiled to read once for several tokens or elements
     of_launch: tuple[Any, ...] = ()  # the CuTe types of what the family gives each launch
-    ptxas: str = ""  # an option beside _PTXAS
 
     def facts(self, named: Mapping[str, Any], of: Callable[[Any, bool, int], Facts]) -> tuple[Facts | None, ...]:
         """What is compiled for, of each operand that is a tensor; None of those that are absent."""
@@ -204,9 +203,6 @@ def _function(arch: str, variant: Variant) -> Function:
 # LLVM narrows bf16(fp32(a) * fp32(b)) to a bf16 product, which is the same number; ptxas would then contract the
 # product and the sum after it into one fma, which is not: 17% of y differed.
 _PTXAS = "-fmad=false"
-# Else ptxas works on all heads of a thread at once, with 69 registers instead of 56 for q and k of Z-Image, so that 5
-# CTAs run on a multiprocessor instead of 7.
-_ONE_AFTER_THE_OTHER = "-O1"
 
 
 def compile_variant(arch: str, variant: Variant, options: str = "") -> Any:
@@ -222,7 +218,7 @@ def compile_variant(arch: str, variant: Variant, options: str = "") -> Any:
         *(Int32(0), Int32(0), *(Int64(0) for _ in range(kernels.strides))),
         *(kind(0) for kind in kernels.of_launch),
         make_fake_stream(),
-        options=f"--gpu-arch {arch} --enable-tvm-ffi --ptxas-options '{_PTXAS} {kernels.ptxas}' {options}",
+        options=f"--gpu-arch {arch} --enable-tvm-ffi --ptxas-options {_PTXAS} {options}",
     )
 
 
@@ -277,9 +273,7 @@ _KERNELS: dict[type, Kernels] = {
         broadcast=("gate", "scale"),
         of_launch=(Int32, Int64),
     ),
-    RotatedChain: Kernels(
-        norm_rope_call.FAMILY, NormRope, RopeOperands, _head_tiling, strides=10, ptxas=_ONE_AFTER_THE_OTHER
-    ),
+    RotatedChain: Kernels(norm_rope_call.FAMILY, NormRope, RopeOperands, _head_tiling, strides=10),
     SiluChain: Kernels(silu_mul_call.FAMILY, SiluMul, SiluOperands, _vector_tiling, strides=4),
 }
 
