@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import RotatedSteps, rotated_steps
-from fusion_pass.dataflow import dtype, is_only_joined, is_stored, is_swap, known_equal, value
+from fusion_pass.dataflow import aten, dtype, is_call, is_only_joined, is_stored, is_swap, known_equal, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import rotation
 from fusion_pass.sites.norm import Norm, eps_operand
@@ -42,12 +42,12 @@ class Rotated:
 
     @property
     def interior(self) -> tuple[Node, ...]:
-        between = () if self.rotation.x is self.norm.out else (self.rotation.x,)
+        between = rotation.between(self.norm.out, self.rotation.x) or ()
         return (*self.norm.interior, *between, *self.rotation.interior)
 
     def x(self) -> Node | Operand:
         """What is normed, as the op reads it; a norm may stand on the other side of the swap than its rotation."""
-        if self.swapped == (self.rotation.x is self.norm.out):
+        if self.swapped != _are_swapped(self.norm.out, self.rotation.x):
             return self.norm.x.args[0] if is_swap(self.norm.x) else Operand(self.norm.x, (SWAP,), ())
         return self.norm.x
 
@@ -111,18 +111,26 @@ def grow(norm: Norm) -> Rotated | None:
     x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.HEADS, norm.x, kind=KIND)
-    if not _has_shape_of(norm.x, found.x, swapped=found.x is not norm.out):
+    if not _has_shape_of(norm.x, found.x, _are_swapped(norm.out, found.x)):
         raise Refused(Reason.HEADS, norm.x, kind=KIND)
     width = x.shape[3] // 2 if found.halved else x.shape[3]
     swapped = not _is_table(found.by, x, width, False)
     for table in (found.by, found.sin):
         if table is not None and not _is_table(table, x, width, swapped):
             raise Refused(Reason.HEADS, table, kind=KIND)
+    copied = any(is_call(node, aten.clone.default) for node in rotation.between(norm.out, found.x) or ())
+    if swapped and copied and found.sin is None:  # PyTorch's complex product differs in the last bit with the layout
+        raise Refused(Reason.ROUNDING, found.x, "a complex product of a copy with heads first", KIND)
     if found.sin is not None and dtype(found.sin) != dtype(found.by):
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines of different dtypes", KIND)
     if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.out):
         raise Refused(Reason.INLINE, found.out[0], kind=KIND)
     return Rotated(norm, found, swapped, _steps(norm, found))
+
+
+def _are_swapped(out: Node, rotated: Node) -> bool:
+    """Are heads and tokens swapped between a norm and its rotation?"""
+    return sum(map(is_swap, rotation.between(out, rotated) or ())) % 2 == 1
 
 
 def _has_shape_of(x: Node, rotated: Node, swapped: bool) -> bool:

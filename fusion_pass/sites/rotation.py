@@ -74,11 +74,20 @@ def find(anchor: Node) -> Rotation | None:
 
 
 def of(x: Node) -> Rotation | None:
-    """The rotation that reads x, or x with heads and tokens swapped; None where nothing of the kind stands there."""
+    """The rotation that reads x, or a copy of it, or x with heads and tokens swapped; None where there is none."""
     for rotation in map(find, _anchors_behind(x)):
-        if rotation is not None and (rotation.x is x or (is_swap(rotation.x) and rotation.x.args[0] is x)):
+        if rotation is not None and between(x, rotation.x) is not None:
             return rotation
     return None
+
+
+def between(x: Node, rotated: Node) -> tuple[Node, ...] | None:
+    """The copies and swaps of heads and tokens that make x what is rotated; None where it is made of another value."""
+    nodes: list[Node] = []
+    while rotated is not x and (is_swap(rotated) or is_call(rotated, aten.clone.default)):
+        nodes.append(rotated)
+        rotated = rotated.args[0]
+    return tuple(nodes) if rotated is x else None
 
 
 def measured(anchor: Node) -> Node:
@@ -89,7 +98,8 @@ def measured(anchor: Node) -> Node:
 
 def _anchors_behind(x: Node) -> Iterator[Node]:
     """Past parts of x, casts, and the product and the sum of halves that are rotated apart."""
-    parts = (*VIEWS, *_SPLITS, aten.slice.Tensor, aten.select.int, aten.unbind.int, operator.getitem, aten.neg.default)
+    halves = (*_SPLITS, aten.slice.Tensor, aten.select.int, aten.unbind.int, operator.getitem)
+    parts = (*VIEWS, *halves, aten.neg.default, aten.clone.default)
     arithmetic = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
     seen: set[Node] = set()
     pending = [(user, 2) for user in x.users]
