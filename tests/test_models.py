@@ -196,6 +196,30 @@ def qwen_image(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Mod
     return model, _packed_inputs(dtype, [[(1, 4, 4)]] * 2)
 
 
+def flux2(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "Flux2Transformer2DModel",
+        dtype,
+        patch_size=1,
+        in_channels=4,
+        num_layers=layers,
+        num_single_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    arguments = {
+        "hidden_states": torch.randn(1, 16, 4, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, 6, 32, dtype=dtype),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([1.0]),
+        "img_ids": torch.cartesian_prod(*(torch.arange(n).float() for n in (1, 4, 4, 1))),
+        "txt_ids": torch.cartesian_prod(*(torch.arange(n).float() for n in (1, 1, 1, 6))),
+    }
+    return model, arguments
+
+
 def _packed_inputs(dtype: torch.dtype, shapes: list[Any]) -> Arguments:
     return {
         "hidden_states": torch.randn(2, 16, 16, dtype=dtype),
@@ -366,6 +390,14 @@ def test_qwen_image_has_sites_in_its_attention_only_and_each_other_norm_has_a_re
     del expected["transformer_blocks.1.txt_norm2"]  # nothing reads it
     assert {site.module: site.reason_name for site in backend.report.missed} == expected
     assert all(site.reason and site.source for site in backend.report.missed)
+
+
+def test_flux_2_is_fused_in_its_single_blocks_and_feed_forwards_and_computes_what_its_unfused_graph_does() -> None:
+    """Its double blocks join the heads of text and image behind their norms; its layer norms are not quite eager's."""
+    model, arguments = flux2(2)
+    got, backend = compiled(model, arguments)
+    assert torch.equal(got, compiled(model, arguments, fuse=False)[0])
+    assert backend.report.counts() == {"qk_norm_rope": 2, "silu_mul": 2 * 2 + 2}
 
 
 @pytest.mark.parametrize("layers", (2, 3))
