@@ -101,7 +101,7 @@ def main() -> None:
         compiled = run_step(model, inputs)
 
     counts = torch._dynamo.utils.counters["fusion_pass"]
-    fused = {kind: count for kind, count in sorted(counts.items()) if kind.startswith("norm")}
+    fused = {kind: count for kind, count in sorted(counts.items()) if hasattr(torch.ops.dit_kernels, kind)}
     far = {"split": distance(split, whole), "split and compiled": distance(compiled, whole)}
     if dist.get_rank() == 0:
         if missing:

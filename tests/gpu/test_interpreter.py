@@ -18,6 +18,7 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 from ptx.device import call, gpu
 
 from dit_kernels import compile
+from dit_kernels.calls.norm_gate import processors
 from dit_kernels.rounding import FORMS, NORMS
 
 OPS = ("norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "norm_scale")
@@ -43,7 +44,7 @@ def arguments(op: str, dtype: torch.dtype, eps: float, exact: bool) -> tuple[Any
 
 def both(op: str, args: tuple[Any, ...], **options: Any) -> list[tuple[Tensor, Tensor]]:
     """Each result as the interpreter and as the GPU computes it."""
-    with gpu(compile._arch(0), compile.processors(0)):
+    with gpu(compile._arch(0), processors(0)):
         simulated = call(op, args, **options)
     on_gpu = [a.cuda() if isinstance(a, Tensor) else a for a in args]
     results = getattr(torch.ops.dit_kernels, op)(*on_gpu, **options)
