@@ -212,7 +212,7 @@ def attention(packed: torch.Tensor, w: torch.Tensor, freqs: torch.Tensor, both: 
 
 
 def test_direct_calls_of_the_ops_of_attention_compute_what_the_ops_do(looked_at: list[str]) -> None:
-    function = torch.compile(attention, dynamic=None)
+    function = torch.compile(attention, backend=Backend(), dynamic=None)
     for tokens in (64, 64, 96, 128, 64):
         angle = torch.randn(tokens, 32, device="cuda")
         packed, both = (torch.randn(2, tokens, d, device="cuda").bfloat16() for d in (640, 512))
