@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,16 @@ PANELS = {  # op, the sizes of Z-Image that come before the tokens in a case's n
 Rows = list[dict[str, Any]]
 
 
-def over_copy(rows: Rows, series: str) -> list[float]:
+def over_copy(rows: Sequence[dict[str, Any]], series: str) -> list[float]:
     return [row["us"][series] / row["us"]["copy"] for row in rows]
 
 
 def draw_lines(axes: Any, rows: Rows, positions: list[int]) -> None:
     for series, (label, colour, marker) in SERIES.items():
-        if all(series in row["us"] for row in rows):
-            axes.plot(positions, over_copy(rows, series), color=colour, marker=marker, label=label, linewidth=1)
+        measured = [(p, row) for p, row in zip(positions, rows, strict=True) if series in row["us"]]
+        if measured:
+            at, of = zip(*measured, strict=True)
+            axes.plot(at, over_copy(of, series), color=colour, marker=marker, label=label, linewidth=1)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(positions, [str(position) for position in positions])
     axes.minorticks_off()
@@ -70,9 +73,11 @@ def by_tokens(results: dict[str, Any], path: Path) -> None:
         axes.set(title=title, xlabel="tokens")
     for axes in grid[:, 0]:
         axes.set_ylabel("time / copy of the same bytes")
-    grid[0, 0].set_ylim(bottom=0.9, top=2.2)
+    grid[0, 0].set_ylim(bottom=0.9)
+    labelled = [axes.get_legend_handles_labels() for axes in grid.flat]
+    handles = {label: handle for pair in labelled for handle, label in zip(*pair, strict=True)}
     grid[1, 2].axis("off")
-    grid[1, 2].legend(*grid[0, 0].get_legend_handles_labels(), loc="center")
+    grid[1, 2].legend(handles.values(), handles.keys(), loc="center")
     figure.suptitle(f"Sizes of Z-Image, bf16, {results['gpu']}")
     figure.savefig(path, metadata={"Date": None})
 
