@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch._guards import detect_fake_mode
 from torch._inductor import config
@@ -19,6 +20,10 @@ from torch._inductor.virtualized import V
 from fusion_pass.graph_pass import FusionPass
 from fusion_pass.hook import join
 from fusion_pass.report import FusionReport
+
+# Of x -> 16 bits -> fp32 it leaves x -> fp32, also where the rounding is lost: the graph is not the model's then.
+CASTS_ARE_KEPT = torch.__version__ >= "2.12"
+needs_casts = pytest.mark.skipif(not CASTS_ARE_KEPT, reason="torch 2.11's own passes drop a cast of this model")
 
 
 class GraphBackend:

@@ -24,7 +24,7 @@ from attention_modules import (
     silu_specs,
     the_product_is_computed_on,
 )
-from graph_backend import GraphBackend, run
+from graph_backend import CASTS_ARE_KEPT, GraphBackend, needs_casts, run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_graph_pass import assert_computes, rewritten, traced
@@ -109,6 +109,7 @@ def test_no_copy_and_no_cast_is_left_between_the_projection_and_the_attention(ro
         assert user.meta["val"].transpose(1, 2).is_contiguous()
 
 
+@needs_casts
 def test_the_inserted_node_names_the_norm_of_q() -> None:
     class Attention(torch.nn.Module):
         def __init__(self) -> None:
@@ -241,11 +242,21 @@ REASONS = {
     "the_result_is_computed_on": ["INLINE"],
     "the_result_is_put_into_another_tensor": ["INLINE"],
 }
+# Their norm is cast back to 16 bits and up again.
+WITH_A_CAST_BACK = (
+    "the_tables_differ_in_dtype",
+    "complex_numbers_are_divided",
+    "complex_halves",
+    "the_rotation_is_on_the_left",
+    "a_complex_table_for_the_other_axis",
+)
 
 
 @pytest.mark.parametrize("mutant", NEVER_TURNED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_what_is_no_rotated_norm_is_not_fused_and_its_result_is_right(mutant, dynamic: bool) -> None:
+    if mutant.__name__ in WITH_A_CAST_BACK and not CASTS_ARE_KEPT:
+        pytest.skip("torch 2.11's own passes drop a cast of this model")
     args = rope_inputs(SQUARE)
     got, backend = run(mutant, *args, dynamic=dynamic)
     assert backend.report.fused == []
@@ -255,6 +266,8 @@ def test_what_is_no_rotated_norm_is_not_fused_and_its_result_is_right(mutant, dy
 
 @pytest.mark.parametrize("function", OTHER_AXIS, ids=lambda f: f.__name__)
 def test_of_as_many_tokens_as_heads_the_table_says_which_is_which(function) -> None:
+    if function.__name__ in WITH_A_CAST_BACK and not CASTS_ARE_KEPT:
+        pytest.skip("torch 2.11's own passes drop a cast of this model")
     args = rope_inputs(SQUARE)
     got, backend = run(function, *args)
     assert backend.report.counts() == {"norm_rope": 1}

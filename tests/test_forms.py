@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_backend import GraphBackend, run
+from graph_backend import CASTS_ARE_KEPT, GraphBackend, needs_casts, run
 from site_modules import (
     EPS,
     SiteModule,
@@ -206,6 +206,7 @@ def test_a_norm_is_read_however_eps_dimension_and_weight_are_spelled(norm: Model
     assert (backend.report.fused[0].kind, backend.report.fused[0].gate) in ((SINGLE, "tanh"), (DUAL, "tanh"))
 
 
+@needs_casts
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_a_norm_that_is_cast_up_again_meets_gate_residual_and_scale_in_fp32(dynamic: bool) -> None:
     def model(x, residual, gate, scale):
@@ -219,6 +220,7 @@ def test_a_norm_that_is_cast_up_again_meets_gate_residual_and_scale_in_fp32(dyna
     assert [(site.kind, site.gate) for site in backend.report.fused] == [(SINGLE, "tanh"), (DUAL, None)]
 
 
+@needs_casts
 @pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
 def test_a_sum_in_fp32_of_what_is_stored_in_16_bits_is_no_form(dtype: torch.dtype) -> None:
     def model(x, residual):
@@ -299,6 +301,8 @@ VIEWS = (
 @pytest.mark.parametrize("model", VIEWS)
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_views_between_the_parts_of_a_site_do_not_hide_it(model: Model, dynamic: bool) -> None:
+    if model is a_view_between_two_casts and not CASTS_ARE_KEPT:
+        pytest.skip("torch 2.11's own passes drop a cast of this model")
     args = tensors((2, 6, 32), (2, 6, 32), (2, 2, 1, 32), (2, 2, 1, 32))
     got, backend = run(model, *args, dynamic=dynamic)
     assert_equal(got, model(*args))
@@ -559,6 +563,7 @@ def alone_with_a_residual(x: Tensor, residual: Tensor, gate: Tensor, scale: Tens
     return residual + diffusers_norm(x, None)
 
 
+@needs_casts
 def test_a_sum_that_rounds_product_and_sum_at_once_is_told_from_a_shift() -> None:
     """ComfyUI and others modulate with addcmul(shift, norm, 1 + scale): no site, and nothing to warn of."""
 
