@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graph_backend import GraphBackend, run
+from graph_backend import CASTS_ARE_KEPT, GraphBackend, run
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from site_modules import (
