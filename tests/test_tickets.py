@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from unittest import mock
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 from dit_kernels import tickets
+from dit_kernels.tickets import BLOCK, LINE
 
 
 @pytest.fixture(autouse=True)
-def memory_of_the_cpu() -> Iterator[mock.Mock]:
-    """Nothing is known yet, and what would be zeroed on a GPU is on the CPU. Gives the question for a capture."""
+def capturing() -> Iterator[mock.Mock]:
+    """Nothing is known yet, and what would be on a GPU is on the CPU. Gives the question for a capture."""
     with (
-        mock.patch.multiple(tickets, _of_stream={}, _pools={}, _kept=[]),
+        mock.patch.multiple(tickets, _of_stream={}, _free={}, _low=set(), _blocks=[]),
         mock.patch.object(torch, "device", return_value="cpu"),
         mock.patch.object(torch.cuda, "current_stream"),
         mock.patch.object(torch._C, "_cuda_isCurrentStreamCapturing", create=True, return_value=False) as capturing,
@@ -23,45 +25,73 @@ def memory_of_the_cpu() -> Iterator[mock.Mock]:
         yield capturing
 
 
+def spans(starts: list[int], sizes: list[int]) -> list[set[int]]:
+    return [set(range(start, start + 4 * size, 4)) for start, size in zip(starts, sizes, strict=True)]
+
+
 def test_launches_of_one_stream_share_counters_and_those_of_others_do_not() -> None:
-    first = tickets.address(0, 7, 1)
-    assert tickets.address(0, 7, tickets.COUNTERS) == first
+    first = tickets.address(0, 7, 2)
+    assert tickets.address(0, 7, 1) == first
     assert len({first, tickets.address(0, 8, 1), tickets.address(1, 7, 1)}) == 3
 
 
-def test_more_batch_items_get_more_counters_and_the_former_stay_in_memory() -> None:
+def test_more_batch_items_get_more_counters() -> None:
     small = tickets.address(0, 7, 1)
-    large = tickets.address(0, 7, 1000)
+    large = tickets.address(0, 7, BLOCK + 1)
     assert large != small
     assert tickets.address(0, 7, 1) == large
-    assert {small, large} <= {t.data_ptr() for t in tickets._kept}
+    assert large in [block.data_ptr() for block in tickets._blocks if block.numel() > BLOCK]
 
 
-def test_each_captured_launch_has_counters_of_its_own(memory_of_the_cpu: mock.Mock) -> None:
-    of_stream = tickets.address(0, 7, 1)
-    memory_of_the_cpu.return_value = True
-    sizes = (1, 1, tickets.COUNTERS + 1, 2, 1)
-    starts = [tickets.address(0, 7, size) for size in sizes]
-    taken = [set(range(start, start + 4 * size, 4)) for start, size in zip(starts, sizes, strict=True)]
-    assert len(set.union(*taken)) == sum(sizes)
-    assert of_stream not in set.union(*taken)
-    assert all(start % (4 * tickets.COUNTERS) == starts[0] % (4 * tickets.COUNTERS) for start in starts)
+def test_each_captured_launch_has_counters_of_its_own(capturing: mock.Mock) -> None:
+    sizes = [1, 1, 1, LINE + 1, 2, 1]
+    starts = [tickets.address(0, 7, sizes[0])]
+    capturing.return_value = True
+    starts += [tickets.address(0, 7, size) for size in sizes[1:]]
+    taken = set.union(*spans(starts, sizes))
+    assert len(taken) == sum(sizes)
+    (block,) = tickets._blocks
+    assert taken <= set(range(block.data_ptr(), block.data_ptr() + 4 * block.numel()))
+    assert all((start - starts[0]) % (4 * LINE) == 0 for start in starts)  # no two in one line
 
 
-def test_a_capture_that_comes_first_or_finds_the_pool_empty_zeroes_memory_of_its_own(
-    memory_of_the_cpu: mock.Mock,
+def test_nothing_is_allocated_by_the_thread_that_launches_but_in_a_capture_that_finds_nothing(
+    capturing: mock.Mock,
 ) -> None:
-    memory_of_the_cpu.return_value = True
-    with mock.patch.object(tickets, "_zeros", side_effect=(11, 22)) as zeros:
-        assert [tickets.address(0, 7, 1), tickets.address(0, 7, 40)] == [11, 22]
-    assert [call.args[1] for call in zeros.mock_calls] == [tickets.COUNTERS, 2 * tickets.COUNTERS]
+    threads: list[threading.Thread] = []
+    zeros = torch.zeros
+
+    def noted(*sizes: int, **options: object) -> torch.Tensor:
+        threads.append(threading.current_thread())
+        return zeros(*sizes, **options)
+
+    with mock.patch.object(torch, "zeros", noted):
+        tickets.address(0, 7, 1)
+        tickets.address(0, 8, BLOCK + 1)
+        assert len(threads) == 2
+        assert threading.current_thread() not in threads
+        capturing.return_value = True
+        tickets.address(1, 7, 40)
+    assert threads[2:] == [threading.current_thread()]
+    assert tickets._blocks[-1].numel() == 2 * LINE
 
 
-def test_a_pool_that_is_half_used_is_replaced_before_it_is_empty(memory_of_the_cpu: mock.Mock) -> None:
+def test_a_block_that_is_half_used_by_captures_is_replaced_by_the_next_launch_outside_of_one(
+    capturing: mock.Mock,
+) -> None:
     tickets.address(0, 7, 1)
-    memory_of_the_cpu.return_value = True
-    before = tickets.address(0, 7, tickets.POOL // 2 + 1)
-    memory_of_the_cpu.return_value = False
-    tickets.address(0, 8, 1)
-    assert tickets._pools[0][1] == tickets.POOL
-    assert any(t.data_ptr() == before for t in tickets._kept)
+    capturing.return_value = True
+    before = tickets.address(0, 7, BLOCK // 2 + 1)
+    capturing.return_value = False
+    own = tickets.address(0, 7, 1)
+    capturing.return_value = True
+    after = tickets.address(0, 7, BLOCK)
+    assert own == tickets._of_stream[0, 7][0]
+    assert len(tickets._blocks) == 2
+    assert tickets._blocks[0].data_ptr() < before < tickets._blocks[0].data_ptr() + 4 * BLOCK
+    assert after == tickets._blocks[1].data_ptr()
+
+
+def test_all_counters_are_zero() -> None:
+    tickets.address(0, 7, 1)
+    assert not any(block.any() for block in tickets._blocks)

@@ -599,7 +599,7 @@ def test_more_batch_items_than_multiprocessors_hold_ctas_are_all_computed() -> N
 def test_a_capture_with_no_counters_left_zeroes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     o = operands(1, 4000, 3840)
     expected = run(DUAL, o)
-    monkeypatch.setattr(tickets, "_pools", {})
+    monkeypatch.setattr(tickets, "_free", {})
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = run(DUAL, o)
