@@ -83,6 +83,13 @@ def test_there_is_no_plan_for_a_tensor_that_comes_twice_and_it_is_not_tried_for_
     assert not ops._plans
 
 
+def test_no_plan_is_made_from_a_call_whose_pointers_are_not_aligned(planned: Callable[..., bool]) -> None:
+    x = torch.ones(4 * 8 + 1)[1:].view(1, 4, 8)
+    assert x.data_ptr() % ops.ALIGNMENT
+    assert not planned({"x": x}, {})
+    assert not ops._plans
+
+
 @pytest.mark.parametrize("name", ops.OPS)
 def test_a_kernel_is_given_what_the_op_is_given_in_its_own_order(name: str) -> None:
     op = ops.OPS[name]

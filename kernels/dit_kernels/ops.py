@@ -123,9 +123,8 @@ def _compiler() -> Any:
 # --- plans: what was checked and found out for one call is not again for the next like it ---------------------------
 
 _Plan = Callable[[tuple[Any, ...], Sequence[Tensor]], Any]
-_MOST_PLANS = (
-    8  # of calls that differ in metadata only: a shape that changes with every call must not cost more each time
-)
+# Of calls that differ in metadata only: a shape that changes with every call must not cost more each time.
+_MOST_PLANS = 8
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -163,7 +162,7 @@ def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any])
     positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     tensors = [args[i] for i in positions]
     plain = all(a is None or a.__class__ is float or a.__class__ in _PLAIN for a in args)
-    if not plain or any(not t.numel() or t.is_neg() or t.is_conj() for t in tensors):
+    if not plain or any(not t.numel() or t.is_neg() or t.is_conj() or t.data_ptr() % ALIGNMENT for t in tensors):
         return
     call = op.make_call(*args, **kwargs)
     plan = _make_plan(op, call, args) if has_kernel(call) else None

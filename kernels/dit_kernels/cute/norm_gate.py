@@ -260,9 +260,8 @@ class _Norm:
 
     def __init__(self, kind: str, steps: NormSteps, weight: _Reader, bias: _Reader, place: _Place, partials):
         self.layer, self.steps, self.partials = kind == "layer", steps, partials  # partials: (warps, 2)
-        self.stat = (
-            torch.float32 if self.layer else steps.stat
-        )  # F.layer_norm computes in fp32 whatever it is called on
+        # F.layer_norm computes in fp32 whatever it is called on.
+        self.stat = torch.float32 if self.layer else steps.stat
         self.weight, self.bias, self.place = weight, bias, place
         self.mean = self.rstd = None
 
