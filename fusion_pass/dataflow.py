@@ -110,10 +110,7 @@ def before_widening(node: Any) -> Any:
 
 def same_value(a: Any, b: Any) -> bool:
     """Are a and b the same value, up to casts that change nothing and equal views?"""
-    left, right = (value(node) if isinstance(node, Node) else None for node in (a, b))
-    if left is None or right is None or not same_shape(left, right):
-        return False
-    return under_views(through_widening(a)) is under_views(through_widening(b))
+    return have_same_shape(a, b) and under_views(through_widening(a)) is under_views(through_widening(b))
 
 
 def other_operands(node: Node, operand: Node) -> Iterator[Any]:
@@ -218,6 +215,12 @@ def is_swap(node: Any) -> bool:
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Are the shapes equal whatever their symbols stand for? Adds no guard."""
     return a.ndim == b.ndim and all(known_equal(m, n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def have_same_shape(a: Any, b: Any) -> bool:
+    """Are a and b nodes, each of one tensor, whose shapes are equal?"""
+    left, right = (value(node) if isinstance(node, Node) else None for node in (a, b))
+    return left is not None and right is not None and same_shape(left, right)
 
 
 def broadcasts_to(a: torch.Tensor, x: torch.Tensor) -> bool:

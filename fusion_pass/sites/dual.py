@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fusion_pass.dataflow import same_shape, under_views, value
+from fusion_pass.dataflow import have_same_shape, under_views
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import gated, norm, scaled
 from fusion_pass.sites.gated import Gated
@@ -73,7 +73,6 @@ def _like(upper: Gated, lower: Scaled) -> Node:
         return upper.term
     if upper.gate is None:
         return lower.term
-    shape, other = value(upper.term), value(lower.term)
-    if shape is None or other is None or not same_shape(shape, other):
+    if not have_same_shape(upper.term, lower.term):
         raise Refused(Reason.SHAPE, lower.term, "the scale's is another than the gate's", KIND)
     return upper.term

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -12,15 +11,14 @@ from dit_kernels.rounding import GatedSteps, gated_steps
 from fusion_pass.dataflow import (
     aten,
     dtype,
+    have_same_shape,
     is_call,
     is_narrowing,
     is_plain_add,
     keeps_rows,
     other_operands,
     past_views,
-    same_shape,
     sole_user,
-    value,
 )
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
@@ -121,7 +119,7 @@ def grow(norm: Norm) -> Gated | None:
     reader = sole_user(terms[-1])
     if reader is None:
         return None
-    if is_call(reader, aten.addcmul.default) and _has_shape_of(terms[-1], reader.args[0]):
+    if is_call(reader, aten.addcmul.default) and have_same_shape(terms[-1], reader.args[0]):
         raise Refused(Reason.ROUNDING, reader, "addcmul rounds the product and the sum once", KIND)
     if is_plain_add(reader):
         return _ungated(norm, terms, reader)
@@ -164,12 +162,7 @@ def _rounded(product: Node) -> tuple[Node, ...]:
 def _residual(term: Node, y: Node) -> Node | None:
     """What `term` is added to, if it has its shape: a narrower operand is a bias or a shift."""
     residual = next(other_operands(y, term), None)
-    return residual if residual is not term and _has_shape_of(term, residual) else None
-
-
-def _has_shape_of(term: Node, node: Any) -> bool:
-    like, val = value(term), value(node) if isinstance(node, Node) else None
-    return like is not None and val is not None and same_shape(val, like)
+    return residual if residual is not term and have_same_shape(term, residual) else None
 
 
 def _steps(norm: Norm, gate: torch.dtype, rounded: Node, y: Node) -> GatedSteps:

@@ -25,6 +25,7 @@ from fusion_pass.dataflow import (
     before_widening,
     computed_alike,
     dtype,
+    have_same_shape,
     is_call,
     is_cast,
     is_narrowing,
@@ -33,7 +34,6 @@ from fusion_pass.dataflow import (
     is_widening,
     known_equal,
     other_operands,
-    same_shape,
     sole_user,
     stored_casts,
     value,
@@ -132,7 +132,7 @@ def _complex(anchor: Node) -> Rotation | None:
     if not isinstance(by, Node) or not _is_complex(by) or real is None or not is_call(real, aten.view_as_real.default):
         return None
     flat = sole_user(real)
-    if flat is None or not is_call(flat, *_RESHAPES) or not _same_shape(flat, x) or not _are_pairs(pairs, x, -1):
+    if flat is None or not is_call(flat, *_RESHAPES) or not have_same_shape(flat, x) or not _are_pairs(pairs, x, -1):
         return None
     out = stored_casts(flat)
     nodes += [real] if out == (flat,) else [real, flat]
@@ -182,7 +182,7 @@ def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | No
     if not is_call(straight, aten.mul.Tensor) or straight is product or len(straight.users) != 1:
         return None
     x, cos = straight.args[:2] if before_widening(straight.args[0]) is turn.x else straight.args[1::-1]
-    if _narrowest(x, nodes) is not turn.x or not _same_shape(total, turn.x):
+    if _narrowest(x, nodes) is not turn.x or not have_same_shape(total, turn.x):
         return None
     if not isinstance(cos, Node) or not isinstance(sin, Node):
         return None
@@ -211,7 +211,7 @@ def _pairwise(cat: Node) -> Rotation | None:
     (c, sin2), (d, cos2) = sorted(others, key=lambda term: term[0][2])
     expected = [(a[0], interleaved, index) for index in (0, 1, 0, 1)]
     x = _narrowest(a[0], nodes)
-    if [a, b, c, d] != expected or not _same_shape(flat, x) or len(difference.args) != 2 or difference.kwargs:
+    if [a, b, c, d] != expected or not have_same_shape(flat, x) or len(difference.args) != 2 or difference.kwargs:
         return None
     if not computed_alike(cos, cos2) or not computed_alike(sin, sin2):
         return None
@@ -254,7 +254,7 @@ def _quarter_turn(cat: Node) -> _Turn | None:
     if second is None or first is None or second != (first[0], interleaved, 1) or first[1:] != (interleaved, 0):
         return None
     x = _narrowest(first[0], nodes)
-    return _Turn(x, interleaved, out, nodes) if _same_shape(out, x) else None
+    return _Turn(x, interleaved, out, nodes) if have_same_shape(out, x) else None
 
 
 def _joined(cat: Node, nodes: list[Node]) -> tuple[Node, Node, bool, Node] | None:
@@ -361,11 +361,6 @@ def _past_casts(node: Node, nodes: list[Node]) -> Iterator[Node]:
             yield from _past_casts(user, nodes)
         else:
             yield user
-
-
-def _same_shape(a: Node, b: Any) -> bool:
-    left, right = value(a), value(b) if isinstance(b, Node) else None
-    return left is not None and right is not None and same_shape(left, right)
 
 
 def _are_pairs(pairs: Node, of: Any, dim: int) -> bool:

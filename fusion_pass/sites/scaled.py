@@ -13,14 +13,13 @@ from dit_kernels.rounding import ScaledSteps, scaled_steps
 from fusion_pass.dataflow import (
     aten,
     dtype,
+    have_same_shape,
     is_call,
     is_narrowing,
     is_stored,
     other_operands,
     past_views,
-    same_shape,
     sole_user,
-    value,
 )
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import operand
@@ -120,8 +119,7 @@ def grow(norm: Norm) -> Scaled | None:
     if product is None or not is_call(product, aten.mul.Tensor):
         return None
     scale = next(other_operands(product, term))
-    like, val = value(term), value(product)
-    if not isinstance(scale, Node) or scale is term or like is None or val is None or not same_shape(val, like):
+    if not isinstance(scale, Node) or scale is term or not have_same_shape(term, product):
         return None
     z = _stored(product)
     if not any(is_stored(node) for node in z):

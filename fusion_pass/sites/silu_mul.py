@@ -10,13 +10,12 @@ from fusion_pass.dataflow import (
     aten,
     before_widening,
     dtype,
+    have_same_shape,
     is_call,
     is_stored,
     other_operands,
-    same_shape,
     sole_user,
     stored_casts,
-    value,
 )
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.silu import Silu
@@ -31,8 +30,7 @@ def find(silu: Silu, survey: Survey) -> Site | None:
     if product is None or not is_call(product, aten.mul.Tensor):
         return None
     b = next(other_operands(product, silu.out))
-    like, other = value(silu.x), value(b) if isinstance(b, Node) else None
-    if like is None or other is None or b is silu.out or not same_shape(like, other):
+    if b is silu.out or not have_same_shape(silu.x, b):
         return None  # a gate that broadcasts, a factor
     out = stored_casts(product)
     if not any(is_stored(node) for node in out):

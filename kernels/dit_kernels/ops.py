@@ -231,14 +231,15 @@ def _order(op: Op, args: tuple[Any, ...], results: int) -> tuple[list[int], list
 
 def _cuda(name: str, op: Op) -> Callable[..., Any]:
     level = f"{name}, on CUDA"
+    run = _results(_run_cuda, op.make_call)
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         planned = _planned(level, args, kwargs)
         if planned is not None:
             return planned
-        results = _run_cuda(op.make_call(*args, **kwargs))
+        results = run(*args, **kwargs)
         _keep_plan(level, op, args, kwargs)
-        return results if len(results) > 1 else results[0]
+        return results
 
     return implementation
 

@@ -156,4 +156,19 @@ def rows(t: Tensor) -> Tensor:
     """[..., S, D] as [B, S, D] with a last dimension of stride 1; a copy only where a view cannot do it."""
     if t.ndim != 3:
         t = t.reshape(-1, *t.shape[-2:]) if t.ndim > 3 else t.unsqueeze(0)
+    return dense(t)
+
+
+def dense(t: Tensor) -> Tensor:
+    """With a last dimension of stride 1; a copy only where it has another."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def launch_strides(t: Any, dimensions: int = 2) -> list[Any]:
+    """Strides by the first dimensions (batch item, token, head), in elements: 0 where there is one, or `t` is absent.
+
+    Of tensors, and of whatever else has a shape and stride().
+    """
+    if t is None:
+        return [0] * dimensions
+    return [0 if size == 1 else by for size, by in zip(t.shape[:dimensions], t.stride()[:dimensions], strict=True)]

@@ -24,7 +24,9 @@ from dit_kernels.calls.call import (
     check_row,
     check_tensor,
     check_word,
+    dense,
     dtype_of,
+    launch_strides,
     number,
     reject,
     row,
@@ -110,7 +112,7 @@ def _broadcast(t: Tensor | None, x: Tensor) -> Tensor | None:
         t = t.reshape(1, *t.shape[-2:])
     while t.ndim < 3:
         t = t.unsqueeze(0)
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return dense(t)
 
 
 def launch_numbers(x: Any, residual: Any, gate: Any, scale: Any) -> tuple[Any, ...]:
@@ -118,12 +120,8 @@ def launch_numbers(x: Any, residual: Any, gate: Any, scale: Any) -> tuple[Any, .
 
     Of tensors (B, S, D) as dit_kernels.compile.bound takes them, and of whatever else has a shape and stride().
     """
-    strides = [0 if size == 1 else by for t in (x, residual, gate, scale) for size, by in _outer(t)]
+    strides = [by for t in (x, residual, gate, scale) for by in launch_strides(t)]
     return (x.shape[0], x.shape[1], *strides)
-
-
-def _outer(t: Any) -> list[tuple[Any, Any]]:
-    return [(1, 0)] * 2 if t is None else list(zip(t.shape[:2], t.stride()[:2], strict=True))
 
 
 @cache
@@ -299,7 +297,7 @@ def _dual_call(
         root=root,
         op=op,
     )
-    _check_words(op, norm, rounding, root, z_dtype=z_dtype)
+    check_dtypes(op, z_dtype=z_dtype)
     check_row(op, "weight2", weight2, x)
     check_row(op, "bias2", bias2, x)
     _check_broadcast(op, "scale", scale, x)

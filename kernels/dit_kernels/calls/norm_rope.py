@@ -27,7 +27,9 @@ from dit_kernels.calls.call import (
     check_row,
     check_tensor,
     check_word,
+    dense,
     dtype_of,
+    launch_strides,
     number,
     reject,
     row,
@@ -82,12 +84,12 @@ class NormRopeCall(Call):
 
     def operands(self, results: tuple[Tensor, ...], read_eps: bool = True) -> tuple[Any, ...]:
         return (
-            _heads(self.q),
-            None if self.k is None else _heads(self.k),
+            dense(self.q),
+            None if self.k is None else dense(self.k),
             row(self.q_weight),
             row(self.k_weight),
-            _heads(self.rotation)[:, :, 0],
-            None if self.sin is None else _heads(self.sin)[:, :, 0],
+            dense(self.rotation)[:, :, 0],
+            None if self.sin is None else dense(self.sin)[:, :, 0],
             number(self.q_eps) if read_eps else 0.0,
             number(self.k_eps) if read_eps else 0.0,
             results[0],
@@ -95,23 +97,13 @@ class NormRopeCall(Call):
         )
 
 
-def _heads(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def launch_numbers(operands: Mapping[str, Any]) -> tuple[Any, ...]:
     """B, S, and strides in elements, 0 where an operand has one or is absent: of q and k by batch item, token and head;
     of rotation and sin (B|1, S, n) by batch item and token. Of tensors, or what else has a shape and stride()."""
     q, k, rotation, sin = (operands.get(name) for name in ("q", "k", "rotation", "sin"))
-    strides = (*_strides(q, 3), *_strides(k, 3), *_strides(rotation, 2), *_strides(sin, 2))
+    strides = (*launch_strides(q, 3), *launch_strides(k, 3), *launch_strides(rotation), *launch_strides(sin))
     assert q is not None
     return (q.shape[0], q.shape[1], *strides)
-
-
-def _strides(t: Any, dimensions: int) -> list[Any]:
-    if t is None:
-        return [0] * dimensions
-    return [0 if size == 1 else by for size, by in zip(t.shape[:dimensions], t.stride()[:dimensions], strict=True)]
 
 
 FAMILY = Family(

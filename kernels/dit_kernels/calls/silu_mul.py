@@ -19,6 +19,7 @@ from dit_kernels.calls.call import (
     check_dtypes,
     check_tensor,
     check_word,
+    launch_strides,
     reject,
     rows,
     step_dtypes,
@@ -54,8 +55,7 @@ class SiluMulCall(Call):
 def launch_numbers(operands: Mapping[str, Any]) -> tuple[Any, ...]:
     """B, S, and the strides of a and b (B, S, D) by batch item and by token, in elements: 0 where there is one."""
     a, b = operands["a"], operands["b"]
-    strides = [0 if size == 1 else by for t in (a, b) for size, by in zip(t.shape[:2], t.stride()[:2], strict=True)]
-    return (a.shape[0], a.shape[1], *strides)
+    return (a.shape[0], a.shape[1], *launch_strides(a), *launch_strides(b))
 
 
 FAMILY = Family(("a", "b", "out"), {"out": "a"}, launch_numbers)
