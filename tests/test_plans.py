@@ -27,7 +27,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     def after(first: dict[str, Any], second: dict[str, Any], **options: Any) -> bool:
         ops._plans.clear()
         ops._keep_plan("op", ops.OPS["norm_tanh_mul_add"], arguments(**first), {})
-        return bool(ops._planned("op", arguments(**second), options))
+        return ops._planned("op", arguments(**second), options) is True
 
     return after
 
@@ -88,6 +88,17 @@ def test_no_plan_is_made_from_a_call_whose_pointers_are_not_aligned(planned: Cal
     assert x.data_ptr() % ops.ALIGNMENT
     assert not planned({"x": x}, {})
     assert not ops._plans
+
+
+def test_that_a_call_can_have_no_plan_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "has_kernel", lambda call: looked_at.append("call") or False)
+    monkeypatch.setattr(ops, "_run_cuda", lambda call: call.definition())
+    implementation = ops._cuda("silu_mul", ops.OPS["silu_mul"])
+    for _ in range(3):
+        implementation(torch.ones(1, 4, 8), torch.ones(1, 4, 8))
+    assert len(looked_at) == 1
 
 
 @pytest.mark.parametrize("name", ops.OPS)

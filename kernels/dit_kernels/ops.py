@@ -136,6 +136,7 @@ class _Kept(NamedTuple):
 
 
 _plans: dict[tuple[Any, ...], _Kept] = {}
+_UNKNOWN = object()
 
 
 def _kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -143,18 +144,22 @@ def _kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
 
 
 def _planned(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The results of a call that is like one before; None where there was none."""
+    """The results of a call that is like one before; _UNKNOWN if there was none, None if no plan can run it."""
     kept = _plans.get(_kind(name, args, kwargs))
     if kept is not None:
         tensors = kept.tensors_of(args)
         for guards, plan in kept.plans:
             if guards.check(*tensors):
                 return plan(args, tensors)
-    return None
+    return _UNKNOWN
+
+
+def _no_plan(args: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+    """The plan for calls that can have none, kept so that this is found out once."""
 
 
 def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Makes a plan for calls like this one, if they can have one.
+    """Makes a plan for calls like this one.
 
     Dynamo's guards compare all that checking and the choice of a kernel depend on: dtype, device, sizes, strides and
     dispatch keys. `name` stands for the op and for the level of the dispatcher, on which those keys depend.
@@ -162,30 +167,30 @@ def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any])
     positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     tensors = [args[i] for i in positions]
     plain = all(a is None or a.__class__ is float or a.__class__ in _PLAIN for a in args)
-    if not plain or any(not t.numel() or t.is_neg() or t.is_conj() or t.data_ptr() % ALIGNMENT for t in tensors):
+    # Guards do not tell of alignment, and take no tensor twice.
+    odd = any(not t.numel() or t.is_neg() or t.is_conj() or t.data_ptr() % ALIGNMENT for t in tensors)
+    if not plain or odd or len(set(map(id, tensors))) < len(tensors):
         return
     call = op.make_call(*args, **kwargs)
-    plan = _make_plan(op, call, args) if has_kernel(call) else None
-    if plan is None:
-        return
+    plan = _make_plan(op, call, args) if has_kernel(call) else _no_plan
     sizes: Any = [list(t.shape) for t in tensors]  # for Dynamo some could be None: any size
     strides: Any = [list(t.stride()) for t in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    if guards.check(*tensors):  # they take no tensor twice
+    if guards.check(*tensors):
         tensors_of = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
         plans = _plans.setdefault(_kind(name, args, kwargs), _Kept(tensors_of, [])).plans
         plans[_MOST_PLANS - 1 :] = []
         plans.insert(0, (guards, plan))
 
 
-def _make_plan(op: Op, call: Call, args: tuple[Any, ...]) -> _Plan | None:
-    """Runs calls like this one. None where the kernel reads a copy of an argument."""
+def _make_plan(op: Op, call: Call, args: tuple[Any, ...]) -> _Plan:
+    """Runs calls like this one. There is none where the kernel reads a copy of an argument."""
     results = call.empty_results()
     operands = call.operands(results)
     read = [a for a in args if isinstance(a, Tensor)]
     addresses = [t.data_ptr() for t in operands if isinstance(t, Tensor)]
     if sorted(addresses) != sorted(t.data_ptr() for t in (*read, *results)):
-        return None
+        return _no_plan
     function, numbers = _compiler().bound(call.chain, *operands)
     device, metadata = results[0].get_device(), [(r.shape, r.dtype) for r in results]
     x = call.like()
@@ -235,10 +240,11 @@ def _cuda(name: str, op: Op) -> Callable[..., Any]:
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         planned = _planned(level, args, kwargs)
-        if planned is not None:
+        if planned is not None and planned is not _UNKNOWN:
             return planned
         results = run(*args, **kwargs)
-        _keep_plan(level, op, args, kwargs)
+        if planned is _UNKNOWN:
+            _keep_plan(level, op, args, kwargs)
         return results
 
     return implementation
@@ -286,9 +292,10 @@ def _autograd(
         x = args[0]
         if x is not None and x.is_cuda and not _len_torch_dispatch_stack() and peek_interpreter_stack() is None:
             planned = _planned(name, args, kwargs)
-            if planned is not None:
+            if planned is _UNKNOWN:
+                _keep_plan(name, op, args, kwargs)
+            elif planned is not None:
                 return planned
-            _keep_plan(name, op, args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return registered(*args, **kwargs)
 
