@@ -33,10 +33,16 @@ MAY_DIFFER = {torch.bfloat16: 5e-4, torch.float16: 5e-3}
 
 def moved(args: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Moving a view to the GPU would make it contiguous: its base is moved, and the same view taken there."""
-    return [
-        a._base.cuda().as_strided(a.shape, a.stride(), a.storage_offset()) if a._base is not None else a.cuda()
-        for a in args
-    ]
+
+    def on_gpu(a: torch.Tensor) -> torch.Tensor:
+        if a._base is None:
+            return a.cuda()
+        base = a._base.cuda()
+        if base.is_complex() and not a.is_complex():  # the real part of a table
+            base = torch.view_as_real(base)
+        return base.as_strided(a.shape, a.stride(), a.storage_offset())
+
+    return [on_gpu(a) for a in args]
 
 
 def on_gpu(spec: Spec, seed: int = 0) -> tuple[SiteModule, list[torch.Tensor]]:
