@@ -108,8 +108,8 @@ def test_a_kernel_is_given_what_the_op_is_given_in_its_own_order(name: str) -> N
     names = [a for a in op.arguments if a not in results]
     present = [a for a in names if a not in ("bias", "k_weight")]
     args = tuple(0.5 if "eps" in a else torch.ones(1) if a in present else None for a in names)
-    order, floats = ops._order(op, args, len(results))
+    arranged, floats_of = ops._arranged(op, args, len(results))
     tensors = [a for a in present if "eps" not in a]
-    values = [*tensors, *results, *(names[i] for i in floats), None, 0.0]
+    values = (*tensors, *results, *floats_of(tuple(names)), None, 0.0)
     expected = [a if a in present or a in results else 0.0 if "eps" in a else None for a in op.family.arguments]
-    assert [values[i] for i in order] == expected
+    assert [*arranged(values)] == expected

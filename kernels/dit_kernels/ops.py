@@ -31,9 +31,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
 from importlib.util import find_spec
-from operator import itemgetter
+from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +123,8 @@ def _compiler() -> Any:
 # --- plans: what was checked and found out for one call is not again for the next like it ---------------------------
 
 _Plan = Callable[[tuple[Any, ...], Sequence[Tensor]], Any]
+_Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+_address = Tensor.data_ptr
 # Of calls that differ in metadata only: a shape that changes with every call must not cost more each time.
 _MOST_PLANS = 8
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -131,7 +133,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class _Kept(NamedTuple):
     """The plans for calls whose arguments are of the same types."""
 
-    tensors_of: Callable[[tuple[Any, ...]], Sequence[Tensor]]
+    tensors_of: _Pick
     plans: list[tuple[TensorGuards, _Plan]]
 
 
@@ -177,8 +179,7 @@ def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any])
     strides: Any = [list(t.stride()) for t in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     if guards.check(*tensors):
-        tensors_of = itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
-        plans = _plans.setdefault(_kind(name, args, kwargs), _Kept(tensors_of, [])).plans
+        plans = _plans.setdefault(_kind(name, args, kwargs), _Kept(_picking(positions), [])).plans
         plans[_MOST_PLANS - 1 :] = []
         plans.insert(0, (guards, plan))
 
@@ -192,46 +193,47 @@ def _make_plan(op: Op, call: Call, args: tuple[Any, ...]) -> _Plan:
     if sorted(addresses) != sorted(t.data_ptr() for t in (*read, *results)):
         return _no_plan
     function, numbers = _compiler().bound(call.chain, *operands)
-    device, metadata = results[0].get_device(), [(r.shape, r.dtype) for r in results]
-    x = call.like()
-    alike = x.is_contiguous() and set(metadata) == {(x.shape, x.dtype)}
+    device, metadata = results[0].get_device(), [(r.shape, r.stride(), r.dtype) for r in results]
     several = len(results) > 1
-    empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
-    current_device, of_launch = torch._C._cuda_getDevice, op.family.of_launch
-    order, floats = _order(op, args, len(results))
+    empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+    current_device, stream_of = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+    of_launch = op.family.of_launch
+    arranged, floats_of = _arranged(op, args, len(results))
 
     def plan(args: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
         if current_device() != device:
             with torch.cuda.device(device):
                 return plan(args, tensors)
-        values: list[Any] = [t.data_ptr() for t in tensors]
-        bits = 0
-        for address in values:
-            bits |= address
-        if bits % ALIGNMENT:
+        addresses = [*map(_address, tensors)]
+        if reduce(or_, addresses) % ALIGNMENT:
             return None
-        x = args[0]
-        results = [empty_like(x) if alike else x.new_empty(shape, dtype=dtype) for shape, dtype in metadata]
-        values += [r.data_ptr() for r in results]
-        values += [args[i] for i in floats]
-        values += (None, 0.0)
+        results = [empty(*of_one) for of_one in metadata]  # on the current device
+        given = arranged((*addresses, *map(_address, results), *floats_of(args), None, 0.0))
         stream = stream_of(device)
-        function(*[values[i] for i in order], *numbers, *of_launch(device, stream, numbers[0]), stream)
+        function(*given, *numbers, *of_launch(device, stream, numbers[0]), stream)
         return tuple(results) if several else results[0]
 
     return plan
 
 
-def _order(op: Op, args: tuple[Any, ...], results: int) -> tuple[list[int], list[int]]:
-    """Of each argument of the kernel, where it stands among: addresses of tensors, of results, floats, None, 0; and the
-    positions of the floats."""
+def _arranged(op: Op, args: tuple[Any, ...], results: int) -> tuple[_Pick, _Pick]:
+    """Two functions. Of addresses of tensors, of results, floats, None and 0, in this order: the kernel's arguments. Of
+    the op's arguments: the floats."""
     floats = [i for i, a in enumerate(args) if a.__class__ is float]
     tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     first_float = len(tensors) + results
     absent = first_float + len(floats)
     places = {i: n for n, i in enumerate(tensors)} | {i: first_float + n for n, i in enumerate(floats)}
     given = [places.get(i) for i in range(len(args))] + [len(tensors) + n for n in range(results)]
-    return [absent if i is None else absent + 1 if i.__class__ is float else i for i in op.arranged(given)], floats
+    order = [absent if i is None else absent + 1 if i.__class__ is float else i for i in op.arranged(given)]
+    return _picking(order), _picking(floats)
+
+
+def _picking(positions: Sequence[int]) -> _Pick:
+    """Of a tuple, what stands at these positions."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return itemgetter(slice(positions[0], positions[0] + 1) if positions else slice(0))
 
 
 def _cuda(name: str, op: Op) -> Callable[..., Any]:
