@@ -6,15 +6,18 @@ Per row of the table, in microseconds: a copy of the same number of bytes (one c
 this package's op, Inductor's kernels for the same PyTorch code (default, max-autotune, emulate_precision_casts), a
 Triton kernel with one program a row, and eager. Each is a CUDA graph over operands that rotate through more memory than
 L2 holds, outputs kept apart; all variants of a row are replayed in turn in one process, and the median of the rounds
-counts. Last, the time of a call on the host.
+counts. Last, the time of a call on the host, and what a new process waits for (cold_start.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ import dit_kernels  # noqa: F401  registers torch.ops.dit_kernels
 BYTES_IN_FLIGHT = 300e6  # more than any L2
 CALLS = 24  # in one graph, at least
 ROUNDS = 25
+COLD_STARTS = 5
 MODES = ("default", "max-autotune", "emulate")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Run = Callable[[], Any]
@@ -303,6 +307,23 @@ def host_times() -> dict[str, float]:
     return best
 
 
+def cold_start() -> dict[str, dict[str, float]]:
+    """Milliseconds of cold_start.py where every kernel is compiled, and of kernels on disk: medians of processes."""
+    script, waits = Path(__file__).with_name("cold_start.py"), []
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(1 + COLD_STARTS):
+            run = subprocess.run(
+                [sys.executable, script],
+                check=True,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "DIT_KERNELS_CACHE_DIR": cache},
+            )
+            waits.append(json.loads(run.stdout))
+    first, *others = waits
+    return {"compiled": first, "on disk": {name: statistics.median(w[name] for w in others) for name in first}}
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -331,20 +352,32 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES), help="of Inductor; fewer compile in less time")
     parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args()
-    cases, rows = [case for case in CASES if arguments.only in case.name], []
+    cases = [case for case in CASES if arguments.only in case.name]
+    rows: list[dict[str, Any]] = []
     modes = tuple(filter(None, arguments.modes.split(",")))
     console = Console(width=140)
+    results: dict[str, Any] = {**environment(), "rows": rows}
+
+    def write() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
     with Progress(console=console) as progress:
         for case in progress.track(cases, description="timing"):
             rows.append({"case": case.name, "bytes": case.bytes, "us": measure(case, modes)})
             torch.cuda.empty_cache()
-            if arguments.json:
-                arguments.json.write_text(json.dumps({**environment(), "rows": rows, "host_us": {}}, indent=1) + "\n")
+            write()
     console.print(table(rows))
-    host = host_times()
-    console.print("host, us: " + ", ".join(f"{name} {value:.1f}" for name, value in host.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**environment(), "rows": rows, "host_us": host}, indent=1) + "\n")
+    results["host_us"] = host_times()
+    console.print("host, us: " + listed(results["host_us"]))
+    results["cold_start_ms"] = cold_start()
+    for state, waits in results["cold_start_ms"].items():
+        console.print(f"a new process, kernels {state}, ms: {listed(waits)}")
+    write()
+
+
+def listed(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
 
 
 if __name__ == "__main__":
