@@ -36,10 +36,12 @@ def load(args: argparse.Namespace) -> tuple[ZImagePipeline, dict[str, Any]]:
         pipe = ZImagePipeline.from_pretrained(args.pretrained, torch_dtype=torch.bfloat16, local_files_only=True)
         return pipe, {"prompt": args.prompt, "height": 1024, "width": 1024}
     transformer, pixels = build_model("small", "cpu"), PIXELS["small"]
-    *_, captions = build_inputs(transformer, pixels, pixels, CAPTION_TOKENS["small"], 1)
+    *_, (caption,) = build_inputs(transformer, pixels, pixels, CAPTION_TOKENS["small"], 1)
+    # Where the transformer will run: the pipeline moves nothing that it is given.
+    caption = caption.to("cuda" if torch.cuda.is_available() else "cpu")
     nothing: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None}
     pipe = ZImagePipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **nothing)
-    return pipe, {"prompt_embeds": captions, "height": pixels, "width": pixels}
+    return pipe, {"prompt_embeds": [caption], "height": pixels, "width": pixels}
 
 
 def add_lora(pipe: ZImagePipeline, path: Path | None) -> None:

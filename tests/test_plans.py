@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +101,49 @@ def test_that_a_call_can_have_no_plan_is_found_out_once(monkeypatch: pytest.Monk
     for _ in range(3):
         implementation(torch.ones(1, 4, 8), torch.ones(1, 4, 8))
     assert len(looked_at) == 1
+
+
+SIZES = {"weight": (8,), "weight2": (8,), "gate": (1, 1, 8), "scale": (1, 1, 8), "rotation": (4, 4)}
+SIZES |= {"q": (1, 4, 2, 8), "k": (1, 4, 2, 8), "q_weight": (8,)}
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_a_plan_launches_its_kernel_on_the_tensors_and_on_fresh_results(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, with a kernel that only notes what it is given."""
+    op, device = ops.OPS[name], -1
+    launched: list[tuple[Any, ...]] = []
+    compiler = SimpleNamespace(bound=lambda chain, *operands: (lambda *given: launched.append(given), (1, 4)))
+    monkeypatch.setattr(ops, "_compiler", lambda: compiler)
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: device, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda of: 77, raising=False)
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+    op = replace(op, family=replace(op.family, of_launch=lambda *given: given))
+
+    def given() -> tuple[Any, ...]:
+        dtypes = {"rotation": torch.complex64}
+        return tuple(
+            1e-5
+            if "eps" in a
+            else None
+            if a in ("bias", "bias2", "k_weight", "sin")
+            else torch.ones(SIZES.get(a, (1, 4, 8)), dtype=dtypes.get(a))
+            for a in op.arguments
+            if a not in op.family.results
+        )
+
+    ops._keep_plan(name, op, given(), {})
+    args = given()
+    results = ops._planned(name, args, {})
+    expected = op.make_call(*args).empty_results()
+    results = results if len(expected) > 1 else (results,)
+    assert [(r.shape, r.stride(), r.dtype) for r in results] == [(e.shape, e.stride(), e.dtype) for e in expected]
+    addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in op.arranged((*args, *results))]
+    assert launched == [(*addresses, 1, 4, device, 77, 1, 77)]
 
 
 @pytest.mark.parametrize("name", ops.OPS)

@@ -193,7 +193,7 @@ def _make_plan(op: Op, call: Call, args: tuple[Any, ...]) -> _Plan:
     if sorted(addresses) != sorted(t.data_ptr() for t in (*read, *results)):
         return _no_plan
     function, numbers = _compiler().bound(call.chain, *operands)
-    device, metadata = results[0].get_device(), [(r.shape, r.stride(), r.dtype) for r in results]
+    device, metadata = results[0].get_device(), [(tuple(r.shape), r.stride(), r.dtype) for r in results]
     several = len(results) > 1
     empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
     current_device, stream_of = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
