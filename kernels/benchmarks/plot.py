@@ -64,16 +64,16 @@ def plain(rows: Rows, op: str) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
 
 
 def by_tokens(results: dict[str, Any], path: Path) -> None:
-    figure, grid = plt.subplots(2, 3, figsize=(12, 6.4), sharey=True, layout="constrained")
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
     panels = grid.flat
     for axes, ((op, *sizes), title) in zip(panels, PANELS.items(), strict=False):
         cases = [(numbers[-1], row) for numbers, row in plain(results["rows"], op) if numbers[:-1] == tuple(sizes)]
         axes.set_xscale("log")
         draw_lines(axes, [row for _, row in cases], [tokens for tokens, _ in cases])
         axes.set(title=title, xlabel="tokens")
+        axes.set_ylim(0.9, max(2.1, axes.get_ylim()[1]))  # the same where it can be
     for axes in grid[:, 0]:
         axes.set_ylabel("time / copy of the same bytes")
-    grid[0, 0].set_ylim(bottom=0.9)
     labelled = [axes.get_legend_handles_labels() for axes in grid.flat]
     handles = {label: handle for pair in labelled for handle, label in zip(*pair, strict=True)}
     grid[1, 2].axis("off")

@@ -29,6 +29,7 @@ from typing import Any
 
 import cutlass.cute as cute
 import torch
+import tvm_ffi  # noqa: F401  here, with all that takes long to import, and not in load_module, at the first kernel
 from cutlass import Float32, Float64, Int32, Int64
 from cutlass.cute.runtime import load_module, make_fake_stream, make_ptr
 from filelock import FileLock
