@@ -46,8 +46,8 @@ def _val(site: Site, name: str) -> Any:
 def _is_computed_per_token(source: Node, x: torch.Tensor) -> bool:
     """An operand of x's size that Inductor would have computed inside its kernel, and that the op must read.
 
-    Such a site is left to Inductor. On an H200 (D=3840, bf16, B=1 and 2, 1056 and 4128 tokens) its one kernel takes 0.6 to
-    0.84 of the time that it takes to write gate and scale and then to call the op
+    Such a site is left to Inductor. On an H200 (D=3840, bf16, B=1 and 2, 1056 and 4128 tokens) its one kernel takes 0.6
+    to 0.84 of the time that it takes to write gate and scale and then to call the op
     (kernels/benchmarks/results/h200_per_token.json, by bench_per_token.py).
     """
     val = value(source)
