@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ RESHAPES = (
 )
 VIEWS = (*RESHAPES, aten.permute.default)
 HALVES = (torch.bfloat16, torch.float16)
+PARTS = (aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -69,12 +71,18 @@ def is_narrowing(node: Any) -> bool:
 
 def keeps_rows(node: Any) -> bool:
     """Another shape or a copy of the same rows: what is computed row by row may be computed before it or after it."""
-    if not is_call(node, *RESHAPES, aten.clone.default):
+    if not is_call(node, *RESHAPES, aten.clone.default) and not _drops_a_dimension(node):
         return False
     before, after = value(node.args[0]), value(node)
     if before is None or after is None or not before.ndim or not after.ndim:
         return False
     return known_equal(before.shape[-1], after.shape[-1])
+
+
+def _drops_a_dimension(node: Any) -> bool:
+    """x[:, 0], of a dimension of 1 that is not the last."""
+    val = value(node.args[0]) if is_call(node, aten.select.int) else None
+    return val is not None and node.args[1] not in (-1, val.ndim - 1) and known_equal(val.shape[node.args[1]], 1)
 
 
 def under_views(node: Any) -> Any:
@@ -92,10 +100,16 @@ def past_views(node: Node) -> tuple[Node, ...]:
     return tuple(chain)
 
 
+def lies_in_rows(node: Node) -> bool:
+    """Do the elements of a row stand side by side? A CPU sums such rows in one order, wherever they are; others not."""
+    val = value(node)
+    return val is not None and val.ndim > 0 and (known_equal(val.shape[-1], 1) or known_equal(val.stride(-1), 1))
+
+
 def through_widening(node: Any) -> Any:
     """What has the same rows as the node before it was cast up to fp32."""
     narrow = node
-    while is_widening(node) or keeps_rows(node):
+    while is_widening(node) or (keeps_rows(node) and lies_in_rows(node.args[0])):
         widened, node = is_widening(node), node.args[0]
         narrow = node if widened else narrow
     return narrow
@@ -154,8 +168,9 @@ def is_pointwise(node: Node) -> bool:
 
 def is_stored(node: Node) -> bool:
     """Does anything read the node from memory, instead of computing on in the kernel that makes it?"""
-    past = (*VIEWS, aten.clone.default)
-    return any(is_stored(user) if is_call(user, *past) else not is_pointwise(user) for user in node.users)
+    past = (*VIEWS, *PARTS, aten.expand.default, aten.clone.default, operator.getitem)
+    readers = (user for user in node.users if not is_size(user))
+    return any(is_stored(user) if is_call(user, *past) else not is_pointwise(user) for user in readers)
 
 
 def is_only_joined(node: Node) -> bool:
@@ -165,24 +180,28 @@ def is_only_joined(node: Node) -> bool:
 
 
 def stored_casts(node: Node) -> tuple[Node, ...]:
-    """The node; or, where all that reads it are equal casts, those."""
+    """The node; or, where all that reads it are equal casts to what an op can give, those."""
     casts = tuple(node.users)
     equal = casts and all(is_cast(cast) and dtype(cast) == dtype(casts[0]) for cast in casts)
-    return casts if equal else (node,)
+    return casts if equal and dtype(casts[0]) in (*HALVES, torch.float32) else (node,)
 
 
-def computed_alike(a: Any, b: Any) -> bool:
+def computed_alike(a: Any, b: Any, proven: set[tuple[Node, Node]] | None = None) -> bool:
     """Are a and b one value, computed once, or twice from the same by views and pointwise operations?"""
     if not isinstance(a, Node) or not isinstance(b, Node):
         return type(a) is type(b) and a == b
-    if a is b:
+    proven = set() if proven is None else proven
+    if a is b or (a, b) in proven:
         return True
     if a.target != b.target or len(a.args) != len(b.args) or a.kwargs != b.kwargs or region(a) != region(b):
         return False
     if not is_call(a, *VIEWS, aten.expand.default, aten.slice.Tensor, aten.select.int) and not is_pointwise(a):
         return False
     seeded = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
-    return not seeded and all(map(computed_alike, a.args, b.args))
+    if seeded or not all(computed_alike(m, n, proven) for m, n in zip(a.args, b.args, strict=True)):
+        return False
+    proven.add((a, b))
+    return True
 
 
 def region(node: Node) -> tuple[int, Any]:

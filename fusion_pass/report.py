@@ -18,7 +18,7 @@ from torch.fx import Node
 class Reason(str, Enum):
     """Why something in the graph was not fused; the list is closed."""
 
-    ALONE = "no residual add, no scale and no rotation stands around it"
+    ALONE = "no residual add, scale or rotation of a known form stands around it as its only reader"
     FOLLOWED = "a shift, a product or the like follows the scale, which Inductor computes in the same kernel"
     LAYER_NORM = "a LayerNorm that is not written as F.layer_norm"
     DIMENSION = "the mean does not run over the last dimension only"
@@ -32,15 +32,17 @@ class Reason(str, Enum):
     SHAPE = "shape or broadcast not proven"
     DTYPE = "a dtype that the ops do not take"
     DEVICE = "its operands are on different devices"
-    EPS = "eps is neither a constant nor a one-element CPU tensor"
+    EPS = "eps is neither a constant nor a floating-point tensor of one element on the CPU"
     ORDER = "an operand of the site is computed from its result"
     LAYOUT = "its result has another layout than the op's, and the graph reads memory by strides"
     MUTATION = "a mutation or a stream switch stands between its nodes"
     TRAINING = "a training graph, whose backward reads the values inside the site"
     UNNORMED = "what is rotated is not an RMSNorm of each head"
-    HEADS = "what is rotated has no heads, or its rotation is not one row for each token, the same for all heads"
+    HEADS = (
+        "what is rotated is not [B, S, H, Dh], or its rotation is not one row for each token, the same for all heads"
+    )
     INLINE = "Inductor computes it in the kernel that reads it, or writes it into the tensor that it becomes a part of"
-    SIGMOID = "its silu is written x * sigmoid(x), which rounds otherwise than silu"
+    SILU = "a silu that is not written as F.silu, and rounds otherwise"
     PER_TOKEN = "an operand for each token that Inductor computes inside its own kernel"
     NO_KERNEL = "no kernel can run here"
     UNFIT = "no kernel takes its dtypes and sizes"
@@ -62,7 +64,7 @@ BY_DESIGN = frozenset(
         Reason.UNNORMED,
         Reason.HEADS,
         Reason.INLINE,
-        Reason.SIGMOID,
+        Reason.SILU,
         Reason.UNFIT,
     }
 )

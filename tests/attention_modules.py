@@ -567,6 +567,14 @@ def a_silu_by_a_sigmoid(a: Tensor, b: Tensor) -> Tensor:
     return (a * torch.sigmoid(a) * b) @ a.mT
 
 
+def a_silu_by_an_exponential(a: Tensor, b: Tensor) -> Tensor:
+    return (a / (1 + torch.exp(-a)) * b) @ a.mT
+
+
+def the_silu_is_viewed(a: Tensor, b: Tensor) -> Tensor:
+    return ((F.silu(a).flatten(0, 1) * b.flatten(0, 1)) @ a[0].mT).unflatten(0, a.shape[:2])
+
+
 def the_silu_is_read_elsewhere(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     s = F.silu(a)
     return (s * b) @ a.mT, s
@@ -585,8 +593,10 @@ NO_SWIGLU = {
     the_exponential_is_not_negative: [],
     two_for_one: [],
     a_gate_that_broadcasts: [],
-    a_silu_by_a_sigmoid: ["SIGMOID"],
-    the_silu_is_read_elsewhere: [],
+    a_silu_by_a_sigmoid: ["SILU"],
+    a_silu_by_an_exponential: ["SILU"],
+    the_silu_is_viewed: ["SHAPE"],
+    the_silu_is_read_elsewhere: ["ESCAPES"],
     the_product_is_computed_on: ["INLINE"],
     a_silu_alone: [],
 }

@@ -146,6 +146,8 @@ def test_slices_instead_of_split_make_no_difference() -> None:
 
     args = [torch.randn(2, 3, 16), torch.randn(8, 8)]
     graph = traced(function, *args)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default):
+        node.meta["original_aten"] = torch.ops.aten.silu.default
     assert rewritten(graph).counts() == {"silu_mul": 1}
     assert_computes(graph, lambda packed, weight: _swiglu(*packed.chunk(2, -1)).reshape(6, 8) @ weight, args)
 
@@ -280,6 +282,131 @@ def test_what_are_no_q_and_k_of_one_attention_and_rotation_are_fused_each_alone(
     got, backend = run(mutant, *args)
     assert backend.report.counts() == {"norm_rope": 2}, backend.report
     assert_bit_equal(got, mutant(*args))
+
+
+def rounded_and_cast_up(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.stack((a.bfloat16(), b.bfloat16()), -1).flatten(-2).float()
+
+
+def one_of_a_pair_is_rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.stack((a.bfloat16(), b), -1).flatten(-2)
+
+
+def rounded_in_two_ways(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.stack((a.bfloat16(), b.half()), -1).flatten(-2)
+
+
+def rounded_twice(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.stack((a.half(), b.half()), -1).flatten(-2).bfloat16()
+
+
+@pytest.mark.parametrize("joined", (rounded_and_cast_up, one_of_a_pair_is_rounded, rounded_in_two_ways, rounded_twice))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_a_rounding_before_a_pair_is_put_together_is_kept(joined, dtype: torch.dtype) -> None:
+    def rotated(x, cos, sin):
+        a, b = _norm(x).float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cos[..., ::2].unsqueeze(2), sin[..., ::2].unsqueeze(2)
+        return joined(a * cos - b * sin, a * sin + b * cos)
+
+    def model(q, k, cos, sin):
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        return torch.einsum("bshd,bthd->bhst", q, k), q @ q.mT
+
+    args = rope_inputs(RopeSpec(rope=half_rope, dtype=dtype, table=torch.float32, heads=2, kv_heads=2))
+    got, _ = run(model, *args)
+    plain, _ = run(model, *args, fuse=False)
+    assert_bit_equal(got, plain)
+
+
+@pytest.mark.parametrize("dtype", (torch.float8_e4m3fn, torch.int32, torch.complex64), ids=str)
+def test_a_swiglu_that_is_cast_to_what_no_op_gives_harms_no_other_site(dtype: torch.dtype) -> None:
+    def model(a, b, x, scale):
+        return (torch.nn.functional.silu(a) * b).to(dtype), (_norm(x) * (1 + scale)) @ x.mT
+
+    args = (*silu_inputs(SiluSpec(dtype=torch.float32, b_dtype=torch.float32)), torch.randn(2, 3, 16), torch.randn(16))
+    got, backend = run(model, *args, strict=True)
+    assert_bit_equal(got[1], model(*args)[1])
+    assert backend.report.counts() == {"norm_scale": 1}
+
+
+def test_halves_of_a_width_that_is_not_static_are_no_error() -> None:
+    def turned(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat((-b, a), -1).sin()
+
+    x = torch.randn(4, 16)
+    torch._dynamo.mark_dynamic(x, 1)
+    got, backend = run(turned, x, strict=True)
+    assert_bit_equal(got, turned(x))
+    assert backend.report.missed == []
+
+
+def test_looking_for_pairs_adds_no_guard() -> None:
+    """A dimension that might be 2 is not asked whether it is."""
+
+    def model(x, pair):
+        x = x.reshape(3, -1, pair.shape[0])
+        return torch.cat((-x[..., 1], x[..., 0]), -1).sin()
+
+    def compiled(fuse: bool) -> int:
+        torch._dynamo.reset()
+        backend = GraphBackend(fuse=fuse)
+        function = torch.compile(model, backend=backend, dynamic=True)
+        for pairs in (2, 3, 4):
+            args = (torch.randn(3, 12), torch.randn(pairs))
+            assert_bit_equal(function(*args), model(*args))
+        return len(backend.graphs)
+
+    assert compiled(fuse=True) == compiled(fuse=False)
+
+
+def test_tables_that_are_computed_alike_in_many_steps_are_compared_once() -> None:
+    """Without a memory of what was compared already, each step would double the work."""
+
+    def table(cos):
+        for _ in range(40):
+            cos = cos * cos
+        return cos.unsqueeze(2)
+
+    def model(q, k, cos, sin):
+        q, k = (half_rope(_norm(x), table(cos), table(sin)) for x in (q, k))
+        return torch.einsum("bshd,bthd->bhst", q, k)
+
+    args = rope_inputs(RopeSpec(rope=half_rope, dtype=torch.float32, table=torch.float32, heads=2, kv_heads=2))
+    got, backend = run(model, *args)
+    assert_bit_equal(got, model(*args))
+    assert backend.report.counts() == {"qk_norm_rope": 1}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_a_norm_of_one_plus_a_weight_is_fused_with_its_rotation(dtype: torch.dtype, dynamic: bool) -> None:
+    """As Gemma and Krea write it: the weight is learned as its distance from 1."""
+
+    def normed(x, weight):
+        n = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (n * (1 + weight.float())).to(x.dtype)
+
+    def model(q, k, cos, sin, weight):
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        q, k = (half_rope(normed(x, weight), cos, sin) for x in (q, k))
+        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, k)))
+
+    spec = RopeSpec(rope=half_rope, dtype=dtype, table=dtype, heads=2, kv_heads=2)
+    args = (*rope_inputs(spec), torch.randn(spec.width).to(dtype))
+    got, backend = run(model, *args, dynamic=dynamic)
+    assert backend.report.counts() == {"qk_norm_rope": 1}, backend.report
+    assert_bit_equal(got, run(model, *args, dynamic=dynamic, fuse=False)[0])
+
+
+def test_a_silu_that_is_cast_up_to_the_other_factor_is_fused() -> None:
+    def model(a, b):
+        return (torch.nn.functional.silu(a).float() * b) @ torch.ones(a.shape[-1], 2)
+
+    args = silu_inputs(SiluSpec(dtype=torch.bfloat16, b_dtype=torch.float32))
+    got, backend = run(model, *args)
+    assert_bit_equal(got, model(*args))
+    assert backend.report.counts() == {"silu_mul": 1}
 
 
 def test_a_factor_that_was_cast_up_in_another_shape_is_read_in_its_own() -> None:

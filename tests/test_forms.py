@@ -174,6 +174,23 @@ def a_weight_that_is_viewed(x: Tensor, weight: Tensor) -> Tensor:
     return weight.view(1, 1, -1) * diffusers_norm(x, None)
 
 
+def eps_of_one_dimension(x: Tensor, weight: Tensor) -> Tensor:
+    return (x * torch.rsqrt(torch.full((1,), EPS) + x.float().pow(2).mean(-1, keepdim=True))).to(x.dtype) * weight
+
+
+def keepdim_by_a_view(x: Tensor, weight: Tensor) -> Tensor:
+    rstd = torch.rsqrt(x.float().pow(2).mean(-1) + EPS)
+    return (x * rstd.view(*rstd.shape, 1)).to(x.dtype) * weight
+
+
+def a_mean_with_its_own_dtype(x: Tensor, weight: Tensor) -> Tensor:
+    return (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True, dtype=torch.float32) + EPS)).to(x.dtype) * weight
+
+
+def a_power_of_minus_one(x: Tensor, weight: Tensor) -> Tensor:
+    return (x * (x.float().pow(2).mean(-1, keepdim=True) + EPS).sqrt() ** -1).to(x.dtype) * weight
+
+
 def gemmas(x: Tensor, weight: Tensor) -> Tensor:
     n = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
     return (n * (1 + weight.float())).to(x.dtype)
@@ -184,6 +201,10 @@ def gemmas(x: Tensor, weight: Tensor) -> Tensor:
     (
         a_weight_of_all_dimensions,
         a_weight_that_is_viewed,
+        eps_of_one_dimension,
+        keepdim_by_a_view,
+        a_mean_with_its_own_dtype,
+        a_power_of_minus_one,
         gemmas,
         eps_of_torch,
         no_eps,
@@ -218,6 +239,90 @@ def test_a_norm_that_is_cast_up_again_meets_gate_residual_and_scale_in_fp32(dyna
     got, backend = run(model, *args, dynamic=dynamic)
     assert_equal(got, model(*args))
     assert [(site.kind, site.gate) for site in backend.report.fused] == [(SINGLE, "tanh"), (DUAL, None)]
+
+
+@pytest.mark.parametrize("shape", ((48,), (1, 48), (1, 1, 48)), ids=str)
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_a_weight_may_have_further_dimensions_of_one(shape: tuple[int, ...], dynamic: bool) -> None:
+    def model(x, residual, gate, weight):
+        y = residual + gate.tanh() * diffusers_norm(x, weight)
+        return y, diffusers_norm(y, weight) * (1 + gate)
+
+    args = tensors((2, 6, 48), (2, 6, 48), (2, 1, 48), shape)
+    got, backend = run(model, *args, dynamic=dynamic)
+    assert_equal(got, model(*args))
+    assert backend.report.counts() == {DUAL: 1}
+
+
+@pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
+@pytest.mark.parametrize("rows", ((True, True), (True, False), (False, True)), ids=("both", "weight", "bias"))
+def test_a_layer_norm_takes_an_fp32_weight_and_bias_as_pytorch_does(dtype: torch.dtype, rows: Any) -> None:
+    """PyTorch's CPU kernel for a 16-bit x and fp32 rows gives other bits than that for fp32 throughout."""
+
+    def model(x, residual, gate, weight, bias):
+        weight, bias = (row if present else None for row, present in zip((weight, bias), rows, strict=True))
+        y = residual + gate.tanh() * F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+        return y, F.layer_norm(y, x.shape[-1:], weight, bias, EPS) * (1 + gate)
+
+    args = tensors((2, 256, 1000), (2, 256, 1000), (2, 1, 1000), dtype=dtype) + tensors((1000,), (1000,), dtype=FP32)
+    got, backend = run(model, *args)
+    assert_equal(got, model(*args))
+    assert backend.report.counts() == {DUAL: 1}
+
+
+def a_copy_of_channels(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous()
+
+
+def a_wide_copy_of_channels(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).float().contiguous()
+
+
+def a_copy_of_cropped_rows(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)[:, 1:-1].reshape(-1, x.shape[1])[None]
+
+
+@pytest.mark.parametrize("copy", (a_copy_of_channels, a_wide_copy_of_channels, a_copy_of_cropped_rows))
+@pytest.mark.parametrize("norm", (diffusers_norm, eps_of_torch, layer_norm))
+@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+def test_rows_that_a_copy_brought_together_are_summed_as_they_lie_in_the_copy(
+    copy: Model, norm: Model, dtype: torch.dtype
+) -> None:
+    """A CPU sums rows whose elements lie apart in another order."""
+
+    def model(x, gate):
+        rows = copy(x)
+        return rows + gate.tanh() * norm(rows, torch.ones(500, dtype=rows.dtype))
+
+    args = tensors((2, 500, 96), (1, 1, 500), dtype=dtype)
+    got, backend = run(model, *args)
+    assert_equal(got, model(*args))
+    assert backend.report.counts() == {SINGLE: 1}
+
+
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_a_product_that_is_cast_up_to_the_residual_is_fused(dynamic: bool) -> None:
+    """As models with an fp32 residual stream write what PyTorch would do by itself."""
+
+    def model(x, residual, gate, scale):
+        y = residual.float() + (gate.tanh() * diffusers_norm(x, None)).float()
+        return y, (diffusers_norm(y, None) * (1 + scale)).to(x.dtype)
+
+    args = tensors((2, 6, 48), (2, 6, 48), (2, 1, 48), (2, 1, 48))
+    got, backend = run(model, *args, dynamic=dynamic)
+    assert_equal(got, model(*args))
+    assert backend.report.fused[0].gate == "tanh"
+
+
+@needs_casts
+def test_a_product_that_is_cast_up_before_a_16_bit_residual_is_no_form() -> None:
+    def model(x, residual, gate):
+        return residual + (gate.tanh() * diffusers_norm(x, None)).float()
+
+    args = tensors((2, 6, 48), (2, 6, 48), (2, 1, 48))
+    got, backend = run(model, *args)
+    assert_equal(got, model(*args))
+    assert [site.reason_name for site in backend.report.missed] == ["ROUNDING"]
 
 
 @needs_casts
@@ -410,7 +515,7 @@ ELSEWHERE = {
     Reason.UNNORMED: "tests/test_attention_sites.py",
     Reason.HEADS: "tests/test_attention_sites.py",
     Reason.INLINE: "tests/test_attention_sites.py",
-    Reason.SIGMOID: "tests/test_attention_sites.py",
+    Reason.SILU: "tests/test_attention_sites.py",
     Reason.UNFIT: "tests/test_attention_sites.py",
 }
 
@@ -472,6 +577,10 @@ UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
     "variance": (lambda x: (x - x.mean(-1, True)) * (x.var(-1, keepdim=True) + EPS).rsqrt(), "LAYER_NORM"),
     "deviation": (lambda x: (x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + EPS), "LAYER_NORM"),
     "group norm": (lambda x: F.group_norm(x.transpose(1, 2), 4).transpose(1, 2), "DIMENSION"),
+    "a root of a reciprocal": (lambda x: x * (1 / (x.float().pow(2).mean(-1, True) + EPS)).sqrt().to(x.dtype), "ROOT"),
+    "a mean over everything": (lambda x: x * (x.float().pow(2).mean() + EPS).rsqrt().to(x.dtype), "DIMENSION"),
+    "a sum over everything": (lambda x: x * (x.float().pow(2).sum() / 128 + EPS).rsqrt().to(x.dtype), "DIMENSION"),
+    "a floor on the left": (lambda x: x * torch.maximum(x[0, 0, 0], (x * x).mean(-1, True)).rsqrt(), "MEAN"),
     "batch statistics": (lambda x: (x - x.mean(1, True)) * (x.var(1, keepdim=True) + EPS).rsqrt(), "DIMENSION"),
 }
 

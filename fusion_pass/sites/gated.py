@@ -15,6 +15,7 @@ from fusion_pass.dataflow import (
     is_call,
     is_narrowing,
     is_plain_add,
+    is_widening,
     keeps_rows,
     other_operands,
     past_views,
@@ -138,7 +139,7 @@ def _ungated(norm: Norm, terms: tuple[Node, ...], y: Node) -> Gated | None:
 def _gated(norm: Norm, terms: tuple[Node, ...], product: Node) -> Gated | None:
     term = terms[-1]
     gate = next(other_operands(product, term))
-    products = _rounded(product)
+    products, rounded = _rounded(product)
     y = sole_user(products[-1])
     if y is None or not is_plain_add(y) or not isinstance(gate, Node) or gate is term:
         return None
@@ -146,17 +147,25 @@ def _gated(norm: Norm, terms: tuple[Node, ...], product: Node) -> Gated | None:
     if residual is None:
         return None
     resolved = operand.gate(gate, term)
-    steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), products[-1], y)
+    steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), rounded, y)
     interior = (*norm.interior, *terms, *products, *resolved.absorbed)
     return Gated(norm, term, resolved, residual, y, steps, interior)
 
 
-def _rounded(product: Node) -> tuple[Node, ...]:
-    """The product, and the cast down and the views that it passes on its way to the sum."""
-    chain = [product]
-    while (user := sole_user(chain[-1])) is not None and (is_narrowing(user) or keeps_rows(user)):
+def _rounded(product: Node) -> tuple[tuple[Node, ...], Node]:
+    """The product, and the casts and views that it passes on its way to the sum; and which of them is rounded.
+
+    A cast up that the sum would make itself is none of the roundings; behind one there is no cast down.
+    """
+    chain, rounded = [product], product
+    while (user := sole_user(chain[-1])) is not None:
+        as_it_is = rounded is chain[-1]
+        if not keeps_rows(user) and not (as_it_is and (is_narrowing(user) or is_widening(user))):
+            break
+        if as_it_is and not is_widening(user):
+            rounded = user
         chain.append(user)
-    return tuple(chain)
+    return tuple(chain), rounded
 
 
 def _residual(term: Node, y: Node) -> Node | None:

@@ -37,6 +37,7 @@ from fusion_pass.dataflow import (
     is_pointwise,
     keeps_rows,
     known_equal,
+    lies_in_rows,
     other_operands,
     same_shape,
     same_value,
@@ -47,10 +48,13 @@ from fusion_pass.dataflow import (
     value,
 )
 from fusion_pass.report import Reason, Refused
+from fusion_pass.sites import rotation
+from fusion_pass.sites.operand import Operand, View
 
 NAME = "norm"
 ALONE = Reason.ALONE
-REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var_mean.correction)
+MEANS = (aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default)
+REDUCTIONS = (*MEANS, aten.var.correction, aten.var_mean.correction)
 ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
 
 
@@ -61,8 +65,8 @@ class Norm:
     kind: str  # "rms" or "layer"
     anchor: Node
     x: Node
-    weight: Node | None
-    bias: Node | None
+    weight: Node | Operand | None  # as [D]
+    bias: Node | Operand | None
     eps: float | Node
     out: Node
     steps: NormSteps
@@ -130,7 +134,11 @@ def _under_root(anchor: Node) -> Node | None:
     if not isinstance(under, Node):
         return None
     if _is_square_root(anchor):
-        return under if _is_divided_by(anchor) else None
+        if _is_divided_by(anchor):
+            return under
+        if _is_inverse(under) and _reduction_under(under) is not None:
+            raise Refused(Reason.ROOT, under, "the reciprocal is under it")
+        return None
     is_reciprocal = is_call(anchor, aten.rsqrt.default) or anchor.args[1] == -0.5
     return under if is_reciprocal else None
 
@@ -154,7 +162,17 @@ def _is_divided_by(root: Node) -> bool:
 
 
 def _divides(node: Node, root: Node) -> bool:
-    return is_call(node, aten.reciprocal.default) or (is_call(node, aten.div.Tensor) and node.args[1] is root)
+    return _is_reciprocal(node) or (is_call(node, aten.div.Tensor) and node.args[1] is root)
+
+
+def _is_reciprocal(node: Any) -> bool:
+    """1 / v, which PyTorch makes of v ** -1, too."""
+    return is_call(node, aten.reciprocal.default) or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -1)
+
+
+def _is_inverse(node: Any) -> bool:
+    """A reciprocal, or a number times one."""
+    return _is_reciprocal(node) or _is_reciprocal(_factor(node)[0])
 
 
 def _inverse(root: Node, nodes: list[Node]) -> tuple[Node, str]:
@@ -162,7 +180,7 @@ def _inverse(root: Node, nodes: list[Node]) -> tuple[Node, str]:
     user = sole_user(root)
     if user is not None and not _divides(user, root):
         raise Refused(Reason.ROOT, user)
-    if user is None or not is_call(user, aten.reciprocal.default):
+    if user is None or not _is_reciprocal(user):
         return root, "quotient"
     nodes.append(user)
     product = sole_user(user)
@@ -178,9 +196,9 @@ def _split_eps(variance: Node) -> tuple[Node, float | Node]:
         return variance, 0.0
     left, right = variance.args[:2]
     if isinstance(left, Node) and isinstance(right, Node):
-        # A tensor for eps is 0-d; the mean has the rank of x.
-        first = value(left)
-        return (right, left) if first is not None and first.ndim == 0 else (left, right)
+        # A tensor for eps has one element, and in most cases no dimension; the mean has those of x.
+        first, second = value(left), value(right)
+        return (right, left) if first is not None and second is not None and first.ndim < second.ndim else (left, right)
     mean, eps = (left, right) if isinstance(left, Node) else (right, left)
     return (mean, float(eps)) if isinstance(mean, Node) and isinstance(eps, int | float) else (variance, 0.0)
 
@@ -189,7 +207,8 @@ def _check_eps(eps: float | Node) -> None:
     if isinstance(eps, float):
         return
     val = value(eps)
-    if val is None or val.ndim != 0 or val.device.type != "cpu" or not val.is_floating_point():
+    one = val is not None and all(known_equal(size, 1) for size in val.shape)
+    if val is None or not one or val.device.type != "cpu" or not val.is_floating_point():
         raise Refused(Reason.EPS, eps)
 
 
@@ -201,8 +220,11 @@ def eps_operand(eps: float | Node) -> float | Node:
 
 
 def _is_last_unsqueeze(node: Node) -> bool:
-    val = value(node)
-    return is_call(node, aten.unsqueeze.default) and val is not None and node.args[1] in (-1, val.ndim - 1)
+    """Does a node, whatever view it is, put a dimension of 1 behind those that were there?"""
+    before, after = (value(node.args[0]), value(node)) if is_call(node, *RESHAPES) else (None, None)
+    if before is None or after is None or after.ndim != before.ndim + 1:
+        return False
+    return all(known_equal(m, n) for m, n in zip((*before.shape, 1), after.shape, strict=True))
 
 
 def _drop_keepdim(node: Node, nodes: list[Node]) -> Node:
@@ -230,12 +252,12 @@ def _with_keepdim(node: Node) -> list[Node]:
 def _squared(mean: Node, nodes: list[Node]) -> Node | None:
     """c where the node is mean(c * c) over the last dimension; None where it is nothing of the kind."""
     reduction = _drop_keepdim(_factor(mean)[0] or mean, nodes)
-    if not is_call(reduction, aten.mean.dim, aten.sum.dim_IntList) or reduction.kwargs.get("dtype") is not None:
+    if not is_call(reduction, aten.mean.dim, aten.sum.dim_IntList):
         return None
     square = reduction.args[0]
     squared = _square_root_of(square)
     val = value(square)
-    if squared is None or val is None:
+    if squared is None or val is None or reduction.kwargs.get("dtype") not in (None, val.dtype):
         return None
     if not _over_last(reduction, val):
         raise Refused(Reason.DIMENSION, reduction)
@@ -247,16 +269,29 @@ def _squared(mean: Node, nodes: list[Node]) -> Node | None:
 
 def _refuse_statistic(node: Any) -> None:
     """Raises Refused where a node is computed by pointwise operations from a sum over a tensor: a norm of some kind."""
-    while isinstance(node, Node) and not is_call(node, *REDUCTIONS):
-        if not (is_pointwise(node) or is_call(node, operator.getitem, *VIEWS)):
-            return
-        node = next((arg for arg in node.args if isinstance(arg, Node)), None)
-    reduced = value(node.args[0]) if isinstance(node, Node) else None
-    if reduced is None:
+    reduction = _reduction_under(node)
+    reduced = None if reduction is None else value(reduction.args[0])
+    if reduction is None or reduced is None:
         return
-    if not _over_last(node, reduced):
-        raise Refused(Reason.DIMENSION, node)
-    raise Refused(Reason.MEAN if is_call(node, aten.mean.dim, aten.sum.dim_IntList) else Reason.LAYER_NORM, node)
+    if not _over_last(reduction, reduced):
+        raise Refused(Reason.DIMENSION, reduction)
+    raise Refused(Reason.MEAN if is_call(reduction, *MEANS) else Reason.LAYER_NORM, reduction)
+
+
+def _reduction_under(node: Any) -> Node | None:
+    """The sum over a tensor that pointwise operations compute a node from; the nearest to their first operands."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if not isinstance(current, Node) or current in seen:
+            continue
+        if is_call(current, *REDUCTIONS):
+            return current
+        seen.add(current)
+        if is_pointwise(current) or is_call(current, operator.getitem, aten.expand.default, *VIEWS):
+            pending.extend(reversed(current.args))
+    return None
 
 
 def _factor(node: Node) -> tuple[Node | None, float]:
@@ -332,7 +367,7 @@ def _norm(statistic: _Statistic, anchor: Node) -> Norm:
         operand = _centred(operand, statistic.mean)
     if not same_value(operand, statistic.measured):
         raise Refused(Reason.NOT_NORMALISED, product)
-    x = through_widening(_before_copy(statistic.measured))
+    x = through_widening(_before_copy(statistic))
     _check_shapes(statistic.measured, statistic.rstd, product)
     return _affine(statistic, anchor, x, product, nodes)
 
@@ -345,14 +380,16 @@ def _centred(node: Any, mean: Node) -> Any:
 
 def _called_on(statistic: _Statistic, x: Node) -> torch.dtype | None:
     """The dtype that the statistics are computed in; of a layer norm, that of what F.layer_norm was called on."""
-    cast = _before_copy(statistic.measured)
+    cast = _before_copy(statistic)
     of_layer_norm = statistic.kind == "layer" and cast is not x and _is_of_layer_norm(cast)
     return dtype(x if of_layer_norm else cast)
 
 
-def _before_copy(node: Node) -> Node:
-    """F.layer_norm reads a contiguous copy of what is not contiguous."""
-    return node.args[0] if is_call(node, aten.clone.default) else node
+def _before_copy(statistic: _Statistic) -> Node:
+    """F.layer_norm reads a contiguous copy of what is not; an RMSNorm may, if its rows are the same in it."""
+    node = statistic.measured
+    copies = is_call(node, aten.clone.default) and (statistic.kind == "layer" or lies_in_rows(node.args[0]))
+    return node.args[0] if copies else node
 
 
 def _is_of_layer_norm(node: Node) -> bool:
@@ -402,17 +439,27 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: 
     if stat is None or normed is None or weighted is None or biased is None or last is None:
         raise Refused(Reason.ROUNDING, anchor)
     steps = NormSteps(stat, normed, weighted, biased, last, statistic.root)
-    return Norm(statistic.kind, anchor, x, weight, bias, statistic.eps, out, steps, tuple(nodes))
+    rows = (_as_row(weight), _as_row(bias))
+    return Norm(statistic.kind, anchor, x, *rows, statistic.eps, out, steps, tuple(nodes))
+
+
+def _as_row(row: Node | None) -> Node | Operand | None:
+    """A parameter of [1, .., D] as [D]."""
+    val = None if row is None else value(row)
+    if row is None or val is None or val.ndim == 1:
+        return row
+    return Operand(row, (View(aten.reshape.default, ([val.shape[-1]],)),), ())
 
 
 def _weight(user: Node, operand: Node, x: Node) -> Node | None:
-    """The [D] opposite `operand`. A computed one is a gate or a scale, unless one follows (Gemma: 1 + w)."""
+    """The [D] opposite `operand`. A computed one is a gate or a scale, unless one follows, or a rotation (1 + w)."""
     row = _row_operand(user, aten.mul.Tensor, operand, x)
     if row is None or _is_parameter(row):
         return row
     while (follows := sole_user(user)) is not None and (is_cast(follows) or keeps_rows(follows)):
         user = follows
-    return row if follows is not None and is_call(follows, aten.mul.Tensor) else None
+    follows_product = follows is not None and is_call(follows, aten.mul.Tensor)
+    return row if follows_product or rotation.of(user) is not None else None
 
 
 def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
@@ -431,7 +478,7 @@ def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None
         return None
     row = under_views(row)
     val = value(row)
-    return row if val is not None and val.ndim == 1 else None
+    return row if val is not None and (val.ndim == 1 or _is_parameter(row)) else None
 
 
 def _is_parameter(row: Node) -> bool:

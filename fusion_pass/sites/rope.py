@@ -108,6 +108,8 @@ def grow(norm: Norm) -> Rotated | None:
         return None
     if norm.kind != "rms" or norm.bias is not None:
         raise Refused(Reason.UNNORMED, norm.anchor, kind=KIND)
+    if norm.steps.root != "rsqrt":
+        raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written rsqrt", KIND)
     x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.HEADS, norm.x, kind=KIND)

@@ -218,6 +218,9 @@ def _pairwise(cat: Node) -> Rotation | None:
     cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (difference, total, *difference.args, *total.args)}
     out = stored_casts(flat)
+    if is_narrowing(left) or is_narrowing(right):  # what is cast before it is put together is not rounded again behind
+        out = (flat,)
+        dtypes |= {dtype(left), dtype(right), dtype(flat)} if dtype(left) != dtype(right) else set()
     nodes += [difference, total, *([] if out == (flat,) else [flat])]
     inside = tuple(node for node in dict.fromkeys(nodes) if node not in out)
     return Rotation(cat, x, cos, sin, interleaved, True, dtypes.pop() if len(dtypes) == 1 else None, out, inside)
@@ -338,8 +341,10 @@ def _of_split(split: Node, index: Any) -> tuple[Node, bool, int] | None:
     if val is None or dim not in (-1, val.ndim - 1):
         return None
     width = val.shape[-1]
-    sizes = [sizes, width - sizes] if isinstance(sizes, int) else list(sizes)
-    return (of, False, index) if sizes == [width / 2] * 2 else None
+    if not isinstance(width, int):
+        return None
+    sizes = [sizes, width - sizes] if isinstance(sizes, int) else sizes
+    return (of, False, index) if isinstance(sizes, list | tuple) and [*sizes] == [width / 2] * 2 else None
 
 
 # --- casts and shapes -------------------------------------------------------------------------------------------------
@@ -366,6 +371,8 @@ def _past_casts(node: Node, nodes: list[Node]) -> Iterator[Node]:
 def _are_pairs(pairs: Node, of: Any, dim: int) -> bool:
     """Is `pairs` the node `of`, its last dimension parted in two, of which dimension `dim` has size 2?"""
     parted, whole = value(pairs), value(of) if isinstance(of, Node) else None
-    if parted is None or whole is None or parted.ndim != whole.ndim + 1 or parted.shape[dim] != 2:
+    if parted is None or whole is None or parted.ndim != whole.ndim + 1:
+        return False
+    if not known_equal(parted.shape[dim], 2):
         return False
     return all(known_equal(m, n) for m, n in zip(parted.shape[:-2], whole.shape[:-1], strict=True))

@@ -1,7 +1,8 @@
 """silu(x), as a value: c / (1 + exp(-c)), c being x or x cast to fp32, and one cast of it at most.
 
-PyTorch decomposes F.silu so. A model's own x * sigmoid(x) is recognised, too; it rounds otherwise: the sigmoid to x's
-dtype, and in fp32 a product with a quotient is not the quotient.
+PyTorch decomposes F.silu so. A model's own x / (1 + exp(-x)) and x * sigmoid(x) are recognised, too; they round
+otherwise: each step to x's dtype, and in fp32 the exponential is not that of F.silu. The origin of the nodes, which
+tracing notes, tells.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Silu:
     anchor: Node
     x: Node
     out: Node
-    by_sigmoid: bool
+    by_hand: bool
     interior: tuple[Node, ...]  # every node from the exponential, or the sigmoid, to `out`
 
 
@@ -56,7 +57,8 @@ def _quotient(exp: Node) -> Silu | None:
     wide = negative.args[0]
     if not is_call(quotient, aten.div.Tensor) or quotient.args[0] is not wide or quotient.args[1] is not total:
         return None
-    return _silu(exp, wide, quotient, False, (negative, exp, total, quotient))
+    by_hand = not str(exp.meta.get("original_aten")).startswith("aten.silu")
+    return _silu(exp, wide, quotient, by_hand, (negative, exp, total, quotient))
 
 
 def _product(sigmoid: Node) -> Silu | None:
@@ -67,7 +69,7 @@ def _product(sigmoid: Node) -> Silu | None:
     return _silu(sigmoid, wide, product, True, (sigmoid, product))
 
 
-def _silu(anchor: Node, wide: Node, activated: Node, by_sigmoid: bool, nodes: tuple[Node, ...]) -> Silu:
+def _silu(anchor: Node, wide: Node, activated: Node, by_hand: bool, nodes: tuple[Node, ...]) -> Silu:
     cast = sole_user(activated)
     out = cast if cast is not None and is_narrowing(cast) else activated
-    return Silu(anchor, before_widening(wide), out, by_sigmoid, tuple(dict.fromkeys((*nodes, out))))
+    return Silu(anchor, before_widening(wide), out, by_hand, tuple(dict.fromkeys((*nodes, out))))

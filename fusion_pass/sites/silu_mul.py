@@ -14,6 +14,7 @@ from fusion_pass.dataflow import (
     is_call,
     is_stored,
     other_operands,
+    past_views,
     sole_user,
     stored_casts,
 )
@@ -26,17 +27,20 @@ KIND = "silu_mul"
 
 def find(silu: Silu, survey: Survey) -> Site | None:
     """The site whose silu this is, as far as its dataflow tells. Raises Refused."""
-    product = sole_user(silu.out)
-    if product is None or not is_call(product, aten.mul.Tensor):
-        return None
-    b = next(other_operands(product, silu.out))
-    if b is silu.out or not have_same_shape(silu.x, b):
+    terms = past_views(silu.out)
+    term, product = terms[-1], sole_user(terms[-1])
+    if product is None and any(_is_product(user, term) for user in term.users):
+        raise Refused(Reason.ESCAPES, term, kind=KIND)
+    if product is None or not _is_product(product, term):
         return None  # a gate that broadcasts, a factor
+    b = next(other_operands(product, term))
     out = stored_casts(product)
     if not any(is_stored(node) for node in out):
         raise Refused(Reason.INLINE, product, kind=KIND)
-    if silu.by_sigmoid:
-        raise Refused(Reason.SIGMOID, silu.anchor, kind=KIND)
+    if silu.by_hand:
+        raise Refused(Reason.SILU, silu.anchor, kind=KIND)
+    if not have_same_shape(silu.x, term):
+        raise Refused(Reason.SHAPE, term, "a view stands between the silu and its product", KIND)
     steps = SiluSteps(*(_dtype(node) for node in (silu.out, product, out[0])))
     b = next((node for node in (before_widening(b), b) if _fits(steps, silu.x, node)), None)
     if b is None:
@@ -49,9 +53,15 @@ def find(silu: Silu, survey: Survey) -> Site | None:
         options={"rounding": "model", "silu_dtype": steps.silu},
         outputs=(out,),
         dtypes={"out_dtype": steps.out},
-        interior=silu.interior if out == (product,) else (*silu.interior, product),
+        interior=tuple(dict.fromkeys((*silu.interior, *terms, *(() if out == (product,) else (product,))))),
         anchor=product,
     )
+
+
+def _is_product(node: Node, term: Node) -> bool:
+    """The product of a term and something else of its shape."""
+    b = next(other_operands(node, term), None) if is_call(node, aten.mul.Tensor) else None
+    return b is not None and b is not term and have_same_shape(term, b)
 
 
 def _fits(steps: SiluSteps, a: Node, b: Node) -> bool:

@@ -37,8 +37,13 @@ def _over_root(x: Tensor, v: Tensor, root: str) -> Tensor:
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, steps: NormSteps) -> Tensor:
-    """F.layer_norm itself where it takes these dtypes; else the same in the compute dtype, with the one cast after."""
-    plain = steps.stat == steps.out == x.dtype and all(p is None or p.dtype == x.dtype for p in (weight, bias))
+    """F.layer_norm itself where it takes these dtypes; else the same in the compute dtype, with the one cast after.
+
+    On a CPU it takes a 16-bit x with an fp32 weight and bias, and computes that otherwise than the cast would.
+    """
+    rows = {p.dtype for p in (weight, bias) if p is not None}
+    mixed = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and rows == {torch.float32}
+    plain = steps.stat == steps.out == x.dtype and (mixed or rows <= {x.dtype})
     if not plain:
         wide = compute_dtype(x.dtype)
         x = x.to(wide)
