@@ -399,6 +399,62 @@ def test_a_norm_of_one_plus_a_weight_is_fused_with_its_rotation(dtype: torch.dty
     assert_bit_equal(got, run(model, *args, dynamic=dynamic, fuse=False)[0])
 
 
+def norms_of_rows(x: torch.Tensor) -> torch.Tensor:
+    return _norm(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+def norms_of_tokens(x: torch.Tensor) -> torch.Tensor:
+    return _norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("normed", (norms_of_rows, norms_of_tokens))
+@pytest.mark.parametrize("heads_first", (False, True), ids=("tokens first", "heads first"))
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_a_norm_of_rows_is_fused_with_the_rotation_of_the_heads_that_they_are(
+    normed, heads_first: bool, dynamic: bool
+) -> None:
+    """As SGLang writes it: the norm sees [B * S * H, Dh], the rotation [B, S, H, Dh], or with heads first."""
+
+    def rotated(x, cos, sin):
+        x = normed(x)
+        if not heads_first:
+            return half_rope(x, cos.unsqueeze(2), sin.unsqueeze(2)).transpose(1, 2)
+        return half_rope(x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1))
+
+    def model(q, k, cos, sin):
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        args = rope_inputs(RopeSpec(rope=half_rope, dtype=dtype, table=dtype, heads=2, kv_heads=2, packed=True))
+        got, backend = run(model, *args, dynamic=dynamic)
+        assert backend.report.counts() == {"qk_norm_rope": 1}, backend.report
+        assert_bit_equal(got, run(model, *args, dynamic=dynamic, fuse=False)[0])
+
+
+@pytest.mark.parametrize("rope", (half_rope, complex_rope))
+@pytest.mark.parametrize("heads_first", (False, True), ids=("tokens first", "heads first"))
+def test_a_rotation_in_fp32_whose_heads_are_swapped_before_it_is_cast_down_is_fused(rope, heads_first: bool) -> None:
+    """As autocast makes it of an fp32 norm and rotation in front of an attention in 16 bits."""
+
+    def model(q, k, cos, sin):
+        if heads_first:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        dim = 1 if heads_first else 2
+        q, k = (rope(_norm(x), cos.unsqueeze(dim), sin.unsqueeze(dim)).transpose(1, 2).bfloat16() for x in (q, k))
+        if heads_first:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    table = torch.complex64 if rope is complex_rope else torch.float32
+    args = rope_inputs(RopeSpec(rope=rope, dtype=torch.float32, table=table, heads=2, kv_heads=2))
+    got, backend = run(model, *args)
+    assert backend.report.counts() == {"qk_norm_rope": 1}, backend.report
+    assert_bit_equal(got, run(model, *args, fuse=False)[0])
+    (call,) = backend.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.dit_kernels.qk_norm_rope.default)
+    assert call.kwargs["out_dtype"] == torch.bfloat16  # nothing is cast behind it
+
+
 def test_a_silu_that_is_cast_up_to_the_other_factor_is_fused() -> None:
     def model(a, b):
         return (torch.nn.functional.silu(a).float() * b) @ torch.ones(a.shape[-1], 2)

@@ -57,7 +57,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
         interior=(*q.interior, *k.interior),
         anchor=q.norm.anchor,
         twins=tuple(table for table in (k.rotation.by, k.rotation.sin) if table is not None),
-        swapped=q.swapped,
+        swapped=q.swapped_results,
     )
 
 
@@ -82,7 +82,9 @@ def _is_turned_alike(q: Rotated, k: Rotated) -> bool:
     """The same tokens and width, the same rotation, computed once or twice, and the same dtypes of its steps."""
     sizes = list(zip(q.size(), k.size(), strict=True))
     heads = sizes.pop(2)
-    if q.swapped != k.swapped or not all(known_equal(m, n) for m, n in sizes) or not all(type(n) is int for n in heads):
+    if not all(known_equal(m, n) for m, n in sizes) or not all(type(n) is int for n in heads):
+        return False
+    if (q.swapped, q.swapped_results) != (k.swapped, k.swapped_results):
         return False
     if isinstance(eps_operand(q.norm.eps), float) != isinstance(eps_operand(k.norm.eps), float):
         return False

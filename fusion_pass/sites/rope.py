@@ -13,7 +13,7 @@ from fusion_pass.dataflow import aten, dtype, is_call, is_only_joined, is_stored
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import rotation
 from fusion_pass.sites.norm import Norm, eps_operand
-from fusion_pass.sites.operand import SWAP, Operand
+from fusion_pass.sites.operand import SWAP, Operand, View
 from fusion_pass.sites.rotation import Rotation
 from fusion_pass.sites.site import Operands, Site, Survey, check_operands, choose_form, operand_dtype
 
@@ -22,11 +22,15 @@ KIND = "norm_rope"
 
 @dataclass(frozen=True)
 class Rotated:
-    """A norm, and the rotation of it. The op takes [B, S, H, Dh]; swapped: the rotation has [B, H, S, Dh]."""
+    """A norm, and the rotation of it. The op takes [B, S, H, Dh]; swapped: the rotation has [B, H, S, Dh].
+
+    heads: the view that parts the rows of a norm into these, where it is not computed of them.
+    """
 
     norm: Norm
     rotation: Rotation
     swapped: bool
+    heads: View | None
     steps: RotatedSteps
 
     def fits(self, rounding: str, norm_dtype: torch.dtype | None) -> bool:
@@ -41,15 +45,22 @@ class Rotated:
         return (self.norm.steps.normed, self.norm.steps.out)
 
     @property
+    def swapped_results(self) -> bool:
+        return self.swapped != self.rotation.swapped_behind
+
+    @property
     def interior(self) -> tuple[Node, ...]:
         between = rotation.between(self.norm.out, self.rotation.x) or ()
         return (*self.norm.interior, *between, *self.rotation.interior)
 
     def x(self) -> Node | Operand:
         """What is normed, as the op reads it; a norm may stand on the other side of the swap than its rotation."""
-        if self.swapped != _are_swapped(self.norm.out, self.rotation.x):
-            return self.norm.x.args[0] if is_swap(self.norm.x) else Operand(self.norm.x, (SWAP,), ())
-        return self.norm.x
+        swap = (SWAP,) if self.swapped != _are_swapped(self.norm.out, self.rotation.x) else ()
+        if self.heads is not None:
+            return Operand(self.norm.x, (self.heads, *swap), ())
+        if not swap:
+            return self.norm.x
+        return self.norm.x.args[0] if is_swap(self.norm.x) else Operand(self.norm.x, swap, ())
 
     def tables(self) -> dict[str, Node | Operand | None]:
         """The rotation as the op reads it."""
@@ -97,7 +108,7 @@ def find(norm: Norm, survey: Survey) -> Site | None:
         dtypes={"out_dtype": rotated.steps.out},
         interior=rotated.interior,
         anchor=norm.anchor,
-        swapped=rotated.swapped,
+        swapped=rotated.swapped_results,
     )
 
 
@@ -113,8 +124,11 @@ def grow(norm: Norm) -> Rotated | None:
     x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.HEADS, norm.x, kind=KIND)
+    heads = None
     if not _has_shape_of(norm.x, found.x, _are_swapped(norm.out, found.x)):
-        raise Refused(Reason.HEADS, norm.x, kind=KIND)
+        heads = _heads(norm, found)
+        if heads is None:
+            raise Refused(Reason.HEADS, norm.x, kind=KIND)
     width = x.shape[3] // 2 if found.halved else x.shape[3]
     swapped = not _is_table(found.by, x, width, False)
     for table in (found.by, found.sin):
@@ -127,12 +141,23 @@ def grow(norm: Norm) -> Rotated | None:
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines of different dtypes", KIND)
     if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.out):
         raise Refused(Reason.INLINE, found.out[0], kind=KIND)
-    return Rotated(norm, found, swapped, _steps(norm, found))
+    return Rotated(norm, found, swapped, heads, _steps(norm, found))
 
 
 def _are_swapped(out: Node, rotated: Node) -> bool:
     """Are heads and tokens swapped between a norm and its rotation?"""
     return sum(map(is_swap, rotation.between(out, rotated) or ())) % 2 == 1
+
+
+def _heads(norm: Norm, turn: Rotation) -> View | None:
+    """The view that makes [B, S, H, Dh], or [B, H, S, Dh], of the rows of a norm, where one stands behind it."""
+    for node in rotation.between(norm.out, turn.x) or ():
+        val = value(node)
+        if is_call(node, aten.reshape.default, aten.view.default) and val is not None and val.ndim == 4:
+            return View(node.target, node.args[1:])
+        if not is_swap(node) and not is_call(node, aten.clone.default):
+            return None
+    return None
 
 
 def _has_shape_of(x: Node, rotated: Node, swapped: bool) -> bool:

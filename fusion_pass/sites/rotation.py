@@ -32,6 +32,7 @@ from fusion_pass.dataflow import (
     is_plain_add,
     is_swap,
     is_widening,
+    keeps_rows,
     known_equal,
     other_operands,
     sole_user,
@@ -53,8 +54,9 @@ class Rotation:
     """out = x rotated, over the last dimension.
 
     `by` is complex, or the cosines where `sin` is given; halved: with one number for a pair. `out` are nodes of one
-    value: the sum, or the equal casts that read it; `product` is the real dtype of the products and of their sum, None
-    where these differ, or are rounded otherwise than the op does.
+    value: the sum, or the equal casts that read it, or that read it with heads and tokens swapped (`swapped_behind`);
+    `product` is the real dtype of the products and of their sum, None where these differ, or are rounded otherwise than
+    the op does.
     """
 
     anchor: Node
@@ -65,6 +67,7 @@ class Rotation:
     halved: bool
     product: torch.dtype | None
     out: tuple[Node, ...]
+    swapped_behind: bool
     interior: tuple[Node, ...]  # every node behind x and before `out`
 
 
@@ -82,9 +85,13 @@ def of(x: Node) -> Rotation | None:
 
 
 def between(x: Node, rotated: Node) -> tuple[Node, ...] | None:
-    """The copies and swaps of heads and tokens that make x what is rotated; None where it is made of another value."""
+    """What makes x what is rotated, from behind: copies, swaps of heads and tokens, and views of x before these; None
+    where that is made of another value."""
     nodes: list[Node] = []
     while rotated is not x and (is_swap(rotated) or is_call(rotated, aten.clone.default)):
+        nodes.append(rotated)
+        rotated = rotated.args[0]
+    while rotated is not x and keeps_rows(rotated):
         nodes.append(rotated)
         rotated = rotated.args[0]
     return tuple(nodes) if rotated is x else None
@@ -134,11 +141,11 @@ def _complex(anchor: Node) -> Rotation | None:
     flat = sole_user(real)
     if flat is None or not is_call(flat, *_RESHAPES) or not have_same_shape(flat, x) or not _are_pairs(pairs, x, -1):
         return None
-    out = stored_casts(flat)
-    nodes += [real] if out == (flat,) else [real, flat]
+    out, swapped_behind = _results(flat)
+    nodes += [real, flat, *_swap_behind(flat)]
     # PyTorch's product of complex numbers contracts one of two products into the sum: on the left, it is the other one.
     rounded = dtype(real) if product.args[0] is anchor else None
-    return Rotation(anchor, x, by, None, True, True, rounded, out, tuple(nodes))
+    return Rotation(anchor, x, by, None, True, True, rounded, out, swapped_behind, _before(out, nodes))
 
 
 def _is_complex(node: Node) -> bool:
@@ -188,10 +195,11 @@ def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | No
         return None
     cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (product, straight, total)}
-    out = stored_casts(total)
-    nodes += [straight] if out == (total,) else [straight, total]
+    out, swapped_behind = _results(total)
+    nodes += [straight, total, *_swap_behind(total)]
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, product_dtype, out, tuple(dict.fromkeys(nodes)))
+    inside = _before(out, nodes)
+    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, product_dtype, out, swapped_behind, inside)
 
 
 def _pairwise(cat: Node) -> Rotation | None:
@@ -217,13 +225,33 @@ def _pairwise(cat: Node) -> Rotation | None:
         return None
     cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (difference, total, *difference.args, *total.args)}
-    out = stored_casts(flat)
+    out, swapped_behind = _results(flat)
     if is_narrowing(left) or is_narrowing(right):  # what is cast before it is put together is not rounded again behind
-        out = (flat,)
+        out, swapped_behind = (flat,), False
         dtypes |= {dtype(left), dtype(right), dtype(flat)} if dtype(left) != dtype(right) else set()
-    nodes += [difference, total, *([] if out == (flat,) else [flat])]
-    inside = tuple(node for node in dict.fromkeys(nodes) if node not in out)
-    return Rotation(cat, x, cos, sin, interleaved, True, dtypes.pop() if len(dtypes) == 1 else None, out, inside)
+    nodes += [difference, total, flat, *_swap_behind(flat)]
+    product_dtype = dtypes.pop() if len(dtypes) == 1 else None
+    inside = _before(out, nodes)
+    return Rotation(cat, x, cos, sin, interleaved, True, product_dtype, out, swapped_behind, inside)
+
+
+def _swap_behind(total: Node) -> tuple[Node, ...]:
+    """The swap of heads and tokens that alone reads a sum."""
+    swap = sole_user(total)
+    return (swap,) if swap is not None and is_swap(swap) else ()
+
+
+def _results(total: Node) -> tuple[tuple[Node, ...], bool]:
+    """The nodes that are the result, and whether they stand behind a swap: of a sum that is cast, its casts."""
+    for node in (total, *_swap_behind(total)):
+        casts = stored_casts(node)
+        if casts != (node,):
+            return casts, node is not total
+    return (total,), False
+
+
+def _before(out: tuple[Node, ...], nodes: list[Node]) -> tuple[Node, ...]:
+    return tuple(node for node in dict.fromkeys(nodes) if all(node < result for result in out))
 
 
 def _sum_of(part: Node, nodes: list[Node]) -> Node | None:
