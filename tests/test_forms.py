@@ -311,7 +311,28 @@ def test_a_product_that_is_cast_up_to_the_residual_is_fused(dynamic: bool) -> No
     args = tensors((2, 6, 48), (2, 6, 48), (2, 1, 48), (2, 1, 48))
     got, backend = run(model, *args, dynamic=dynamic)
     assert_equal(got, model(*args))
-    assert backend.report.fused[0].gate == "tanh"
+    assert backend.report.counts() == {DUAL: 1}
+
+
+@pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
+def test_the_two_norms_of_a_site_may_be_cast_to_different_dtypes(dtype: torch.dtype) -> None:
+    """As autocast makes it of type_as(x) in a norm: 16 bits for what a matmul gave, fp32 for the residual stream."""
+
+    def norm(x, weight):
+        n = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+        return n.type_as(x) * weight
+
+    def model(x, residual, gate, scale, weight):
+        y = residual + gate.tanh() * norm(x, weight)
+        return y, (norm(y, weight) * (1 + scale)).to(dtype)
+
+    x, gate, scale = tensors((2, 6, 48), (2, 1, 48), (2, 1, 48), dtype=dtype)
+    residual, weight = tensors((2, 6, 48), (48,), dtype=FP32)
+    got, backend = run(model, x, residual, gate, scale, weight)
+    assert_equal(got, model(x, residual, gate, scale, weight))
+    assert backend.report.counts() == {DUAL: 1}
+    options = options_of(backend)
+    assert (options["norm_dtype"], options["norm_dtype2"]) == (dtype, None)
 
 
 @needs_casts

@@ -13,7 +13,7 @@ from fusion_pass.sites import gated, norm, scaled
 from fusion_pass.sites.gated import Gated
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.scaled import Scaled
-from fusion_pass.sites.site import Operands, Site, Survey, check_operands, choose_form
+from fusion_pass.sites.site import Form, Operands, Site, Survey, check_operands, choose_form
 
 KIND = "norm_tanh_mul_add_norm_scale"
 
@@ -45,9 +45,11 @@ def find(second: Norm, survey: Survey) -> Site | None:
     form = choose_form(
         second.anchor,
         KIND,
-        (*upper.norm_dtypes(), *lower.norm_dtypes()),
-        lambda rounding, norm_dtype: upper.fits(rounding, norm_dtype) and lower.fits(rounding, norm_dtype),
+        upper.norm_dtypes(),
+        lambda rounding, norm_dtype: upper.fits(rounding, norm_dtype) and _second_form(lower, rounding) is not None,
     )
+    second_form = _second_form(lower, form.rounding)
+    assert second_form is not None
     return Site(
         kind=KIND,
         operands=operands,
@@ -58,6 +60,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
             "add_one": lower.add_one,
             "rounding": form.rounding,
             "norm_dtype": form.norm_dtype,
+            "norm_dtype2": second_form.norm_dtype,
             "root": second.steps.root,
         },
         outputs=((upper.y,), lower.z),
@@ -65,6 +68,12 @@ def find(second: Norm, survey: Survey) -> Site | None:
         interior=(*upper.interior, *lower.interior),
         anchor=upper.norm.anchor,
     )
+
+
+def _second_form(lower: Scaled, rounding: str) -> Form | None:
+    """This form with the dtype that the second norm is cast to, or None if it is not the form of that."""
+    fitting = (dtype for dtype in (None, *lower.norm_dtypes()) if lower.fits(rounding, dtype))
+    return next((Form(rounding, dtype) for dtype in fitting), None)
 
 
 def _like(upper: Gated, lower: Scaled) -> Node:

@@ -290,7 +290,7 @@ def _insert_call(site: Site, graph: Graph, rounding: str) -> Node:
     kwargs: dict[str, Any] = {**site.options, **site.dtypes}
     if rounding == "fp32":
         kwargs["rounding"] = "fp32"
-        kwargs |= {"norm_dtype": None} if "norm_dtype" in kwargs else {}
+        kwargs |= {name: None for name in ("norm_dtype", "norm_dtype2") if name in kwargs}
     for argument in site.op()._schema.arguments:
         if not argument.kwarg_only:
             operand = site.operands[argument.name]

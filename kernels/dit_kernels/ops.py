@@ -18,8 +18,8 @@ Of silu_mul: a and b [..., S, D].
 
 Results are fresh and contiguous, of the shape of x, q and k, a. dtypes: bfloat16, float16 and float32, each operand its
 own, and complex64 or complex128 rotations; float64 in the definition. `rounding` is a form of dit_kernels.rounding,
-`root` a spelling of an rms norm's root there; it also says what the other dtypes (`norm_dtype`, `rope_dtype`,
-`out_dtype`, `silu_dtype`) are by default.
+`root` a spelling of an rms norm's root there; it also says what the other dtypes (`norm_dtype`, and
+`norm_dtype2` of the second norm, `rope_dtype`, `out_dtype`, `silu_dtype`) are by default.
 Each op with an eps has an overload `.eps_tensor`, which takes it as a one-element CPU tensor and reads it on the host.
 Bad arguments raise ValueError, which names the argument, what came and what was expected.
 

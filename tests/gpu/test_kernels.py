@@ -93,7 +93,10 @@ def run(op: str, o: Operands, **options: Any) -> tuple[Tensor, ...]:
 
 def accepted(op: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that the op has: norm_scale knows no tanh, norm_tanh_mul_add no add_one."""
-    foreign = {"norm_scale": {"tanh", "y_dtype"}, "norm_tanh_mul_add": {"add_one", "z_dtype"}}.get(op, set())
+    of_gated, of_scaled = {"tanh", "y_dtype"}, {"add_one", "z_dtype"}
+    foreign = {"norm_scale": of_gated | {"norm_dtype2"}, "norm_tanh_mul_add": of_scaled | {"norm_dtype2"}}.get(
+        op, set()
+    )
     return {name: value for name, value in options.items() if name not in foreign}
 
 
@@ -222,7 +225,8 @@ def check(op: str, o: Operands, **options: Any) -> tuple[Tensor, ...]:
     if op == "norm_scale":
         judge_z(results[0], o.x, (o.weight, o.bias, o.scale), EPS, options)
     elif op == DUAL:
-        judge_z(results[1], results[0], (o.weight2, o.bias2, o.scale), EPS2, options)
+        of_z = {**options, "norm_dtype": options.get("norm_dtype2")}
+        judge_z(results[1], results[0], (o.weight2, o.bias2, o.scale), EPS2, of_z)
     return results
 
 

@@ -72,7 +72,7 @@ def operands(pick: Pick, norm: str) -> Any:
 
 
 def call_options(pick: Pick, norm: str) -> dict[str, Any]:
-    dtypes = {name: pick(None, None, *DTYPES) for name in ("y_dtype", "z_dtype", "norm_dtype")}
+    dtypes = {name: pick(None, None, *DTYPES) for name in ("y_dtype", "z_dtype", "norm_dtype", "norm_dtype2")}
     flags = {"tanh": pick(True, False), "add_one": pick(True, False)}
     return {"norm": norm, "rounding": pick(*FORMS), **flags, **dtypes}
 

@@ -279,6 +279,7 @@ def _dual_call(
     y_dtype: torch.dtype | None = None,
     z_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
+    norm_dtype2: torch.dtype | None = None,
     root: str = "rsqrt",
 ) -> NormGateCall:
     op = "norm_tanh_mul_add_norm_scale"
@@ -297,7 +298,7 @@ def _dual_call(
         root=root,
         op=op,
     )
-    check_dtypes(op, z_dtype=z_dtype)
+    check_dtypes(op, z_dtype=z_dtype, norm_dtype2=norm_dtype2)
     check_row(op, "weight2", weight2, x)
     check_row(op, "bias2", bias2, x)
     _check_broadcast(op, "scale", scale, x)
@@ -305,7 +306,7 @@ def _dual_call(
     gated = first.chain.gated
     assert gated is not None
     steps = _scaled_steps(
-        rounding, norm, gated.y, dtype_of(weight2), dtype_of(bias2), _promoting(scale), z_dtype, norm_dtype, root
+        rounding, norm, gated.y, dtype_of(weight2), dtype_of(bias2), _promoting(scale), z_dtype, norm_dtype2, root
     )
     chain = _chain(norm, tanh, add_one, gated, steps)
     return NormGateCall(chain, x, weight, bias, gate, residual, eps, weight2, bias2, scale, eps2)
@@ -313,7 +314,7 @@ def _dual_call(
 
 # --- the ops --------------------------------------------------------------------------------------------------------
 
-_TAIL = "ScalarType? norm_dtype=None, str root='rsqrt'"
+_NORM_DTYPE, _ROOT = "ScalarType? norm_dtype=None", "str root='rsqrt'"
 _NORM = ("x", "weight", "bias")
 _GATED = (*_NORM, "gate", "residual", "eps")
 
@@ -321,7 +322,7 @@ OPS = {
     "norm_tanh_mul_add": Op(
         FAMILY,
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? gate, Tensor residual, {eps} eps, *, str norm='rms', "
-        f"bool tanh=True, str rounding='cast_then_weight', ScalarType? y_dtype=None, {_TAIL}) -> Tensor",
+        f"bool tanh=True, str rounding='cast_then_weight', ScalarType? y_dtype=None, {_NORM_DTYPE}, {_ROOT}) -> Tensor",
         _gated_call,
         (*_GATED, "y"),
     ),
@@ -330,14 +331,14 @@ OPS = {
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? gate, Tensor residual, {eps} eps, Tensor? weight2, "
         "Tensor? bias2, Tensor? scale, {eps} eps2, *, str norm='rms', bool tanh=True, bool add_one=True, "
         "str rounding='cast_then_weight', ScalarType? y_dtype=None, ScalarType? z_dtype=None, "
-        f"{_TAIL}) -> (Tensor, Tensor)",
+        f"{_NORM_DTYPE}, ScalarType? norm_dtype2=None, {_ROOT}) -> (Tensor, Tensor)",
         _dual_call,
         FAMILY.arguments,
     ),
     "norm_scale": Op(
         FAMILY,
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, {eps} eps, *, str norm='rms', bool add_one=True, "
-        f"str rounding='cast_then_weight', ScalarType? z_dtype=None, {_TAIL}) -> Tensor",
+        f"str rounding='cast_then_weight', ScalarType? z_dtype=None, {_NORM_DTYPE}, {_ROOT}) -> Tensor",
         _scaled_call,
         (*_NORM, "scale", "eps", "z"),
     ),
