@@ -36,7 +36,7 @@ from torch.fx import Graph, Node
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  how Inductor calls what the pass inserts
 from fusion_pass import eligibility, sites
-from fusion_pass.dataflow import VIEWS, aten, dtype, is_call, past_views
+from fusion_pass.dataflow import VIEWS, aten, dtype, is_call, known_equal, past_views
 from fusion_pass.report import (
     BY_DESIGN,
     FusionReport,
@@ -145,6 +145,16 @@ def _found(graph: Graph, targets: Iterable[Any]) -> Iterator[Node]:
         yield from graph.find_nodes(op="call_function", target=target)
 
 
+def _read_sizes_at_their_source(graph: Graph) -> None:
+    """A size that is read off a view was given to that view: read there, it is no reader of what a site may replace."""
+    for size in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        view, dim = size.args
+        source = view.args[1][dim] if is_call(view, aten.reshape.default, aten.view.default) else None
+        if isinstance(source, Node) and known_equal(source.meta["val"], size.meta["val"]):
+            size.replace_all_uses_with(source)
+            graph.erase_node(size)
+
+
 class _Rewriter:
     """One run of the pass over one graph."""
 
@@ -155,6 +165,7 @@ class _Rewriter:
         self.proven: dict[Node, Site] = {}
 
     def run(self) -> None:
+        _read_sizes_at_their_source(self.graph)
         for anchor in sorted(_found(self.graph, _FAMILIES)):
             self._look_at(anchor)
         matcher = PatternMatcherPass(pass_name="fusion_pass")

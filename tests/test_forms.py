@@ -443,6 +443,25 @@ def test_a_site_with_views_runs_through_inductor_with_another_number_of_tokens(d
         assert_equal(compiled(*args), gated_by_frames(*args))
 
 
+def test_sizes_that_are_read_off_a_view_do_not_hide_the_scale() -> None:
+    """x and residual have symbols of their own, so what is flattened asks the view for its sizes."""
+
+    def model(x, residual, gate, scale):
+        batch, tokens, width = x.shape
+        n = diffusers_norm(x, None).view(batch, 2, tokens // 2, width)
+        y = residual + (n * gate.tanh()).view(batch, tokens, width)
+        return y, (diffusers_norm(y, None).view(batch, 2, tokens // 2, width) * (1 + scale)).flatten(1, 2)
+
+    backend = GraphBackend()
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for batch, tokens in ((2, 6), (2, 10), (3, 8)):
+        shapes = ((batch, tokens, 32), (batch, tokens, 32), (batch, 2, 1, 32), (batch, 2, 1, 32))
+        args = tensors(*shapes)
+        assert_equal(compiled(*args), model(*args))
+    assert {(site.kind, site.scale) for site in backend.report.fused} == {(DUAL, "one_plus")}
+    assert backend.report.missed == []
+
+
 def columns_of_another_width(x: Tensor, residual: Tensor, gate: Tensor) -> Any:
     n = diffusers_norm(x.view(2, 6, 2, 16), None).view_as(x)  # a norm of heads
     return residual + gate.tanh() * n
