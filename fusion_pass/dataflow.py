@@ -106,10 +106,15 @@ def lies_in_rows(node: Node) -> bool:
     return val is not None and val.ndim > 0 and (known_equal(val.shape[-1], 1) or known_equal(val.stride(-1), 1))
 
 
+def keeps_sums(node: Any) -> bool:
+    """Another shape or a copy of rows, in which these lie as they did: sums over them are the same to the last bit."""
+    return keeps_rows(node) and lies_in_rows(node) == lies_in_rows(node.args[0])
+
+
 def through_widening(node: Any) -> Any:
     """What has the same rows as the node before it was cast up to fp32."""
     narrow = node
-    while is_widening(node) or (keeps_rows(node) and lies_in_rows(node.args[0])):
+    while is_widening(node) or keeps_sums(node):
         widened, node = is_widening(node), node.args[0]
         narrow = node if widened else narrow
     return narrow

@@ -432,6 +432,18 @@ def test_a_norm_of_rows_is_fused_with_the_rotation_of_the_heads_that_they_are(
         assert_bit_equal(got, run(model, *args, dynamic=dynamic, fuse=False)[0])
 
 
+def test_a_norm_of_rows_that_lie_apart_is_not_fused_with_the_rotation_of_other_shapes() -> None:
+    """A view of them would be a copy, which a CPU sums in another order."""
+
+    def model(x, cos, sin):
+        q = _norm(x.permute(1, 2, 3, 4, 0)).flatten(2, 3)
+        return half_rope(q, cos, sin) @ torch.ones(500, 4)
+
+    x, cos, sin = torch.randn(500, 2, 64, 1, 3), torch.randn(1, 64, 1, 500), torch.randn(1, 64, 1, 500)
+    got, _ = run(model, x, cos, sin)
+    assert_bit_equal(got, run(model, x, cos, sin, fuse=False)[0])
+
+
 @pytest.mark.parametrize("rope", (half_rope, complex_rope))
 @pytest.mark.parametrize("heads_first", (False, True), ids=("tokens first", "heads first"))
 def test_a_rotation_in_fp32_whose_heads_are_swapped_before_it_is_cast_down_is_fused(rope, heads_first: bool) -> None:

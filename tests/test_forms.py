@@ -174,10 +174,6 @@ def a_weight_that_is_viewed(x: Tensor, weight: Tensor) -> Tensor:
     return weight.view(1, 1, -1) * diffusers_norm(x, None)
 
 
-def eps_of_one_dimension(x: Tensor, weight: Tensor) -> Tensor:
-    return (x * torch.rsqrt(torch.full((1,), EPS) + x.float().pow(2).mean(-1, keepdim=True))).to(x.dtype) * weight
-
-
 def keepdim_by_a_view(x: Tensor, weight: Tensor) -> Tensor:
     rstd = torch.rsqrt(x.float().pow(2).mean(-1) + EPS)
     return (x * rstd.view(*rstd.shape, 1)).to(x.dtype) * weight
@@ -201,7 +197,6 @@ def gemmas(x: Tensor, weight: Tensor) -> Tensor:
     (
         a_weight_of_all_dimensions,
         a_weight_that_is_viewed,
-        eps_of_one_dimension,
         keepdim_by_a_view,
         a_mean_with_its_own_dtype,
         a_power_of_minus_one,
@@ -254,6 +249,45 @@ def test_a_weight_may_have_further_dimensions_of_one(shape: tuple[int, ...], dyn
     assert backend.report.counts() == {DUAL: 1}
 
 
+def test_an_operand_of_several_dimensions_is_a_weight_only_where_a_gate_or_a_scale_follows() -> None:
+    """Of one batch item, or one token, a scale has the shape of a weight, and a residual that of a bias."""
+
+    def scaled(x, other, rows):
+        return (diffusers_norm(x, None) * other) @ rows
+
+    def added(x, other, rows):
+        return diffusers_norm(x, None) + other
+
+    for model, tokens, kind in ((scaled, 6, SCALED), (added, 1, SINGLE)):
+        args = tensors((1, tokens, 48), (1, 1, 48), (48, 8))
+        got, backend = run(model, *args)
+        assert_equal(got, run(model, *args, fuse=False)[0])
+        assert backend.report.counts() == {kind: 1}
+
+
+def test_a_computed_row_is_a_weight_also_where_a_select_made_it_one() -> None:
+    def model(x, residual, gate, weight):
+        return residual + gate.tanh() * (diffusers_norm(x, None) * (1 + weight)[0])
+
+    args = tensors((2, 6, 48), (2, 6, 48), (2, 1, 48), (1, 48))
+    got, backend = run(model, *args)
+    assert_equal(got, model(*args))
+    assert backend.report.counts() == {SINGLE: 1}
+
+
+def test_what_is_selected_behind_a_cast_leaves_nothing_of_it_in_the_graph() -> None:
+    def model(x, residual, gate):
+        wide = x.float()[:, 0]
+        n = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+        return residual + gate.tanh() * n
+
+    args = tensors((2, 1, 6, 48), (2, 6, 48), (2, 1, 48))
+    got, backend = run(model, *args)
+    assert_equal(got, model(*args))
+    assert backend.report.counts() == {SINGLE: 1}
+    assert not [n for n in backend.graphs[0].graph.nodes if n.op == "call_function" and not n.users]
+
+
 @pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
 @pytest.mark.parametrize("rows", ((True, True), (True, False), (False, True)), ids=("both", "weight", "bias"))
 def test_a_layer_norm_takes_an_fp32_weight_and_bias_as_pytorch_does(dtype: torch.dtype, rows: Any) -> None:
@@ -298,6 +332,46 @@ def test_rows_that_a_copy_brought_together_are_summed_as_they_lie_in_the_copy(
     got, backend = run(model, *args)
     assert_equal(got, model(*args))
     assert backend.report.counts() == {SINGLE: 1}
+
+
+def rows_apart_in_another_shape(x: Tensor, residual: Tensor, gate: Tensor) -> Any:
+    return residual.flatten(0, 1) + gate.tanh() * diffusers_norm(x.transpose(1, 2), None).reshape(-1, 500)
+
+
+def rows_apart_scaled_in_another_shape(x: Tensor, residual: Tensor, gate: Tensor) -> Any:
+    return (diffusers_norm(x.transpose(1, 2), None).reshape(-1, 500) * (1 + gate)) @ residual[0].mT
+
+
+def a_copy_between_the_two_norms(x: Tensor, residual: Tensor, gate: Tensor) -> Any:
+    y = residual.mT.contiguous().mT + gate.tanh() * diffusers_norm(x.transpose(1, 2), None)
+    return y, diffusers_norm(y.contiguous(), None) * (1 + gate)
+
+
+def a_residual_whose_rows_lie_apart(x: Tensor, residual: Tensor, gate: Tensor) -> Any:
+    y = gate.tanh() * diffusers_norm(residual, None) + x.transpose(1, 2)
+    return y, diffusers_norm(y, None) * (1 + gate)
+
+
+def a_residual_of_rows_apart_on_the_left(x: Tensor, residual: Tensor, gate: Tensor) -> Any:
+    y = x.transpose(1, 2) + gate.tanh() * diffusers_norm(residual, None)
+    return y, diffusers_norm(y, None) * (1 + gate)
+
+
+@pytest.mark.parametrize(
+    "model",
+    (
+        rows_apart_in_another_shape,
+        rows_apart_scaled_in_another_shape,
+        a_copy_between_the_two_norms,
+        a_residual_whose_rows_lie_apart,
+        a_residual_of_rows_apart_on_the_left,
+    ),
+)
+@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+def test_where_rows_lie_apart_no_sum_is_computed_in_another_order(model: Model, dtype: torch.dtype) -> None:
+    args = tensors((2, 500, 96), (2, 96, 500), (1, 1, 500), dtype=dtype)
+    got, _ = run(model, *args)
+    assert_equal(got, run(model, *args, fuse=False)[0])
 
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
@@ -620,6 +694,8 @@ UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
     "a root of a reciprocal": (lambda x: x * (1 / (x.float().pow(2).mean(-1, True) + EPS)).sqrt().to(x.dtype), "ROOT"),
     "a mean over everything": (lambda x: x * (x.float().pow(2).mean() + EPS).rsqrt().to(x.dtype), "DIMENSION"),
     "a sum over everything": (lambda x: x * (x.float().pow(2).sum() / 128 + EPS).rsqrt().to(x.dtype), "DIMENSION"),
+    "an eps on the left": (lambda x: x * (torch.full((1, 1, 1), EPS) + (x * x).mean(-1, True)).rsqrt(), "MEAN"),
+    "an eps of one dimension": (lambda x: x * (torch.full((1,), EPS) + (x * x).mean(-1, True)).rsqrt(), "EPS"),
     "a floor on the left": (lambda x: x * torch.maximum(x[0, 0, 0], (x * x).mean(-1, True)).rsqrt(), "MEAN"),
     "batch statistics": (lambda x: (x - x.mean(1, True)) * (x.var(1, keepdim=True) + EPS).rsqrt(), "DIMENSION"),
 }
@@ -647,12 +723,18 @@ def a_root_of_statistics_that_are_given(x: Tensor) -> Tensor:
     return F.batch_norm(x.mT, x[0, :, 0].mean().expand(16), x[0, 0].abs(), eps=EPS).mT
 
 
+def a_root_behind_a_norm(x: Tensor) -> Tensor:
+    h = x - x.mean(-1, keepdim=True)
+    return h * torch.rsqrt(1 + h * h * 0.5)
+
+
 def a_measure_that_divides_nothing(x: Tensor) -> Tensor:
     return x * (x.float().pow(2).mean(-1, keepdim=True) + EPS).sqrt().to(x.dtype)
 
 
 @pytest.mark.parametrize(
-    "model", (a_root_of_no_sum, a_root_of_statistics_that_are_given, a_measure_that_divides_nothing)
+    "model",
+    (a_root_of_no_sum, a_root_behind_a_norm, a_root_of_statistics_that_are_given, a_measure_that_divides_nothing),
 )
 def test_what_is_no_norm_is_not_told_of(model: Model) -> None:
     _, backend = run(model, *tensors((2, 4, 16)))

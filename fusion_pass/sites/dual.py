@@ -5,22 +5,25 @@ Either of gate and scale may be absent.
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
-from fusion_pass.dataflow import have_same_shape, under_views
+from fusion_pass.dataflow import have_same_shape, keeps_sums
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites import gated, norm, scaled
 from fusion_pass.sites.gated import Gated
 from fusion_pass.sites.norm import Norm, eps_operand
 from fusion_pass.sites.scaled import Scaled
-from fusion_pass.sites.site import Form, Operands, Site, Survey, check_operands, choose_form
+from fusion_pass.sites.site import Operands, Site, Survey, check_operands, choose_form
 
 KIND = "norm_tanh_mul_add_norm_scale"
 
 
 def find(second: Norm, survey: Survey) -> Site | None:
     """The two-output site whose second norm this is, as far as its dataflow tells. Raises Refused."""
-    y = under_views(second.x)
+    y = second.x
+    while keeps_sums(y):
+        y = y.args[0]
     anchor = survey.gated.get(y)
     first = None if anchor is None or anchor._erased else norm.find(anchor)
     upper = None if first is None else gated.grow(first)
@@ -46,10 +49,8 @@ def find(second: Norm, survey: Survey) -> Site | None:
         second.anchor,
         KIND,
         upper.norm_dtypes(),
-        lambda rounding, norm_dtype: upper.fits(rounding, norm_dtype) and _second_form(lower, rounding) is not None,
+        lambda rounding, norm_dtype: upper.fits(rounding, norm_dtype) and bool(_second_dtypes(lower, rounding)),
     )
-    second_form = _second_form(lower, form.rounding)
-    assert second_form is not None
     return Site(
         kind=KIND,
         operands=operands,
@@ -60,7 +61,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
             "add_one": lower.add_one,
             "rounding": form.rounding,
             "norm_dtype": form.norm_dtype,
-            "norm_dtype2": second_form.norm_dtype,
+            "norm_dtype2": _second_dtypes(lower, form.rounding)[0],
             "root": second.steps.root,
         },
         outputs=((upper.y,), lower.z),
@@ -70,10 +71,9 @@ def find(second: Norm, survey: Survey) -> Site | None:
     )
 
 
-def _second_form(lower: Scaled, rounding: str) -> Form | None:
-    """This form with the dtype that the second norm is cast to, or None if it is not the form of that."""
-    fitting = (dtype for dtype in (None, *lower.norm_dtypes()) if lower.fits(rounding, dtype))
-    return next((Form(rounding, dtype) for dtype in fitting), None)
+def _second_dtypes(lower: Scaled, rounding: str) -> list[torch.dtype | None]:
+    """The dtypes that the second norm may be cast to in this form: none where it is not of this form."""
+    return [dtype for dtype in (None, *lower.norm_dtypes()) if lower.fits(rounding, dtype)]
 
 
 def _like(upper: Gated, lower: Scaled) -> Node:

@@ -36,8 +36,8 @@ from fusion_pass.dataflow import (
     is_plain_add,
     is_pointwise,
     keeps_rows,
+    keeps_sums,
     known_equal,
-    lies_in_rows,
     other_operands,
     same_shape,
     same_value,
@@ -118,7 +118,7 @@ def _statistic(anchor: Node) -> _Statistic | None:
     moments = _layer_norm_moments(mean, nodes)
     measured = moments[0] if moments is not None else _squared(mean, nodes)
     if measured is None:
-        _refuse_statistic(mean)
+        _refuse_statistic(variance)
         return None
     _check_eps(eps)
     kind, centre = ("rms", None) if moments is None else ("layer", moments[1])
@@ -136,7 +136,7 @@ def _under_root(anchor: Node) -> Node | None:
     if _is_square_root(anchor):
         if _is_divided_by(anchor):
             return under
-        if _is_inverse(under) and _reduction_under(under) is not None:
+        if _is_inverse(under) and (sum_ := _reduction_under(under)) is not None and _square_root_of(sum_.args[0]):
             raise Refused(Reason.ROOT, under, "the reciprocal is under it")
         return None
     is_reciprocal = is_call(anchor, aten.rsqrt.default) or anchor.args[1] == -0.5
@@ -196,7 +196,7 @@ def _split_eps(variance: Node) -> tuple[Node, float | Node]:
         return variance, 0.0
     left, right = variance.args[:2]
     if isinstance(left, Node) and isinstance(right, Node):
-        # A tensor for eps has one element, and in most cases no dimension; the mean has those of x.
+        # A tensor for eps is 0-d; the mean has the rank of x.
         first, second = value(left), value(right)
         return (right, left) if first is not None and second is not None and first.ndim < second.ndim else (left, right)
     mean, eps = (left, right) if isinstance(left, Node) else (right, left)
@@ -207,8 +207,7 @@ def _check_eps(eps: float | Node) -> None:
     if isinstance(eps, float):
         return
     val = value(eps)
-    one = val is not None and all(known_equal(size, 1) for size in val.shape)
-    if val is None or not one or val.device.type != "cpu" or not val.is_floating_point():
+    if val is None or val.ndim != 0 or val.device.type != "cpu" or not val.is_floating_point():
         raise Refused(Reason.EPS, eps)
 
 
@@ -270,9 +269,11 @@ def _squared(mean: Node, nodes: list[Node]) -> Node | None:
 def _refuse_statistic(node: Any) -> None:
     """Raises Refused where a node is computed by pointwise operations from a sum over a tensor: a norm of some kind."""
     reduction = _reduction_under(node)
-    reduced = None if reduction is None else value(reduction.args[0])
-    if reduction is None or reduced is None:
+    reduced, statistic = None if reduction is None else value(reduction.args[0]), value(node)
+    if reduction is None or reduced is None or statistic is None:
         return
+    if same_shape(statistic, reduced):
+        return  # what is computed for each element, if from a mean, is no statistic
     if not _over_last(reduction, reduced):
         raise Refused(Reason.DIMENSION, reduction)
     raise Refused(Reason.MEAN if is_call(reduction, *MEANS) else Reason.LAYER_NORM, reduction)
@@ -388,7 +389,7 @@ def _called_on(statistic: _Statistic, x: Node) -> torch.dtype | None:
 def _before_copy(statistic: _Statistic) -> Node:
     """F.layer_norm reads a contiguous copy of what is not; an RMSNorm may, if its rows are the same in it."""
     node = statistic.measured
-    copies = is_call(node, aten.clone.default) and (statistic.kind == "layer" or lies_in_rows(node.args[0]))
+    copies = is_call(node, aten.clone.default) and (statistic.kind == "layer" or keeps_sums(node))
     return node.args[0] if copies else node
 
 
@@ -452,9 +453,10 @@ def _as_row(row: Node | None) -> Node | Operand | None:
 
 
 def _weight(user: Node, operand: Node, x: Node) -> Node | None:
-    """The [D] opposite `operand`. A computed one is a gate or a scale, unless one follows, or a rotation (1 + w)."""
+    """The row opposite `operand`. One that is computed (1 + w), or is not [D], is a gate or a scale, unless one, or a
+    rotation, follows."""
     row = _row_operand(user, aten.mul.Tensor, operand, x)
-    if row is None or _is_parameter(row):
+    if row is None or (_is_parameter(row) and _is_one_dimensional(row)):
         return row
     while (follows := sole_user(user)) is not None and (is_cast(follows) or keeps_rows(follows)):
         user = follows
@@ -465,7 +467,7 @@ def _weight(user: Node, operand: Node, x: Node) -> Node | None:
 def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
     """The [D] parameter that is added to `operand`."""
     row = _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None
-    return row if row is not None and _is_parameter(row) else None
+    return row if row is not None and _is_parameter(row) and _is_one_dimensional(row) else None
 
 
 def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
@@ -476,9 +478,13 @@ def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None
         return None
     if not known_equal(val.shape[-1], like.shape[-1]) or not all(known_equal(size, 1) for size in val.shape[:-1]):
         return None
-    row = under_views(row)
+    bare = under_views(row)
+    return row if _is_one_dimensional(row) and not _is_one_dimensional(bare) else bare
+
+
+def _is_one_dimensional(row: Node) -> bool:
     val = value(row)
-    return row if val is not None and (val.ndim == 1 or _is_parameter(row)) else None
+    return val is not None and val.ndim == 1
 
 
 def _is_parameter(row: Node) -> bool:

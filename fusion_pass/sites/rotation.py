@@ -77,7 +77,7 @@ def find(anchor: Node) -> Rotation | None:
 
 
 def of(x: Node) -> Rotation | None:
-    """The rotation that reads x, or a copy of it, or x with heads and tokens swapped; None where there is none."""
+    """The rotation that reads x, a copy or a view of it, or x with heads and tokens swapped; None if there is none."""
     for rotation in map(find, _anchors_behind(x)):
         if rotation is not None and between(x, rotation.x) is not None:
             return rotation

@@ -29,16 +29,17 @@ def find(silu: Silu, survey: Survey) -> Site | None:
     """The site whose silu this is, as far as its dataflow tells. Raises Refused."""
     terms = past_views(silu.out)
     term, product = terms[-1], sole_user(terms[-1])
-    if product is None and any(_is_product(user, term) for user in term.users):
-        raise Refused(Reason.ESCAPES, term, kind=KIND)
-    if product is None or not _is_product(product, term):
+    products = [user for user in term.users if _is_product(user, term)]
+    if not products:
         return None  # a gate that broadcasts, a factor
-    b = next(other_operands(product, term))
-    out = stored_casts(product)
+    out = stored_casts(products[0])
     if not any(is_stored(node) for node in out):
-        raise Refused(Reason.INLINE, product, kind=KIND)
+        raise Refused(Reason.INLINE, products[0], kind=KIND)
     if silu.by_hand:
         raise Refused(Reason.SILU, silu.anchor, kind=KIND)
+    if product is None:
+        raise Refused(Reason.ESCAPES, term, kind=KIND)
+    b = next(other_operands(product, term))
     if not have_same_shape(silu.x, term):
         raise Refused(Reason.SHAPE, term, "a view stands between the silu and its product", KIND)
     steps = SiluSteps(*(_dtype(node) for node in (silu.out, product, out[0])))

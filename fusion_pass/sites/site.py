@@ -13,7 +13,19 @@ from torch.fx import Graph, Node
 
 from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import FORMS
-from fusion_pass.dataflow import RESHAPES, aten, depends_on, is_call, is_size, known_equal, region, same_shape, value
+from fusion_pass.dataflow import (
+    RESHAPES,
+    aten,
+    depends_on,
+    have_same_shape,
+    is_call,
+    is_size,
+    known_equal,
+    lies_in_rows,
+    region,
+    same_shape,
+    value,
+)
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.operand import ORIGIN, SWAP, Operand, view_of
 
@@ -209,11 +221,28 @@ def _where(size: int | torch.SymInt, site: Site) -> int | Node | tuple[Node, int
 
 def _prove_layout(site: Site, graph: Graph) -> None:
     """The results are contiguous. Where the graph's were not, all that reads them may have another layout now, which
-    nothing but as_strided can tell."""
+    as_strided can tell; and a sum over rows, in its last bit, if these lay apart. So can the op, of what it norms."""
+    for node in site.results():
+        if not lies_in_rows(node):
+            raise Refused(Reason.LAYOUT, node, kind=site.kind)
+    for name in ("x", "q", "k"):
+        source = site.source(name)
+        if source is not None and _takes_another_shape(site, name) and not lies_in_rows(source):
+            raise Refused(Reason.LAYOUT, source, kind=site.kind)
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
     if strided and (site.swapped or not all(_is_contiguous(node) for node in site.results())):
         raise Refused(Reason.LAYOUT, strided[0], kind=site.kind)
+
+
+def _takes_another_shape(site: Site, name: str) -> bool:
+    """Does the op read a view of an operand, which is a copy where rows lie apart? F.layer_norm copies these itself."""
+    operand = site.operands[name]
+    if site.options.get("norm") == "layer":
+        return False
+    if isinstance(operand, Operand):
+        return any(view.target in RESHAPES for view in operand.views)
+    return site.like is not None and not have_same_shape(operand, site.like)
 
 
 def _is_contiguous(node: Node) -> bool:
@@ -374,5 +403,6 @@ _PURE = (
     torch.ops.aten.clone.default,
     torch.ops.aten.expand.default,
     torch.ops.aten.permute.default,
+    torch.ops.aten.select.int,
     *RESHAPES,
 )

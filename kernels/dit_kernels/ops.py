@@ -157,7 +157,7 @@ def _planned(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _no_plan(args: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
-    """The plan for calls that can have none, kept so that this is found out once."""
+    """The plan for calls that can have none, kept so that this is found out once, where guards can tell such calls."""
 
 
 def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -65,7 +65,8 @@ class NormGateCall(Call):
         read, weight, bias, eps = self.x, self.weight, self.bias, self.eps
         if self.chain.gated is not None:
             assert self.residual is not None
-            read = reference.gated(read, weight, bias, self.gate, self.residual, eps, self.chain)
+            # Contiguous, as it is returned: the sums of the second norm depend on it, in the last bit.
+            read = reference.gated(read, weight, bias, self.gate, self.residual, eps, self.chain).contiguous()
             results.append(read)
             weight, bias, eps = self.weight2, self.bias2, self.eps2
         if self.chain.scaled is not None:
