@@ -136,7 +136,7 @@ def _under_root(anchor: Node) -> Node | None:
     if _is_square_root(anchor):
         if _is_divided_by(anchor):
             return under
-        if _is_inverse(under) and (sum_ := _reduction_under(under)) is not None and _square_root_of(sum_.args[0]):
+        if _is_inverse_of_squares(under):
             raise Refused(Reason.ROOT, under, "the reciprocal is under it")
         return None
     is_reciprocal = is_call(anchor, aten.rsqrt.default) or anchor.args[1] == -0.5
@@ -170,9 +170,10 @@ def _is_reciprocal(node: Any) -> bool:
     return is_call(node, aten.reciprocal.default) or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -1)
 
 
-def _is_inverse(node: Any) -> bool:
-    """A reciprocal, or a number times one."""
-    return _is_reciprocal(node) or _is_reciprocal(_factor(node)[0])
+def _is_inverse_of_squares(node: Node) -> bool:
+    """A reciprocal, or a number times one, of what is computed from a sum of squares."""
+    reduction = _reduction_under(node) if _is_reciprocal(node) or _is_reciprocal(_factor(node)[0]) else None
+    return reduction is not None and _square_root_of(reduction.args[0]) is not None
 
 
 def _inverse(root: Node, nodes: list[Node]) -> tuple[Node, str]:

@@ -141,11 +141,10 @@ def _complex(anchor: Node) -> Rotation | None:
     flat = sole_user(real)
     if flat is None or not is_call(flat, *_RESHAPES) or not have_same_shape(flat, x) or not _are_pairs(pairs, x, -1):
         return None
-    out, swapped_behind = _results(flat)
-    nodes += [real, flat, *_swap_behind(flat)]
+    out, swapped_behind, inside = _results(flat, [*nodes, real])
     # PyTorch's product of complex numbers contracts one of two products into the sum: on the left, it is the other one.
     rounded = dtype(real) if product.args[0] is anchor else None
-    return Rotation(anchor, x, by, None, True, True, rounded, out, swapped_behind, _before(out, nodes))
+    return Rotation(anchor, x, by, None, True, True, rounded, out, swapped_behind, inside)
 
 
 def _is_complex(node: Node) -> bool:
@@ -195,10 +194,8 @@ def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | No
         return None
     cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (product, straight, total)}
-    out, swapped_behind = _results(total)
-    nodes += [straight, total, *_swap_behind(total)]
+    out, swapped_behind, inside = _results(total, [*nodes, straight])
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    inside = _before(out, nodes)
     return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, product_dtype, out, swapped_behind, inside)
 
 
@@ -225,33 +222,24 @@ def _pairwise(cat: Node) -> Rotation | None:
         return None
     cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (difference, total, *difference.args, *total.args)}
-    out, swapped_behind = _results(flat)
-    if is_narrowing(left) or is_narrowing(right):  # what is cast before it is put together is not rounded again behind
-        out, swapped_behind = (flat,), False
-        dtypes |= {dtype(left), dtype(right), dtype(flat)} if dtype(left) != dtype(right) else set()
-    nodes += [difference, total, flat, *_swap_behind(flat)]
+    rounded = is_narrowing(left) or is_narrowing(right)
+    if rounded and dtype(left) != dtype(right):
+        dtypes |= {dtype(left), dtype(right)}  # each with a rounding of its own: there is no such form
+    # What is cast before it is put together is not rounded again behind.
+    out, swapped_behind, inside = _results(flat, [*nodes, difference, total], casts=not rounded)
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    inside = _before(out, nodes)
     return Rotation(cat, x, cos, sin, interleaved, True, product_dtype, out, swapped_behind, inside)
 
 
-def _swap_behind(total: Node) -> tuple[Node, ...]:
-    """The swap of heads and tokens that alone reads a sum."""
+def _results(total: Node, nodes: list[Node], casts: bool = True) -> tuple[tuple[Node, ...], bool, tuple[Node, ...]]:
+    """The nodes that are the result: `total`, or the casts that read it, or a swap of its heads and tokens; whether they
+    stand behind a swap; and what stands before them, `nodes` first."""
     swap = sole_user(total)
-    return (swap,) if swap is not None and is_swap(swap) else ()
-
-
-def _results(total: Node) -> tuple[tuple[Node, ...], bool]:
-    """The nodes that are the result, and whether they stand behind a swap: of a sum that is cast, its casts."""
-    for node in (total, *_swap_behind(total)):
-        casts = stored_casts(node)
-        if casts != (node,):
-            return casts, node is not total
-    return (total,), False
-
-
-def _before(out: tuple[Node, ...], nodes: list[Node]) -> tuple[Node, ...]:
-    return tuple(node for node in dict.fromkeys(nodes) if all(node < result for result in out))
+    past = (total, swap) if swap is not None and is_swap(swap) else (total,)
+    found = ((stored_casts(node), node is not total) for node in past if casts and stored_casts(node) != (node,))
+    out, swapped_behind = next(found, ((total,), False))
+    inside = (node for node in dict.fromkeys((*nodes, *past)) if all(node < result for result in out))
+    return out, swapped_behind, tuple(inside)
 
 
 def _sum_of(part: Node, nodes: list[Node]) -> Node | None:
