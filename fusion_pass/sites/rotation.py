@@ -232,8 +232,8 @@ def _pairwise(cat: Node) -> Rotation | None:
 
 
 def _results(total: Node, nodes: list[Node], casts: bool = True) -> tuple[tuple[Node, ...], bool, tuple[Node, ...]]:
-    """The nodes that are the result: `total`, or the casts that read it, or a swap of its heads and tokens; whether they
-    stand behind a swap; and what stands before them, `nodes` first."""
+    """What a rotation gives: the nodes that are the result, which is `total` or the casts that read it or its heads and
+    tokens swapped; whether they stand behind such a swap; and what stands before them, `nodes` first."""
     swap = sole_user(total)
     past = (total, swap) if swap is not None and is_swap(swap) else (total,)
     found = ((stored_casts(node), node is not total) for node in past if casts and stored_casts(node) != (node,))
