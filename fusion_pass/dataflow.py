@@ -103,7 +103,11 @@ def past_views(node: Node) -> tuple[Node, ...]:
 def lies_in_rows(node: Node) -> bool:
     """Do the elements of a row stand side by side? A CPU sums such rows in one order, wherever they are; others not."""
     val = value(node)
-    return val is not None and val.ndim > 0 and (known_equal(val.shape[-1], 1) or known_equal(val.stride(-1), 1))
+    return val is not None and are_rows(val)
+
+
+def are_rows(t: torch.Tensor) -> bool:
+    return t.ndim > 0 and (known_equal(t.shape[-1], 1) or known_equal(t.stride(-1), 1))
 
 
 def keeps_sums(node: Any) -> bool:

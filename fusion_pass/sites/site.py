@@ -15,9 +15,9 @@ from dit_kernels.ops import KERNEL_DTYPES
 from dit_kernels.rounding import FORMS
 from fusion_pass.dataflow import (
     RESHAPES,
+    are_rows,
     aten,
     depends_on,
-    have_same_shape,
     is_call,
     is_size,
     known_equal,
@@ -227,7 +227,7 @@ def _prove_layout(site: Site, graph: Graph) -> None:
             raise Refused(Reason.LAYOUT, node, kind=site.kind)
     for name in ("x", "q", "k"):
         source = site.source(name)
-        if source is not None and _takes_another_shape(site, name) and not lies_in_rows(source):
+        if source is not None and not lies_in_rows(source) and _is_copied(site, name):
             raise Refused(Reason.LAYOUT, source, kind=site.kind)
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
@@ -235,14 +235,14 @@ def _prove_layout(site: Site, graph: Graph) -> None:
         raise Refused(Reason.LAYOUT, strided[0], kind=site.kind)
 
 
-def _takes_another_shape(site: Site, name: str) -> bool:
-    """Does the op read a view of an operand, which is a copy where rows lie apart? F.layer_norm copies these itself."""
-    operand = site.operands[name]
-    if site.options.get("norm") == "layer":
-        return False
-    if isinstance(operand, Operand):
-        return any(view.target in RESHAPES for view in operand.views)
-    return site.like is not None and not have_same_shape(operand, site.like)
+def _is_copied(site: Site, name: str) -> bool:
+    """Of an operand whose rows lie apart: does the op read a copy, as its view into another shape may be? F.layer_norm
+    copies such rows itself."""
+    operand, like = site.operands[name], None if site.like is None else value(site.like)
+    read = operand.value() if isinstance(operand, Operand) else value(operand) if isinstance(operand, Node) else None
+    if read is not None and like is not None:
+        read = read.reshape(like.shape)
+    return read is None or (are_rows(read) and site.options.get("norm") != "layer")
 
 
 def _is_contiguous(node: Node) -> bool:

@@ -126,6 +126,7 @@ def _pure() -> dict[str, Pure]:
         "cvt.u16.u32": Pure(lambda a: a.astype(U16), U16, (U32,)),
         "cvt.u64.u16": Pure(lambda a: a.astype(U64), U64, (U16,)),
         "min.u32": Pure(np.minimum, U32, (U32, U32)),
+        "max.u32": Pure(np.maximum, U32, (U32, U32)),
         "mul.hi.u16": Pure(lambda a, b: (a.astype(U32) * b >> U32.type(16)).astype(U16), U16, (U16, U16)),
         "mul.hi.u32": Pure(lambda a, b: (a.astype(U64) * b >> U64.type(32)).astype(U32), U32, (U32, U32)),
         "mul.hi.u64": Pure(_high_product, U64, (U64, U64)),
