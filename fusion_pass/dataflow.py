@@ -42,6 +42,11 @@ def dtype(node: Node) -> torch.dtype | None:
     return None if val is None else val.dtype
 
 
+def comes_from(node: Node, operator_name: str) -> bool:
+    """Is it a part of what an operator was decomposed into? By name: a cached graph holds a copy of the operator."""
+    return str(node.meta.get("original_aten")).startswith(operator_name)
+
+
 def is_size(node: Node) -> bool:
     """Does a node hold a size that is a symbol, or is computed from symbols?"""
     return isinstance(node.meta.get("val"), torch.SymInt)

@@ -10,8 +10,7 @@ from torch.fx import Node
 from dit_kernels.ops import checked_call, kernels_missing
 from fusion_pass.dataflow import is_pointwise, known_equal, under_views, value
 from fusion_pass.report import Reason, Refused
-from fusion_pass.sites.operand import Operand
-from fusion_pass.sites.site import VIEWED, Site
+from fusion_pass.sites.site import Site
 
 
 def check(site: Site) -> None:
@@ -32,15 +31,7 @@ def check(site: Site) -> None:
 def _vals(site: Site) -> list[Any]:
     """What the op will be called with, as fake tensors."""
     arguments = [argument.name for argument in site.op()._schema.arguments if not argument.kwarg_only]
-    return [_val(site, name) for name in arguments]
-
-
-def _val(site: Site, name: str) -> Any:
-    operand = site.operands[name]
-    val = operand.value() if isinstance(operand, Operand) else value(operand) if isinstance(operand, Node) else operand
-    if name in VIEWED and site.like is not None and isinstance(val, torch.Tensor):
-        return val.reshape(site.like.meta["val"].shape)
-    return val
+    return [site.read(name) for name in arguments]
 
 
 def _is_computed_per_token(source: Node, x: torch.Tensor) -> bool:

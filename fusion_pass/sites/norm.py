@@ -29,6 +29,7 @@ from fusion_pass.dataflow import (
     RESHAPES,
     VIEWS,
     aten,
+    comes_from,
     dtype,
     is_call,
     is_cast,
@@ -395,8 +396,7 @@ def _before_copy(statistic: _Statistic) -> Node:
 
 
 def _is_of_layer_norm(node: Node) -> bool:
-    """Is it a part of what F.layer_norm was decomposed into? By name: a cached graph holds a copy of the operator."""
-    return str(node.meta.get("original_aten")).startswith("aten.native_layer_norm")
+    return comes_from(node, "aten.native_layer_norm")
 
 
 def _check_shapes(measured: Node, rstd: Node, product: Node) -> None:
@@ -457,7 +457,7 @@ def _weight(user: Node, operand: Node, x: Node) -> Node | None:
     """The row opposite `operand`. One that is computed (1 + w), or is not [D], is a gate or a scale, unless one, or a
     rotation, follows."""
     row = _row_operand(user, aten.mul.Tensor, operand, x)
-    if row is None or (_is_parameter(row) and _is_one_dimensional(row)):
+    if row is None or _is_parameter(row):
         return row
     while (follows := sole_user(user)) is not None and (is_cast(follows) or keeps_rows(follows)):
         user = follows
@@ -468,7 +468,7 @@ def _weight(user: Node, operand: Node, x: Node) -> Node | None:
 def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
     """The [D] parameter that is added to `operand`."""
     row = _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None
-    return row if row is not None and _is_parameter(row) and _is_one_dimensional(row) else None
+    return row if row is not None and _is_parameter(row) else None
 
 
 def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
@@ -489,4 +489,5 @@ def _is_one_dimensional(row: Node) -> bool:
 
 
 def _is_parameter(row: Node) -> bool:
-    return through_casts(row).op in ("placeholder", "get_attr")
+    """A [D] that the model is given, or what it was cast from."""
+    return _is_one_dimensional(row) and through_casts(row).op in ("placeholder", "get_attr")

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from fusion_pass.dataflow import (
+    PARTS,
     VIEWS,
     aten,
     before_widening,
@@ -105,8 +106,7 @@ def measured(anchor: Node) -> Node:
 
 def _anchors_behind(x: Node) -> Iterator[Node]:
     """Past parts of x, casts, and the product and the sum of halves that are rotated apart."""
-    halves = (*_SPLITS, aten.slice.Tensor, aten.select.int, aten.unbind.int, operator.getitem)
-    parts = (*VIEWS, *halves, aten.neg.default, aten.clone.default)
+    parts = (*VIEWS, *PARTS, operator.getitem, aten.neg.default, aten.clone.default)
     arithmetic = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
     seen: set[Node] = set()
     pending = [(user, 2) for user in x.users]
@@ -236,8 +236,8 @@ def _results(total: Node, nodes: list[Node], casts: bool = True) -> tuple[tuple[
     tokens swapped; whether they stand behind such a swap; and what stands before them, `nodes` first."""
     swap = sole_user(total)
     past = (total, swap) if swap is not None and is_swap(swap) else (total,)
-    found = ((stored_casts(node), node is not total) for node in past if casts and stored_casts(node) != (node,))
-    out, swapped_behind = next(found, ((total,), False))
+    stored = ((stored_casts(node), node) for node in past if casts)
+    out, swapped_behind = next(((out, of is not total) for out, of in stored if out != (of,)), ((total,), False))
     inside = (node for node in dict.fromkeys((*nodes, *past)) if all(node < result for result in out))
     return out, swapped_behind, tuple(inside)
 

@@ -15,6 +15,7 @@ from fusion_pass.dataflow import (
     add_constant,
     aten,
     before_widening,
+    comes_from,
     is_call,
     is_narrowing,
     other_operands,
@@ -57,8 +58,7 @@ def _quotient(exp: Node) -> Silu | None:
     wide = negative.args[0]
     if not is_call(quotient, aten.div.Tensor) or quotient.args[0] is not wide or quotient.args[1] is not total:
         return None
-    by_hand = not str(exp.meta.get("original_aten")).startswith("aten.silu")
-    return _silu(exp, wide, quotient, by_hand, (negative, exp, total, quotient))
+    return _silu(exp, wide, quotient, not comes_from(exp, "aten.silu"), (negative, exp, total, quotient))
 
 
 def _product(sigmoid: Node) -> Silu | None:

@@ -28,16 +28,16 @@ KIND = "silu_mul"
 def find(silu: Silu, survey: Survey) -> Site | None:
     """The site whose silu this is, as far as its dataflow tells. Raises Refused."""
     terms = past_views(silu.out)
-    term, product = terms[-1], sole_user(terms[-1])
-    products = [user for user in term.users if _is_product(user, term)]
-    if not products:
+    term = terms[-1]
+    product = next((user for user in term.users if _is_product(user, term)), None)
+    if product is None:
         return None  # a gate that broadcasts, a factor
-    out = stored_casts(products[0])
+    out = stored_casts(product)
     if not any(is_stored(node) for node in out):
-        raise Refused(Reason.INLINE, products[0], kind=KIND)
+        raise Refused(Reason.INLINE, product, kind=KIND)
     if silu.by_hand:
         raise Refused(Reason.SILU, silu.anchor, kind=KIND)
-    if product is None:
+    if sole_user(term) is None:
         raise Refused(Reason.ESCAPES, term, kind=KIND)
     b = next(other_operands(product, term))
     if not have_same_shape(silu.x, term):

@@ -86,6 +86,15 @@ class Site:
         operand = self.operands.get(name)
         return operand.source if isinstance(operand, Operand) else operand if isinstance(operand, Node) else None
 
+    def read(self, name: str) -> Any:
+        """What the op is given as this operand: a fake tensor, or a number or None as it is."""
+        operand = self.operands[name]
+        val = operand.value() if isinstance(operand, Operand) else operand
+        val = value(val) if isinstance(val, Node) else val
+        if name in VIEWED and self.like is not None and isinstance(val, torch.Tensor):
+            return val.reshape(self.like.meta["val"].shape)
+        return val
+
     def shaped(self) -> Node:
         """The node in whose shape the op runs."""
         return self.x if self.like is None else self.like
@@ -238,11 +247,7 @@ def _prove_layout(site: Site, graph: Graph) -> None:
 def _is_copied(site: Site, name: str) -> bool:
     """Of an operand whose rows lie apart: does the op read a copy, as its view into another shape may be? F.layer_norm
     copies such rows itself."""
-    operand, like = site.operands[name], None if site.like is None else value(site.like)
-    read = operand.value() if isinstance(operand, Operand) else value(operand) if isinstance(operand, Node) else None
-    if read is not None and like is not None:
-        read = read.reshape(like.shape)
-    return read is None or (are_rows(read) and site.options.get("norm") != "layer")
+    return are_rows(site.read(name)) and site.options.get("norm") != "layer"
 
 
 def _is_contiguous(node: Node) -> bool:

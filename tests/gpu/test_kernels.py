@@ -93,11 +93,11 @@ def run(op: str, o: Operands, **options: Any) -> tuple[Tensor, ...]:
 
 def accepted(op: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that the op has: norm_scale knows no tanh, norm_tanh_mul_add no add_one."""
-    of_gated, of_scaled = {"tanh", "y_dtype"}, {"add_one", "z_dtype"}
-    foreign = {"norm_scale": of_gated | {"norm_dtype2"}, "norm_tanh_mul_add": of_scaled | {"norm_dtype2"}}.get(
-        op, set()
-    )
-    return {name: value for name, value in options.items() if name not in foreign}
+    foreign = {
+        "norm_scale": {"tanh", "y_dtype", "norm_dtype2"},
+        "norm_tanh_mul_add": {"add_one", "z_dtype", "norm_dtype2"},
+    }
+    return {name: value for name, value in options.items() if name not in foreign.get(op, set())}
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
