@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from unittest import mock
@@ -10,14 +11,14 @@ import pytest
 import torch
 
 from dit_kernels import tickets
-from dit_kernels.tickets import BLOCK, LINE
+from dit_kernels.tickets import BLOCK, CAPTURED, LINE
 
 
 @pytest.fixture(autouse=True)
 def capturing() -> Iterator[mock.Mock]:
     """Nothing is known yet, and what would be on a GPU is on the CPU. Gives the question for a capture."""
     with (
-        mock.patch.multiple(tickets, _of_stream={}, _free={}, _low=set(), _blocks=[]),
+        mock.patch.multiple(tickets, _of_stream={}, _free={}, _largest={}, _low=set(), _blocks=[]),
         mock.patch.object(torch, "device", return_value="cpu"),
         mock.patch.object(torch.cuda, "current_stream"),
         mock.patch.object(torch._C, "_cuda_isCurrentStreamCapturing", create=True, return_value=False) as capturing,
@@ -92,6 +93,35 @@ def test_a_block_that_is_half_used_by_captures_is_replaced_by_the_next_launch_ou
     assert after == tickets._blocks[1].data_ptr()
 
 
-def test_all_counters_are_zero() -> None:
+@pytest.mark.parametrize("batches", (1, LINE + 1, BLOCK))
+def test_a_graph_can_capture_hundreds_of_launches_whatever_their_batch_items(
+    capturing: mock.Mock, batches: int
+) -> None:
     tickets.address(0, 7, 1)
-    assert not any(block.any() for block in tickets._blocks)
+    warmed = tickets.address(0, 7, batches)
+    capturing.return_value = True
+    with mock.patch.object(tickets, "_zeros", side_effect=AssertionError("memory of the graph")):
+        starts = [tickets.address(0, 7, batches) for _ in range(CAPTURED)]
+    assert len({warmed, *starts}) == 1 + CAPTURED
+
+
+def test_threads_that_launch_at_once_on_streams_of_their_own_get_counters_of_their_own() -> None:
+    threads, rounds, got = 4, 1500, set()
+    together = threading.Barrier(threads)
+
+    def launch(thread: int) -> None:
+        for turn in range(rounds):
+            together.wait()
+            got.add(tickets.address(0, turn * threads + thread, 1))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        running = [threading.Thread(target=launch, args=(i,)) for i in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(got) == threads * rounds

@@ -237,19 +237,28 @@ def _fake_pointer(operand: Operand | None) -> Any:
 def _row_tiling(variant: Variant, arch: str) -> RowTiling:
     o, chain = variant.operands, variant.chain
     rows = [t for t in (o.x, o.residual) if t is not None]
-    others = {n: getattr(o, n) for n in ("weight", "bias", "gate", "weight2", "bias2", "scale")}
-    held = [held_dtype(chain, o, n) for n, t in others.items() if t is not None and t.walk != "element"]
-    walks = all(t is None or t.walk != "token" for t in others.values())
+    first, second = ("weight", "bias", "gate"), ("weight2", "bias2", "scale")
+    if chain.op == "scaled":
+        first, second = (*first, *second), ()
+    walks = all(t is None or t.walk != "token" for t in (o.gate, o.scale))
     aligned = all(t.access == ACCESS_BYTES and variant.d * t.dtype.itemsize % ACCESS_BYTES == 0 for t in rows)
     return row_tiling(
         chain.op,
         variant.d,
         [t.dtype.itemsize for t in rows],
-        [dtype.itemsize for dtype in held if dtype is not None],
+        _held_widths(variant, first),
         arch,
         walks,
         aligned,
+        _held_widths(variant, second),
     )
+
+
+def _held_widths(variant: Variant, names: Sequence[str]) -> list[int]:
+    """Bytes of an element of each of these parameters that is read as vectors, as it is kept."""
+    operands = {name: getattr(variant.operands, name) for name in names}
+    present = [name for name, t in operands.items() if t is not None and t.walk != "element"]
+    return [held_dtype(variant.chain, variant.operands, name).itemsize for name in present]
 
 
 def _head_tiling(variant: Variant, arch: str) -> HeadTiling:

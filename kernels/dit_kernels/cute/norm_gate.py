@@ -535,16 +535,19 @@ class _Parameters:
     def __init__(self, kernel: NormGate, place: _Place, gate, scale, weight, bias, weight2, bias2):
         self.chain, self.operands = chain, operands = kernel.chain, kernel.operands
         ahead = kernel.tiling.ahead
+        # Of one row only, what the second norm takes is not loaded before it is read: it would take the registers that
+        # another CTA fills meanwhile.
+        later = ahead and (chain.op != "dual" or kernel.tiling.schedule is not None)
         self.gate = _Modulation.of(gate, operands.gate, place, ahead)
-        self.scale = _Modulation.of(scale, operands.scale, place, ahead)
+        self.scale = _Modulation.of(scale, operands.scale, place, later)
         if chain.tanh:
             self.gate.activate = self._tanh
         if chain.add_one:
             self.scale.activate = self._add_one
         self.weight = _Reader.of(weight, operands.weight, place, ahead)
         self.bias = _Reader.of(bias, operands.bias, place, ahead)
-        self.weight2 = _Reader.of(weight2, operands.weight2, place, ahead)
-        self.bias2 = _Reader.of(bias2, operands.bias2, place, ahead)
+        self.weight2 = _Reader.of(weight2, operands.weight2, place, later)
+        self.bias2 = _Reader.of(bias2, operands.bias2, place, later)
 
     def _tanh(self, gate):
         return rounded(cute.math.tanh(widen(gate)), self.chain.gated.gate)

@@ -17,10 +17,10 @@ MAX_CTAS = 16  # on a multiprocessor: fewer for narrow rows than it could hold, 
 ROW_REGISTERS = 16  # registers a thread may spend on its part of one row operand; wider rows are read again instead
 LOADED_REGISTERS = 40  # registers a thread may spend on operands loaded ahead of the first reduction
 HELD_REGISTERS = 36  # the same of a staged kernel, whose rows wait in shared memory
-# Where each row has a gate and a scale of its own, few threads with three vectors each keep more in flight: the dual at
-# S=1056 takes 15.1 with 480 threads, 15.9 with 256, 14.5 with 160, 15.5 with 128 (copy 13.4), and at S=4128 48.2, 50.2,
-# 47.7 and 47.6 (copy 46.6).
-VECTORS_OF_A_ROW = 3
+# Where each row has a gate and a scale of its own: vectors of a thread, if they leave no tail. Microseconds at D=3840 and
+# S=1056 and 4128: dual with 1 14.3, 47.2, with 3 14.9, 46.8 (form fp32 47.6 and 55.8, fp16 47.4 and 51.0); gated 10.1,
+# 31.6 and 10.7, 32.5; scaled 8.1, 25.3 and 8.4, 24.1.
+VECTORS_OF_A_ROW = {"dual": 1, "gated": 1, "scaled": 3}
 LOADED_REGISTERS_OF_A_ROW = 80
 
 # What follows was measured on an H200 in bf16, D=3840, in microseconds (benchmarks/NOTES.md has the rest).
@@ -67,7 +67,7 @@ class RowTiling:
     vectors: int  # vectors of one thread
     tail: bool  # threads * vectors * vector > D: vectors carry a predicate
     resident: bool  # the row stays in registers; otherwise each pass over it reads it again
-    ahead: bool  # the parameters (weights, gate, scale) are loaded with the row, before the first reduction
+    ahead: bool  # parameters are loaded with the row, before the first reduction: all of a walk, the first norm's of a row
     schedule: Schedule | None  # None: a CTA takes one row
 
     @property
@@ -100,25 +100,26 @@ def row_tiling(
     arch: str,
     walks: bool = True,
     aligned: bool = True,
+    later_widths: Sequence[int] = (),
 ) -> RowTiling:
     """The tiling for rows of `d` elements.
 
     op: "dual", "gated" or "scaled". row_widths: bytes of an element of each tensor read per row (x, residual);
-    parameter_widths: of each other operand that is read as vectors, as it is kept. The vector is as wide as the
-    narrowest row operand needs for a 16-byte access. walks: no parameter differs from row to row; aligned: rows start
-    and end at multiples of 16 bytes, as bulk copies need them.
+    parameter_widths: of each other operand that is read as vectors, as it is kept; later_widths: the same of those of a
+    second norm. The vector is as wide as the narrowest row operand needs for a 16-byte access. walks: no parameter
+    differs from row to row; aligned: rows start and end at multiples of 16 bytes, as bulk copies need them.
     """
     vector = _vector_elements(d, min(row_widths))
     registers = _registers(vector, max(row_widths))
-    parameter_registers = sum(_registers(vector, width) for width in parameter_widths)
+    parameter_registers = sum(_registers(vector, width) for width in (*parameter_widths, *(later_widths if walks else ())))
     total = d // vector
     on = machine(arch)
     bulk = walks and aligned and on.shared_bytes > 0
     resident = -(-total // MAX_THREADS) * registers <= ROW_REGISTERS
     most = ROW_REGISTERS // registers if resident else total
     fewest = 1 if total <= (MAX_THREADS_OF_ONE_VECTOR if bulk else MAX_THREADS) else -(-total // MAX_THREADS)
-    if resident and not walks and total % (VECTORS_OF_A_ROW * WARP) == 0:
-        fewest = min(max(fewest, VECTORS_OF_A_ROW), most)
+    if resident and not walks and total % (VECTORS_OF_A_ROW[op] * WARP) == 0:
+        fewest = min(max(fewest, VECTORS_OF_A_ROW[op]), most)
     threads, vectors = _split(total, most, fewest)
     if resident and bulk:
         few = min(WALKING_VECTORS, WALKING_REGISTERS // max(parameter_registers, 1), most)
