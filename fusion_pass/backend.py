@@ -172,17 +172,22 @@ def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = Non
     fresh = _ExplainBackend(backend)
     torch._dynamo.reset()
     try:
-        with _compiled_with(fresh, model) as compiled, _grad_mode_of(model):
+        with _compiled_with(fresh, model) as compiled, torch.set_grad_enabled(_wants_gradients(model)):
             compiled(*args, **kwargs)
     finally:
         torch._dynamo.reset()
+    if torch.is_grad_enabled() and not _wants_gradients(model):
+        fresh.report.note = (
+            "looked at without gradients, as the model runs under torch.no_grad() or torch.inference_mode(); where its "
+            "parameters require gradients, and neither is on, nothing is fused"
+        )
     return fresh.report
 
 
-def _grad_mode_of(model: Callable[..., Any]) -> torch.set_grad_enabled:
+def _wants_gradients(model: Callable[..., Any]) -> bool:
     module = getattr(model, "__self__", model)  # a method of a module
     inference = isinstance(module, torch.nn.Module) and not module.training
-    return torch.set_grad_enabled(torch.is_grad_enabled() and not inference)
+    return torch.is_grad_enabled() and not inference
 
 
 def _uncompiled(function: Any) -> Any:
@@ -226,6 +231,12 @@ def _compiled_parts(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], st
 
 def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
     """mode and options as Inductor's configuration, checked as the stock backend checks them."""
+    ours = sorted({"rounding", "kernels", "strict"} & set(options or ()))
+    if ours:
+        raise ValueError(
+            f"fusion_pass: options has {', '.join(map(repr, ours))}, expected options of Inductor; the settings of the "
+            "pass are arguments of fusion_pass.Backend: torch.compile(model, backend=fusion_pass.Backend(...))"
+        )
     return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
 
 

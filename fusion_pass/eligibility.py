@@ -7,25 +7,33 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dit_kernels.ops import checked_call, kernels_missing
+from dit_kernels.ops import checked_call, kernels_missing, prepare
 from fusion_pass.dataflow import is_pointwise, known_equal, under_views, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.site import Site
 
 
-def check(site: Site) -> None:
-    """Raises Refused where no kernel can run the site, or where Inductor's own kernel is expected to be better."""
+def check(site: Site, rounding: str) -> None:
+    """Raises Refused where no kernel can run the site, or where Inductor's own kernel is expected to be better.
+
+    rounding: "model" or "fp32". Compiles the kernel, while Inductor compiles too, so that no forward pass waits for it.
+    """
     x = value(site.shaped())
     assert x is not None
     missing = kernels_missing(x.device)
     if missing is not None:
         raise Refused(Reason.NO_KERNEL, site.x, missing, site.kind)
-    if not checked_call(site.op(), *_vals(site), **site.options, **site.dtypes).fits_kernel():
+    vals, keywords = _vals(site), site.keywords(rounding)
+    if not checked_call(site.op(), *vals, **keywords).fits_kernel():
         raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
     for name in ("gate", "scale", "a", "b"):
         source = site.source(name)
         if source is not None and _is_computed_per_token(source, x):
             raise Refused(Reason.PER_TOKEN, source, kind=site.kind)
+    try:
+        prepare(site.op(), *vals, **keywords)
+    except Exception as error:  # one kernel does not compile: the other sites need not suffer
+        raise Refused(Reason.NO_KERNEL, site.anchor, f"{type(error).__name__}: {error}", site.kind) from error
 
 
 def _vals(site: Site) -> list[Any]:

@@ -233,10 +233,12 @@ class _Rewriter:
                     continue
                 prove(site, self.graph)
                 if self.options.kernels == "auto":
-                    eligibility.check(site)
+                    eligibility.check(site, self.options.rounding)
                 return site
             except Refused as refusal:
                 refusal.site = site
+                if refusal.reason is Reason.NO_KERNEL:  # not for a smaller site to hide
+                    raise
                 first_refusal = first_refusal or refusal
         if first_refusal is not None:
             raise first_refusal
@@ -267,8 +269,6 @@ class _Rewriter:
         call = rewrite(site, self.graph, self.options.rounding)
         if reads_too_early(call):
             stable_topological_sort(self.graph)
-        args, kwargs = call.meta["eager_input_vals"]
-        dit_kernels.ops.prepare(call.target, *args, **kwargs)
 
 
 _OF_RESULTS = (operator.getitem, aten.reshape.default, aten.permute.default)

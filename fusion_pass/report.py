@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -36,7 +37,10 @@ class Reason(str, Enum):
     ORDER = "an operand of the site is computed from its result"
     LAYOUT = "the op would have its rows lie otherwise in memory, which shows in what is read from them"
     MUTATION = "a mutation or a stream switch stands between its nodes"
-    TRAINING = "a training graph, whose backward reads the values inside the site"
+    TRAINING = (
+        "a training graph, whose backward reads the values inside the site; where no gradient is wanted, run the model "
+        "under torch.no_grad() or torch.inference_mode()"
+    )
     UNNORMED = "what is rotated is not an RMSNorm of each head"
     HEADS = (
         "what is rotated is not [B, S, H, Dh], or its rotation is not one row for each token, the same for all heads"
@@ -92,7 +96,7 @@ class ReportedSite:
     kind: the name of the op; or "norm" where nothing around a norm was recognised, "rope" for a rotation of what is no
     norm. A site that has several norms is named by the first. gate: "tanh", "given" or None;
     scale: "one_plus", "given" or None. module: dotted path in the model; source: file:line. shape: of x, symbols as
-    text. rounding: the form. reason: only of a missed site; `reason.name` is from the closed list `Reason`.
+    text. rounding: the form. reason: only of a missed site; reason_name: its name in the closed list `Reason`.
     """
 
     kind: str
@@ -116,13 +120,14 @@ class FusionReport:
 
     fused, missed: lists of ReportedSite. graphs: how many graphs were compiled; calls: how often each of them was
     called, in the one call of the model that `explain` makes. A model that is compiled block by block has one graph for
-    each kind of block, which is called for each block of the kind.
+    each kind of block, which is called for each block of the kind. note: what else is to be known of it, or "".
     """
 
     fused: list[ReportedSite] = field(default_factory=list)
     missed: list[ReportedSite] = field(default_factory=list)
     graphs: int = 0
     calls: list[int] = field(default_factory=list)
+    note: str = ""
 
     def merge(self, other: FusionReport) -> None:
         self.fused += other.fused
@@ -144,7 +149,7 @@ class FusionReport:
 
     def to_json(self) -> str:
         sites = {"fused": [s.to_dict() for s in self.fused], "missed": [s.to_dict() for s in self.missed]}
-        return json.dumps({"graphs": self.graphs, "calls": self.calls, **sites}, indent=2)
+        return json.dumps({"graphs": self.graphs, "calls": self.calls, "note": self.note, **sites}, indent=2)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -158,20 +163,20 @@ class FusionReport:
         from rich.markup import escape
         from rich.table import Table
 
-        fused = Table(title=f"Fused: {len(self.fused)}", title_justify="left")
+        fused = Table(title=f"Fused: {len(self.fused)}", title_justify="left", show_header=bool(self.fused))
         for name in ("op", "gate", "scale", "rounding", "shape", "dtype", "module", "", "source"):
             fused.add_column(name, overflow="fold", no_wrap=name in ("op", "module"))
         for s, module, count in _alike(self.fused):
             cells = (s.gate or "-", s.scale or "-", s.rounding or "-", escape(_shape_text(s)), _dtype_name(s.dtype))
             fused.add_row(s.kind, *cells, module, count, _short(s.source))
-        missed = Table(title=f"Missed: {len(self.missed)}", title_justify="left")
+        missed = Table(title=f"Missed: {len(self.missed)}", title_justify="left", show_header=bool(self.missed))
         for name in ("what", "module", "", "shape", "reason", "source"):
             missed.add_column(name, overflow="fold", no_wrap=name in ("what", "module"))
         for s, module, count in _alike(self.missed):
             missed.add_row(s.kind, module, count, escape(_shape_text(s)), s.reason, _short(s.source))
         graphs = f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled"
         called = f", called in turn {', '.join(f'{count}×' for count in self.calls)}" if self.calls else ""
-        return Group(fused, missed, graphs + called)
+        return Group(fused, missed, graphs + called, *filter(None, [self.note]))
 
 
 def _alike(sites: list[ReportedSite]) -> Iterable[tuple[ReportedSite, str, str]]:
@@ -188,7 +193,7 @@ def _alike(sites: list[ReportedSite]) -> Iterable[tuple[ReportedSite, str, str]]
 
 def _table_width() -> int:
     """Wide enough that no column wraps to one letter a line, also where there is no terminal."""
-    return max(170, int(os.environ.get("COLUMNS", "0") or 0))
+    return max(170, shutil.get_terminal_size().columns)
 
 
 def _listing(counts: Iterable[tuple[str, int]]) -> str:

@@ -17,8 +17,8 @@ from test_kernel_code import COMPILED, WIDE, resources
 from dit_kernels.chain import RotatedChain, SiluChain
 from dit_kernels.compile import Variant
 from dit_kernels.cute.heads import head_tiling
-from dit_kernels.cute.norm_gate import Operand
 from dit_kernels.cute.norm_rope import RopeOperands
+from dit_kernels.cute.operand import Operand
 from dit_kernels.cute.silu_mul import SiluOperands
 from dit_kernels.rounding import rotated_steps, silu_steps
 

@@ -277,6 +277,34 @@ def test_a_second_process_compiles_nothing_and_still_tells_what_is_fused(tmp_pat
 # --- strict, and errors of our own -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ("options", "inductor_options"))
+def test_a_setting_of_ours_among_inductors_options_is_a_value_error_that_says_where_it_goes(module, args, form) -> None:
+    def compiled() -> None:
+        if form == "options":
+            torch.compile(module, backend="fusion_pass", options={"rounding": "fp32"})(*args)
+        else:
+            fusion_pass.inductor_options(options={"rounding": "fp32"})
+
+    with pytest.raises(Exception, match=r"'rounding', expected options of Inductor.*fusion_pass\.Backend"):
+        compiled()
+
+
+def test_a_kernel_that_does_not_compile_costs_its_own_site_only(module, args, monkeypatch) -> None:
+    real = graph_pass.eligibility.prepare
+
+    def failing(op, *positional, **named):
+        if op is torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale.default:
+            raise RuntimeError("seeded")
+        real(op, *positional, **named)
+
+    monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)
+    monkeypatch.setattr(graph_pass.eligibility, "prepare", failing)
+    with pytest.warns(UserWarning, match=r"no kernel can run here \(RuntimeError: seeded\)"):
+        report = fusion_pass.explain(module, *args)
+    assert report.counts() == {"norm_tanh_mul_add": 1}
+    assert [site.reason_name for site in report.missed] == ["NO_KERNEL"]
+
+
 def test_strict_raises_where_a_site_cannot_be_fused(module, args) -> None:
     with pytest.raises(Exception, match=r"fusion_pass \(strict\): .*no kernel can run here"):
         torch.compile(module, backend=Backend(strict=True))(*args)
@@ -294,7 +322,7 @@ STEPS = (
     "eligibility.check",
     "rewrite",
     "stable_topological_sort",
-    "dit_kernels.ops.prepare",
+    "eligibility.prepare",
     "module_path",
     "_warn_if_nothing_fused",
     "FusionReport.to_json",
@@ -319,9 +347,9 @@ def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(module
     monkeypatch.setattr(target, name, failing)
     if step == "stable_topological_sort":  # called only where a reader stands too early: make it so
         monkeypatch.setattr(graph_pass, "reads_too_early", lambda call: True)
-    if step == "eligibility.check":
+    if "eligibility" in step:
         monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)
-    backend = Backend(kernels="auto" if step == "eligibility.check" else "reference")
+    backend = Backend(kernels="auto" if "eligibility" in step else "reference")
     options = {"fx_graph_cache": step == "_fingerprint"}  # another compilation each time, but where uuid() is asked
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -439,6 +467,19 @@ def test_explain_calls_the_model_once_with_the_given_arguments(args) -> None:
     report = fusion_pass.explain(Model(Spec()).eval(), *args, backend=REFERENCE, named="x")
     assert report.counts() == {DUAL: 1}
     assert len(calls) == 1
+
+
+def test_explain_says_that_it_looked_without_gradients_where_the_caller_has_them(module, args) -> None:
+    with torch.enable_grad():
+        assert "without gradients" in str(fusion_pass.explain(module, *args, backend=REFERENCE))
+    with torch.no_grad():
+        assert fusion_pass.explain(module, *args, backend=REFERENCE).note == ""
+
+
+@pytest.mark.parametrize("columns", ("auto", "20", ""))
+def test_a_report_prints_whatever_the_terminal_says_of_its_width(columns: str, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "Fused: 0" in str(fusion_pass.FusionReport())
 
 
 def test_a_model_in_training_is_not_fused_and_the_report_says_why(args) -> None:

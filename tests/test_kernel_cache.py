@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 
 from dit_kernels import compile as kernels
 from dit_kernels.chain import Chain
-from dit_kernels.cute.norm_gate import Operand, Operands
+from dit_kernels.cute.norm_gate import Operands
+from dit_kernels.cute.operand import Operand
 from dit_kernels.rounding import scaled_steps
 
 ARCH = "sm_90a"
@@ -223,6 +225,30 @@ def test_the_name_of_an_entry_depends_on_arch_variant_versions_and_sources(monke
             names.append(kernels.entry_name(ARCH, variant()))
     assert len(set(names)) == len(names)
     assert names[0] == kernels.entry_name(ARCH, variant())
+
+
+def test_a_user_without_a_home_costs_one_warning_and_no_kernel(
+    compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DIT_KERNELS_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=KeyError("no such user")))
+    kernels._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="DIT_KERNELS_CACHE_DIR"):
+        assert callable(kernels._load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH]
+
+
+def test_the_name_of_an_entry_depends_on_which_compiler_cutedsl_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels._versions.cache_clear()
+    here = kernels.entry_name(ARCH, variant())
+    assert f"toolkit {kernels._toolkit()}" in kernels._versions()
+    assert any(name in kernels._toolkit() for name in ("cu12", "cu13"))
+    loaded = mock.Mock(__file__="/elsewhere/_cutlass_ir.cu11.so")
+    monkeypatch.setitem(sys.modules, "cutlass._mlir._mlir_libs._cutlass_ir", loaded)
+    kernels._versions.cache_clear()
+    assert kernels.entry_name(ARCH, variant()) != here
+    kernels._versions.cache_clear()
 
 
 def test_the_versions_in_a_name_are_those_of_cutedsl_and_tvm_ffi() -> None:

@@ -15,7 +15,8 @@ from ptx.device import ARCHS, compiled
 
 from dit_kernels.chain import Chain
 from dit_kernels.compile import Variant
-from dit_kernels.cute.norm_gate import Operand, Operands, Walk
+from dit_kernels.cute.norm_gate import Operands
+from dit_kernels.cute.operand import Operand, Walk
 from dit_kernels.cute.tiling import machine, row_tiling
 from dit_kernels.rounding import FORMS, gated_steps, scaled_steps
 

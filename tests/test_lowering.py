@@ -17,7 +17,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 import fusion_pass
 from dit_kernels import ops, tickets
 from dit_kernels.calls import norm_gate
-from dit_kernels.calls.norm_gate import launch_numbers
+from dit_kernels.calls.norm_gate import FAMILY
 from dit_kernels.direct import DirectCall
 from fusion_pass import Backend, lowering
 
@@ -154,6 +154,51 @@ def test_a_call_on_a_stream_of_its_own_goes_through_the_dispatcher(monkeypatch: 
     assert_equal(got, dual(*args))
 
 
+def in_a_branch(x: Tensor, w: Tensor, s: Tensor, which: Tensor) -> Tensor:
+    return torch.cond(
+        which,
+        lambda x, w, s: SCALED(x, w, None, s, EPS) + 1,
+        lambda x, w, s: SCALED(x * 2, w, None, s, EPS) - 1,
+        (x, w, s),
+    )
+
+
+@torch.compiler.nested_compile_region
+def region(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    return SCALED(x, w, None, s, EPS) * 2
+
+
+def in_a_region_of_its_own(x: Tensor, w: Tensor, s: Tensor, which: Tensor) -> Tensor:
+    return region(region(x, w, s), w, s)
+
+
+def copied_back_into_what_was_read(x: Tensor, w: Tensor, s: Tensor, which: Tensor) -> Tensor:
+    y = GATED(x, w, None, None, x * 2, EPS, tanh=False)
+    x.copy_(y)
+    return y + 1
+
+
+def changed_in_place(x: Tensor, w: Tensor, s: Tensor, which: Tensor) -> tuple[Tensor, ...]:
+    z = SCALED(x, w, None, s, EPS).add_(1)
+    return z, z.view(-1)
+
+
+@pytest.mark.parametrize(
+    "function", (in_a_branch, in_a_region_of_its_own, copied_back_into_what_was_read, changed_in_place)
+)
+@pytest.mark.parametrize("which", (True, False))
+def test_a_direct_call_is_right_wherever_its_operands_and_results_come_from_and_go(
+    function: Callable[..., Any], which: bool
+) -> None:
+    x, w, s = random(2, 5, D), random(D), random(2, 1, D)
+    eager_x, compiled_x = x.clone(), x.clone()
+    expected = function(eager_x, w, s, torch.tensor(which))
+    got, code = compiled(function, compiled_x, w, s, torch.tensor(which), fullgraph=True)
+    assert "DirectCall(" in code
+    assert_equal(got, expected)
+    assert torch.equal(compiled_x, eager_x)
+
+
 def test_code_for_other_dtypes_is_another_source() -> None:
     def scaled(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
         return SCALED(x, w, None, scale, EPS, rounding="fp32", z_dtype=bf16)
@@ -208,6 +253,10 @@ def gpu() -> Iterator[None]:
 
 def addresses(*given: Any) -> tuple[Any, ...]:
     return tuple(t.data_ptr() if isinstance(t, Tensor) else t for t in given)
+
+
+def launch_numbers(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[int, ...]:
+    return FAMILY.launch_numbers({"x": x, "residual": residual, "gate": gate, "scale": scale})
 
 
 def launched(call: DirectCall, given: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...] | None:

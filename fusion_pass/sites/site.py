@@ -95,6 +95,14 @@ class Site:
             return val.reshape(self.like.meta["val"].shape)
         return val
 
+    def keywords(self, rounding: str) -> dict[str, Any]:
+        """The keyword arguments of the op; rounding: "model" or "fp32"."""
+        given: dict[str, Any] = {**self.options, **self.dtypes}
+        if rounding == "fp32":
+            given["rounding"] = "fp32"
+            given |= {name: None for name in ("norm_dtype", "norm_dtype2") if name in given}
+        return given
+
     def shaped(self) -> Node:
         """The node in whose shape the op runs."""
         return self.x if self.like is None else self.like
@@ -321,10 +329,7 @@ def _place(site: Site) -> Node:
 
 def _insert_call(site: Site, graph: Graph, rounding: str) -> Node:
     args: list[Any] = []
-    kwargs: dict[str, Any] = {**site.options, **site.dtypes}
-    if rounding == "fp32":
-        kwargs["rounding"] = "fp32"
-        kwargs |= {name: None for name in ("norm_dtype", "norm_dtype2") if name in kwargs}
+    kwargs = site.keywords(rounding)
     for argument in site.op()._schema.arguments:
         if not argument.kwarg_only:
             operand = site.operands[argument.name]

@@ -17,13 +17,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ from dit_kernels.calls.call import Family
 from dit_kernels.chain import Chain, RotatedChain, SiluChain
 from dit_kernels.cute.arith import CUTE_DTYPES
 from dit_kernels.cute.heads import HeadTiling, head_tiling
-from dit_kernels.cute.norm_gate import NormGate, Operand, Operands, held_dtype
+from dit_kernels.cute.norm_gate import NormGate, Operands, held_dtype
 from dit_kernels.cute.norm_rope import NormRope, RopeOperands
+from dit_kernels.cute.operand import Operand
 from dit_kernels.cute.silu_mul import SiluMul, SiluOperands, VectorTiling, vector_tiling
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling, row_tiling
 
@@ -237,20 +239,19 @@ def _fake_pointer(operand: Operand | None) -> Any:
 def _row_tiling(variant: Variant, arch: str) -> RowTiling:
     o, chain = variant.operands, variant.chain
     rows = [t for t in (o.x, o.residual) if t is not None]
-    first, second = ("weight", "bias", "gate"), ("weight2", "bias2", "scale")
-    if chain.op == "scaled":
-        first, second = (*first, *second), ()
+    later = ("weight2", "bias2", "scale") if chain.op == "dual" else ()
+    parameters = ("weight", "bias", "gate", "weight2", "bias2", "scale")
     walks = all(t is None or t.walk != "token" for t in (o.gate, o.scale))
     aligned = all(t.access == ACCESS_BYTES and variant.d * t.dtype.itemsize % ACCESS_BYTES == 0 for t in rows)
     return row_tiling(
         chain.op,
         variant.d,
         [t.dtype.itemsize for t in rows],
-        _held_widths(variant, first),
+        _held_widths(variant, [name for name in parameters if name not in later]),
         arch,
         walks,
         aligned,
-        _held_widths(variant, second),
+        _held_widths(variant, later),
     )
 
 
@@ -258,7 +259,8 @@ def _held_widths(variant: Variant, names: Sequence[str]) -> list[int]:
     """Bytes of an element of each of these parameters that is read as vectors, as it is kept."""
     operands = {name: getattr(variant.operands, name) for name in names}
     present = [name for name, t in operands.items() if t is not None and t.walk != "element"]
-    return [held_dtype(variant.chain, variant.operands, name).itemsize for name in present]
+    dtypes = [held_dtype(variant.chain, variant.operands, name) for name in present]
+    return [dtype.itemsize for dtype in dtypes if dtype is not None]
 
 
 def _head_tiling(variant: Variant, arch: str) -> HeadTiling:
@@ -296,14 +298,19 @@ _LOCK_SECONDS = 120.0
 
 
 class Untrusted(Exception):
-    """Somebody other than the user may have written there."""
+    """There is no place where nobody but the user can have written."""
 
 
 def cache_directory() -> Path:
     chosen = os.environ.get("DIT_KERNELS_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_kernels"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "dit_kernels"
+    try:
+        return Path.home() / ".cache" / "dit_kernels"
+    except RuntimeError as error:  # a user without a name, as in some containers
+        raise Untrusted(f"{error} Set DIT_KERNELS_CACHE_DIR") from error
 
 
 def entry_name(arch: str, variant: Variant) -> str:
@@ -314,7 +321,12 @@ def entry_name(arch: str, variant: Variant) -> str:
 def _versions() -> tuple[str, ...]:
     """What an entry depends on beside our own sources: it is host code, too, that calls the libraries of CuTeDSL."""
     packages = [f"{name} {version(name)}" for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi")]
-    return (*packages, f"cuda {(torch.version.cuda or 'none').split('.')[0]}", platform.system(), platform.machine())
+    return (*packages, f"toolkit {_toolkit()}", platform.system(), platform.machine())
+
+
+def _toolkit() -> str:
+    """Which of its compilers CuTeDSL has loaded: one for each major version of CUDA, chosen by that of the driver."""
+    return Path(sys.modules["cutlass._mlir._mlir_libs._cutlass_ir"].__file__ or "").name
 
 
 @cache
@@ -329,16 +341,15 @@ def _source_hash() -> str:
 
 def _load_or_compile(arch: str, variant: Variant) -> Function:
     """From disk; else compiled, and put there. A cache that cannot be used costs a warning, never the kernel."""
-    name = entry_name(arch, variant)
     try:
-        directory = _open_directory(cache_directory())
+        name, directory = entry_name(arch, variant), _open_directory(cache_directory())
         function = _load(directory / name)
         if function is not None:
             return function
         # Of several processes that need the entry, one compiles it and the others wait and load it.
         with FileLock(directory / "lock", timeout=_LOCK_SECONDS, mode=0o600):
             return _load(directory / name) or _compile_into(directory / name, arch, variant)
-    except (OSError, Untrusted) as error:  # filelock.Timeout is an OSError
+    except (OSError, Untrusted, PackageNotFoundError) as error:  # filelock.Timeout is an OSError
         _warn_once(f"dit_kernels: kernels are not kept on disk: {error}")
     return compile_variant(arch, variant)
 

@@ -100,6 +100,10 @@ def kernels_missing(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < MINIMUM_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is older than 8.0"
+    try:
+        _compiler()
+    except Exception as error:  # another package named cutlass, or CuTeDSL without a compiler for this driver
+        return f"CuTeDSL does not load: {error}"
     return None
 
 

@@ -29,6 +29,8 @@ from fusion_pass import Backend, lowering  # noqa: F401  Inductor's way to call 
 # The share of outputs that may differ from eager's by a rounding, because the kernel sums in another order. A flipped
 # 16-bit statistic (`native`) changes a whole row.
 MAY_DIFFER = {torch.bfloat16: 5e-4, torch.float16: 5e-3}
+# What a matmul makes of the results, by the sum of their magnitudes: one step of it, and of one of them in ten.
+SUM_MAY_DIFFER = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 2e-6}
 
 
 def moved(args: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -53,7 +55,8 @@ def on_gpu(spec: Spec, seed: int = 0) -> tuple[SiteModule, list[torch.Tensor]]:
     return SiteModule(spec).cuda().eval().requires_grad_(False), args
 
 
-def assert_follows_eager(got: tuple[torch.Tensor, ...], eager: tuple[torch.Tensor, ...], rows: int = 0) -> None:
+def assert_follows_eager(got: Iterable[torch.Tensor], eager: Iterable[torch.Tensor], rows: int = 0) -> None:
+    """rows: of so many in each tensor every element may differ."""
     for ours, theirs in zip(got, eager, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=2e-2 if ours.dtype != torch.float32 else 1e-4, atol=2e-2)
@@ -75,13 +78,16 @@ def test_a_compiled_site_follows_eager_and_runs_on_a_kernel(spec: Spec, dynamic:
 @settings(max_examples=60, deadline=None)
 @given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
 def test_a_compiled_attention_follows_eager_and_runs_on_a_kernel(spec: RopeSpec, dynamic: bool, seed: int) -> None:
-    spec = replace(spec, tokens=spec.tokens * 16)
+    spec = replace(spec, tokens=spec.tokens * 16, shown=True)
     args, module = moved(rope_inputs(spec, seed)), RopeModule(spec).cuda().eval().requires_grad_(False)
     for arg in args:
         torch._dynamo.mark_static(arg, arg.ndim - 1)
-    got, backend = run(module, *args, dynamic=dynamic, kernels="auto")
+    (got, *heads), backend = run(module, *args, dynamic=dynamic, kernels="auto")
     assert backend.report.counts() == ({spec.kind(): 1} if spec.width % 8 == 0 else {}), backend.report
-    assert_follows_eager((got,), (module(*args),), rows=got.numel() // got.shape[-1])
+    eager, *eager_heads = module(*args)
+    assert_follows_eager(heads, eager_heads, rows=2 if spec.norm is native_norm else 0)
+    # An element of q is seen in all of its row of the attention, one of k in all rows of its batch item.
+    torch.testing.assert_close(got, eager, rtol=2e-2 if got.dtype != torch.float32 else 1e-4, atol=2e-2)
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,7 +96,10 @@ def test_a_compiled_swiglu_follows_eager_and_runs_on_a_kernel(spec: SiluSpec, se
     module, args = SiluModule(spec), moved(silu_inputs(spec, seed))
     got, backend = run(module, *args, kernels="auto")
     assert backend.report.counts() == {"silu_mul": 1}
-    torch.testing.assert_close(got, module(*args), rtol=2e-2, atol=2e-2 * spec.width)
+    a, b = (t.double() for t in args)
+    magnitude = (torch.nn.functional.silu(a) * b).abs().sum(-1, keepdim=True)
+    distance = (got.double() - module(*args).double()).abs()
+    assert bool((distance <= SUM_MAY_DIFFER[got.dtype] * magnitude).all()), (distance / magnitude).max()
 
 
 @pytest.mark.parametrize("table", (torch.complex64, torch.complex128))
@@ -103,7 +112,8 @@ def test_nothing_stands_between_a_projection_and_its_attention_but_one_kernel(ta
         compiled(*args)
         torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert not [name for name in kernels if any(part in name for part in ("elementwise", "triton", "opy", "omplex"))]
+    assert len([name for name in kernels if "NormRope" in name]) == 1, kernels
+    assert len(kernels) == 2, kernels  # and the attention
 
 
 @pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
@@ -192,7 +202,7 @@ def test_a_direct_call_takes_an_operand_that_is_not_aligned(looked_at: list[str]
         args = dual_operands(1, 64, skip)
         for got, expected in zip(function(*args), dual(*args), strict=True):
             assert torch.equal(got, expected)
-    assert len(looked_at) <= 3
+    assert len(looked_at) == 3  # the first call, and those with an address that the kernel does not take
 
 
 def test_a_direct_call_runs_on_the_current_stream() -> None:
@@ -207,6 +217,17 @@ def test_a_direct_call_runs_on_the_current_stream() -> None:
     stream.synchronize()
     for got, expected in zip(results, dual(*args), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_compiled_code_runs_on_the_device_of_its_tensors() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: the compiled code runs on one that is not the current one")
+    function, args = torch.compile(dual, backend=Backend(), dynamic=False), dual_operands(1, 64)
+    there = [t.to("cuda:1") for t in args]
+    for _ in range(2):  # the second time the call is known
+        for got, expected in zip(function(*there), dual(*args), strict=True):
+            assert got.device == torch.device("cuda:1")
+            assert torch.equal(got.cpu(), expected.cpu())
 
 
 def attention(packed: torch.Tensor, w: torch.Tensor, freqs: torch.Tensor, both: torch.Tensor) -> Any:

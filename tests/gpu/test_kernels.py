@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -647,12 +648,21 @@ def test_what_is_prepared_on_fake_tensors_is_what_a_call_launches() -> None:
     assert set(compile._functions) == compiled
 
 
-def test_kernels_from_the_disk_compute_what_fresh_ones_do() -> None:
+def test_kernels_from_the_disk_compute_what_fresh_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_kernels import compile
 
-    o = operands(1, 64, 3840)
+    def forget() -> None:
+        compile._kernels.clear()
+        compile._functions.clear()
+        ops._plans.clear()
+
+    o, compiled = operands(1, 64, 3840), []
+    real = compile.compile_variant
+    monkeypatch.setenv("DIT_KERNELS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compile, "compile_variant", lambda *given: compiled.append(given) or real(*given))
+    forget()
     expected = run(DUAL, o)
-    compile._kernels.clear()
-    compile._functions.clear()
+    forget()
     for result, other in zip(run(DUAL, o), expected, strict=True):
         assert torch.equal(result, other)
+    assert len(compiled) == 1

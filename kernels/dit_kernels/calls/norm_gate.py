@@ -116,15 +116,6 @@ def _broadcast(t: Tensor | None, x: Tensor) -> Tensor | None:
     return dense(t)
 
 
-def launch_numbers(x: Any, residual: Any, gate: Any, scale: Any) -> tuple[Any, ...]:
-    """B, S, and the strides of these by batch item and by token, in elements: 0 where an operand has one or is absent.
-
-    Of tensors (B, S, D) as dit_kernels.compile.bound takes them, and of whatever else has a shape and stride().
-    """
-    strides = [by for t in (x, residual, gate, scale) for by in launch_strides(t)]
-    return (x.shape[0], x.shape[1], *strides)
-
-
 @cache
 def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -135,7 +126,13 @@ def _of_launch(device: int, stream: int, batches: int) -> tuple[int, ...]:
 
 
 def _launch_numbers(operands: Mapping[str, Any]) -> tuple[Any, ...]:
-    return launch_numbers(*(operands.get(name) for name in ("x", "residual", "gate", "scale")))
+    """B, S, and the strides of these by batch item and by token, in elements: 0 where an operand has one or is absent.
+
+    Of tensors (B, S, D) as dit_kernels.compile.bound takes them, and of whatever else has a shape and stride().
+    """
+    x = operands["x"]
+    strides = [by for name in ("x", "residual", "gate", "scale") for by in launch_strides(operands.get(name))]
+    return (x.shape[0], x.shape[1], *strides)
 
 
 FAMILY = Family(

@@ -77,7 +77,7 @@ def total(a, b, dtype: torch.dtype):
     """R(a + b)."""
     if _are_pairs(a, b, dtype):
         return _by_pairs(_sum_of_pairs, a, b)
-    left, right = _elements(widen(a)), _elements(widen(b))
+    left, right = elements_of(widen(a)), elements_of(widen(b))
     result = cute.make_rmem_tensor(a.shape, Float32)
     for i in range(cute.size(result)):
         result[i] = add(left[i], right[i])
@@ -99,11 +99,12 @@ def _by_pairs(instruction, a, b):
     return result.load()
 
 
-def _elements(value) -> cute.Tensor:
+def elements_of(value) -> cute.Tensor:
+    """A vector as registers that are read and written one by one."""
     elements = cute.make_rmem_tensor(value.shape, value.dtype)
     elements.store(value)
     return elements
 
 
 def _words(value) -> cute.Tensor:
-    return cute.recast_tensor(_elements(value), Int32)
+    return cute.recast_tensor(elements_of(value), Int32)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -35,21 +35,11 @@ from cutlass.memory import SmemAllocator
 from dit_kernels.chain import Chain
 from dit_kernels.cute.arith import product, rounded, total, widen
 from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
+from dit_kernels.cute.operand import Operand
 from dit_kernels.cute.reduce import cta_sum
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling
+from dit_kernels.cute.vectors import load, load_into, store
 from dit_kernels.rounding import GatedSteps, NormSteps, ScaledSteps
-
-Walk = Literal["token", "batch", "column", "element"]
-
-
-@dataclass(frozen=True)
-class Operand:
-    """What a kernel is compiled for, of one tensor."""
-
-    dtype: torch.dtype
-    walk: Walk  # token: (1|B, S, D); batch: (1|B, 1, D); column: (D,); element: (1, 1, 1)
-    access: int  # bytes of one load or store: what its pointer and strides are multiples of, 16 at most
-    heads: int = 1  # of a token, where it has several rows: (1|B, S, H, D)
 
 
 @dataclass(frozen=True)
@@ -101,37 +91,6 @@ def _row_of(tensor: cute.Tensor, operand: cutlass.Constexpr, batch: Int32, token
     return cute.make_tensor(pointer, cute.make_layout((d // vector, vector), stride=(vector, 1)))
 
 
-@cute.jit
-def _load(row: cute.Tensor, index: Int32, inside: Boolean | bool) -> cute.Tensor:
-    """One vector of a row, in its storage dtype; zeros outside the row."""
-    fragment = cute.make_rmem_tensor(row.shape[1], row.element_type)
-    if const_expr(inside is not True):
-        fragment.fill(0)
-    _load_into(fragment, row, index, inside)
-    return fragment
-
-
-@cute.jit
-def _load_into(fragment: cute.Tensor, row: cute.Tensor, index: Int32, inside: Boolean | bool):
-    if const_expr(inside is True):
-        cute.autovec_copy(row[index, None], fragment)
-    else:
-        if inside:
-            cute.autovec_copy(row[index, None], fragment)
-
-
-@cute.jit
-def _store(value: cute.TensorSSA, row: cute.Tensor, index: Int32, inside: Boolean | bool) -> cute.Tensor:
-    fragment = cute.make_rmem_tensor(row.shape[1], row.element_type)
-    fragment.store(value)
-    if const_expr(inside is True):
-        cute.autovec_copy(fragment, row[index, None])
-    else:
-        if inside:
-            cute.autovec_copy(fragment, row[index, None])
-    return fragment
-
-
 def _packed(value, dtype: torch.dtype) -> cute.Tensor:
     value = rounded(value, dtype)
     fragment = cute.make_rmem_tensor(value.shape, value.dtype)
@@ -180,7 +139,7 @@ class _Reader:
         return cls(place, _row_of(tensor, operand, place.batch, place.token, place.tiling.vector), None, ahead)
 
     def _load(self, i) -> cute.Tensor:
-        return _load(self.row, self.place.index(i), self.place.inside(i))
+        return load(self.row[self.place.index(i), None], self.place.inside(i))
 
     def __call__(self, i):
         """Vector i, a scalar for a single element, or None for an absent operand."""
@@ -229,7 +188,7 @@ class _Writer(_Reader):
         super().__init__(place, _row_of(tensor, operand, place.batch, place.token, place.tiling.vector))
 
     def store(self, i, value) -> cute.Tensor:
-        fragment = _store(value, self.row, self.place.index(i), self.place.inside(i))
+        fragment = store(value, self.row[self.place.index(i), None], self.place.inside(i))
         if self.place.tiling.resident:
             self.fragments.append(fragment)
         return fragment
@@ -649,7 +608,7 @@ def _refill(fragments: list[cute.Tensor], reader: _Reader, wanted: Boolean) -> N
     """Loads the row of `reader` into `fragments`, which hold another."""
     for i, fragment in enumerate(fragments):
         inside = reader.place.inside(i)
-        _load_into(fragment, reader.row, reader.place.index(i), wanted if inside is True else wanted & inside)
+        load_into(fragment, reader.row[reader.place.index(i), None], wanted if inside is True else wanted & inside)
 
 
 def _write_y(chain: Chain, norm: _Norm, values: _Reader, gates, residuals: _Reader, y: _Writer, norm2):

@@ -19,16 +19,15 @@ import torch
 from cutlass import Boolean, Float32, Float64, Int32, Int64, const_expr
 
 from dit_kernels.chain import RotatedChain
-from dit_kernels.cute.arith import product, rounded, total, widen
+from dit_kernels.cute.arith import elements_of, product, rounded, total, widen
 from dit_kernels.cute.fma import fma32, fma64
 from dit_kernels.cute.heads import HeadTiling
 from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
-from dit_kernels.cute.norm_gate import Operand
+from dit_kernels.cute.operand import Operand
 from dit_kernels.cute.reduce import warp_sum
-from dit_kernels.cute.vectors import load, store
+from dit_kernels.cute.tiling import MAX_GRID_Y
+from dit_kernels.cute.vectors import load, store, vector_at
 from dit_kernels.rounding import NormSteps, RotatedSteps
-
-MAX_GRID_Y = 32768  # the hardware's limit is 65535
 
 
 @dataclass(frozen=True)
@@ -59,16 +58,10 @@ def _normed(values: Vectors, weights: Vectors | None, eps: Float32, steps: NormS
     return [normed(x, None, rstd, w, None, steps) for x, w in zip(values, weights or len(values) * [None], strict=True)]
 
 
-def _elements(value) -> cute.Tensor:
-    elements = cute.make_rmem_tensor(value.shape, value.dtype)
-    elements.store(value)
-    return elements
-
-
 def _complex_product(n, rotation: cute.Tensor):
     """(a + ib)(c + is) of each pair, contracted as CUDA's compiler contracts it in eager's kernel."""
     wide, fma = (Float64, fma64) if rotation.element_type is Float64 else (Float32, fma32)
-    pairs, turned = _elements(widen(n)), cute.make_rmem_tensor(n.shape, Float32)
+    pairs, turned = elements_of(widen(n)), cute.make_rmem_tensor(n.shape, Float32)
     for i in range(0, cute.size(n.shape), 2):
         a, b, c, s = wide(pairs[i]), wide(pairs[i + 1]), rotation[i], rotation[i + 1]
         turned[i] = Float32(fma(a, c, -(b * s)))
@@ -85,7 +78,7 @@ def _doubled(numbers: cute.Tensor):
 
 
 def _neighbours_swapped(n):
-    elements, swapped = _elements(n), cute.make_rmem_tensor(n.shape, n.dtype)
+    elements, swapped = elements_of(n), cute.make_rmem_tensor(n.shape, n.dtype)
     for i in range(cute.size(n.shape)):
         swapped[i] = elements[i ^ 1]
     return swapped.load()
@@ -154,12 +147,12 @@ class _Heads:
         for value, (at, inside) in zip(values, self.place.vectors(), strict=True):
             both = _both(inside, self._inside(i))
             offset = self.first_result + at + head  # the constant last: an offset in the instruction
-            store(value, self.result, offset, self.place.tiling.vector, self.stored.access, both)
+            store(value, vector_at(self.result, offset, self.place.tiling.vector, self.stored.access), both)
 
 
 def _load(place: _Place, pointer, operand: Operand, offset, inside: Boolean | bool = True) -> list[cute.Tensor]:
-    vector = place.tiling.vector
-    return [load(pointer, offset + at, vector, operand.access, _both(i, inside)) for at, i in place.vectors()]
+    vector, access = place.tiling.vector, operand.access
+    return [load(vector_at(pointer, offset + at, vector, access), _both(i, inside)) for at, i in place.vectors()]
 
 
 class _Rotation:
@@ -183,20 +176,20 @@ class _Rotation:
     def _load(self, pointer, operand: Operand, offset) -> Vectors:
         """Cosines or sines, for each element of this thread's."""
         place, t = self.place, self.place.tiling
+
+        def loaded(at, vector: int, inside: Boolean | bool) -> cute.Tensor:
+            return load(vector_at(pointer, offset + at, vector, operand.access), _both(inside, place.has_token()))
+
         if not self.chain.one_a_pair:
             return [c.load() for c in _load(place, pointer, operand, offset, place.has_token())]
         if not self.chain.interleaved:
             first = place.vectors()[: t.vectors]
-            return 2 * [load(pointer, offset + at, t.vector, operand.access, self._inside(i)).load() for at, i in first]
-        pairs = [(at // 2, inside) for at, inside in place.vectors()]
-        return [_doubled(load(pointer, offset + at, t.vector // 2, operand.access, self._inside(i))) for at, i in pairs]
-
-    def _inside(self, inside: Boolean | bool) -> Boolean | bool:
-        return _both(inside, self.place.has_token())
+            return 2 * [loaded(at, t.vector, inside).load() for at, inside in first]
+        return [_doubled(loaded(at // 2, t.vector // 2, inside)) for at, inside in place.vectors()]
 
     def _turned(self, sin, i: int):
         """The sines with the minus of the turn, (a, b) -> (-b, a): a product has the same digits with it."""
-        elements = _elements(widen(sin))
+        elements = elements_of(widen(sin))
         for e in range(cute.size(elements)):
             minus = e % 2 == 0 if self.chain.interleaved else i < self.place.tiling.vectors
             if minus:

@@ -18,12 +18,11 @@ import torch
 from cutlass import Float32, Int32, Int64
 
 from dit_kernels.chain import SiluChain
-from dit_kernels.cute.arith import product, rounded, widen
+from dit_kernels.cute.arith import elements_of, product, rounded, widen
 from dit_kernels.cute.fma import fma32
-from dit_kernels.cute.norm_gate import Operand
-from dit_kernels.cute.norm_rope import MAX_GRID_Y
-from dit_kernels.cute.tiling import ACCESS_BYTES
-from dit_kernels.cute.vectors import load, store
+from dit_kernels.cute.operand import Operand
+from dit_kernels.cute.tiling import ACCESS_BYTES, MAX_GRID_Y
+from dit_kernels.cute.vectors import load, store, vector_at
 from dit_kernels.rounding import SiluSteps
 
 THREADS = 256
@@ -58,8 +57,7 @@ LOG2_E = 1.4426950408889634
 
 def _each(function, value):
     """function, of a scalar, of each element of an fp32 vector."""
-    elements = cute.make_rmem_tensor(value.shape, Float32)
-    elements.store(value)
+    elements = elements_of(value)
     for i in range(cute.size(elements)):
         elements[i] = function(elements[i])
     return elements.load()
@@ -137,8 +135,11 @@ class SiluMul:
             place = before + i * t.threads
             token, column = start // row + place // row, place % row * t.vector
             inside = token < tokens
-            left = load(a, batch * of_a[0] + token * of_a[1] + column, t.vector, o.a.access, inside)
-            right = load(b, batch * of_b[0] + token * of_b[1] + column, t.vector, o.b.access, inside)
-            pieces.append(((batch * tokens + token) * self.d + column, inside, left, right))
-        for at, inside, left, right in pieces:
-            store(_silu_mul(left.load(), right.load(), steps), out, at, t.vector, o.out.access, inside)
+            of_out = (tokens * Int64(self.d), Int64(self.d))
+            left, right, result = (
+                vector_at(pointer, batch * by[0] + token * by[1] + column, t.vector, operand.access)
+                for pointer, by, operand in ((a, of_a, o.a), (b, of_b, o.b), (out, of_out, o.out))
+            )
+            pieces.append((result, inside, load(left, inside), load(right, inside)))
+        for result, inside, left, right in pieces:
+            store(_silu_mul(left.load(), right.load(), steps), result, inside)

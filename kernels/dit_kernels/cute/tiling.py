@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 WARP = 32
 ACCESS_BYTES = 16  # the widest load or store of one thread
+MAX_GRID_Y = 32768  # of CTAs; the hardware's limit is 65535
 MAX_THREADS = 512  # 128 registers a thread: room to hold a row and every parameter without a spill
 MAX_THREADS_OF_ONE_VECTOR = 640  # of a thread that has one vector of the row only, and so needs fewer
 MAX_CTAS = 16  # on a multiprocessor: fewer for narrow rows than it could hold, so that each walks some rows
 ROW_REGISTERS = 16  # registers a thread may spend on its part of one row operand; wider rows are read again instead
 LOADED_REGISTERS = 40  # registers a thread may spend on operands loaded ahead of the first reduction
 HELD_REGISTERS = 36  # the same of a staged kernel, whose rows wait in shared memory
-# Where each row has a gate and a scale of its own: vectors of a thread, if they leave no tail. Microseconds at D=3840 and
-# S=1056 and 4128: dual with 1 14.3, 47.2, with 3 14.9, 46.8 (form fp32 47.6 and 55.8, fp16 47.4 and 51.0); gated 10.1,
-# 31.6 and 10.7, 32.5; scaled 8.1, 25.3 and 8.4, 24.1.
+# Where each row has a gate and a scale of its own: vectors of a thread, if they leave no tail. Microseconds at D=3840,
+# S=1056 and 4128, with 1 and with 3: dual 14.3, 47.2 and 14.9, 46.8 (form fp32 47.6 and 55.8 at 4128, fp16 47.4 and
+# 51.0); gated 10.1, 31.6 and 10.7, 32.5; scaled 8.1, 25.3 and 8.4, 24.1.
 VECTORS_OF_A_ROW = {"dual": 1, "gated": 1, "scaled": 3}
 LOADED_REGISTERS_OF_A_ROW = 80
 
@@ -67,7 +68,7 @@ class RowTiling:
     vectors: int  # vectors of one thread
     tail: bool  # threads * vectors * vector > D: vectors carry a predicate
     resident: bool  # the row stays in registers; otherwise each pass over it reads it again
-    ahead: bool  # parameters are loaded with the row, before the first reduction: all of a walk, the first norm's of a row
+    ahead: bool  # parameters are loaded with the row: all of a walk, of one row those of the first norm
     schedule: Schedule | None  # None: a CTA takes one row
 
     @property
@@ -111,7 +112,8 @@ def row_tiling(
     """
     vector = _vector_elements(d, min(row_widths))
     registers = _registers(vector, max(row_widths))
-    parameter_registers = sum(_registers(vector, width) for width in (*parameter_widths, *(later_widths if walks else ())))
+    first_widths = (*parameter_widths, *later_widths) if walks else parameter_widths
+    parameter_registers = sum(_registers(vector, width) for width in first_widths)
     total = d // vector
     on = machine(arch)
     bulk = walks and aligned and on.shared_bytes > 0

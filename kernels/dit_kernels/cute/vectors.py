@@ -1,4 +1,7 @@
-"""Vectors in global memory: as many elements as one access takes, of tensors with pointers that are any multiple."""
+"""Vectors between memory and registers: as many elements as a thread moves at once, in their storage dtype.
+
+inside: is the vector in the row? Known while tracing (True), or a predicate of the access.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from cutlass import Boolean, Int64, const_expr
 
 
 @cute.jit
-def _vector_at(pointer: cute.Pointer, offset: Int64, vector: cutlass.Constexpr, access: cutlass.Constexpr):
+def vector_at(pointer: cute.Pointer, offset: Int64, vector: cutlass.Constexpr, access: cutlass.Constexpr):
+    """`vector` elements in global memory, from `offset` on; access: bytes that pointer and offset are multiples of."""
     size = const_expr(pointer.dtype.width // 8)
     aligned = const_expr(min(access, vector * size))
     address = pointer.toint() + offset * size
@@ -17,37 +21,33 @@ def _vector_at(pointer: cute.Pointer, offset: Int64, vector: cutlass.Constexpr, 
 
 
 @cute.jit
-def load(
-    pointer: cute.Pointer,
-    offset: Int64,  # in elements
-    vector: cutlass.Constexpr,
-    access: cutlass.Constexpr,  # bytes that pointer and offset are multiples of
-    inside: Boolean | bool,
-) -> cute.Tensor:
-    """`vector` elements, in registers; zeros where not `inside`."""
-    fragment = cute.make_rmem_tensor(vector, pointer.dtype)
-    if const_expr(inside is True):
-        cute.autovec_copy(_vector_at(pointer, offset, vector, access), fragment)
-    else:
+def load(source: cute.Tensor, inside: Boolean | bool) -> cute.Tensor:
+    """A vector, in registers; zeros where not `inside`."""
+    fragment = cute.make_rmem_tensor(source.shape, source.element_type)
+    if const_expr(inside is not True):
         fragment.fill(0)
-        if inside:
-            cute.autovec_copy(_vector_at(pointer, offset, vector, access), fragment)
+    load_into(fragment, source, inside)
     return fragment
 
 
 @cute.jit
-def store(
-    value: cute.TensorSSA,
-    pointer: cute.Pointer,
-    offset: Int64,
-    vector: cutlass.Constexpr,
-    access: cutlass.Constexpr,
-    inside: Boolean | bool,
-):
-    fragment = cute.make_rmem_tensor(vector, pointer.dtype)
-    fragment.store(value)
+def load_into(fragment: cute.Tensor, source: cute.Tensor, inside: Boolean | bool):
+    """The same into registers that there are; they stay as they are where not `inside`."""
     if const_expr(inside is True):
-        cute.autovec_copy(fragment, _vector_at(pointer, offset, vector, access))
+        cute.autovec_copy(source, fragment)
     else:
         if inside:
-            cute.autovec_copy(fragment, _vector_at(pointer, offset, vector, access))
+            cute.autovec_copy(source, fragment)
+
+
+@cute.jit
+def store(value: cute.TensorSSA, target: cute.Tensor, inside: Boolean | bool) -> cute.Tensor:
+    """Stores a vector where `inside`; what was stored, in registers."""
+    fragment = cute.make_rmem_tensor(target.shape, target.element_type)
+    fragment.store(value)
+    if const_expr(inside is True):
+        cute.autovec_copy(fragment, target)
+    else:
+        if inside:
+            cute.autovec_copy(fragment, target)
+    return fragment
