@@ -467,6 +467,7 @@ def test_a_rotation_in_fp32_whose_heads_are_swapped_before_it_is_cast_down_is_fu
     assert call.kwargs["out_dtype"] == torch.bfloat16  # nothing is cast behind it
 
 
+@needs_casts
 def test_a_silu_that_is_cast_up_to_the_other_factor_is_fused() -> None:
     def model(a, b):
         return (torch.nn.functional.silu(a).float() * b) @ torch.ones(a.shape[-1], 2)

@@ -204,7 +204,8 @@ CASES: list[AnyCase] = [
     *(Case(op, 3072, 4128) for op in ("gated", "scaled")),
     Case("dual", 3840, 4128, batch=2),
     *(Case("dual", 3840, 4128, dtype=dtype) for dtype in (FP16, FP32)),
-    *(Case("dual", 3840, tokens, per_token=True) for tokens in (1056, 4128)),
+    *(Case(op, 3840, tokens, per_token=True) for op in ("dual", "gated") for tokens in (1056, 4128)),
+    Case("dual", 3840, 4128, per_token=True, rounding="fp32"),
     Case("dual", 3840, 4128, rounding="fp32"),
     *(HeadCase(30, 30, 128, tokens) for tokens in (1056, 4128, 9248, 16416)),  # Z-Image
     HeadCase(24, 8, 96, 4128, rotation=torch.complex128),  # Lumina 2
