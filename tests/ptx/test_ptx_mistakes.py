@@ -125,7 +125,7 @@ def test_a_second_norm_of_y_before_it_is_rounded_is_found(arch: str) -> None:
 
     def store(writer, i, value):  # type: ignore[no-untyped-def]
         place, stored = writer.place, value.to(writer.row.element_type)
-        norm_gate.store(stored, writer.row[place.index(i), None], place.inside(i))
+        norm_gate.store(stored, writer.in_memory(i), place.inside(i))
         writer.fragments.append(norm_gate._packed(value, torch.float32))
         return writer.fragments[-1]
 

@@ -138,8 +138,11 @@ class _Reader:
             return cls(place, None, tensor[0, 0, 0].to(Float32))
         return cls(place, _row_of(tensor, operand, place.batch, place.token, place.tiling.vector), None, ahead)
 
+    def in_memory(self, i) -> Callable[[], cute.Tensor]:
+        return lambda: self.row[self.place.index(i), None]
+
     def _load(self, i) -> cute.Tensor:
-        return load(self.row[self.place.index(i), None], self.place.inside(i))
+        return load(self.in_memory(i), self.place.tiling.vector, self.row.element_type, self.place.inside(i))
 
     def __call__(self, i):
         """Vector i, a scalar for a single element, or None for an absent operand."""
@@ -188,7 +191,7 @@ class _Writer(_Reader):
         super().__init__(place, _row_of(tensor, operand, place.batch, place.token, place.tiling.vector))
 
     def store(self, i, value) -> cute.Tensor:
-        fragment = store(value, self.row[self.place.index(i), None], self.place.inside(i))
+        fragment = store(value, self.in_memory(i), self.place.inside(i))
         if self.place.tiling.resident:
             self.fragments.append(fragment)
         return fragment
@@ -608,7 +611,7 @@ def _refill(fragments: list[cute.Tensor], reader: _Reader, wanted: Boolean) -> N
     """Loads the row of `reader` into `fragments`, which hold another."""
     for i, fragment in enumerate(fragments):
         inside = reader.place.inside(i)
-        load_into(fragment, reader.row[reader.place.index(i), None], wanted if inside is True else wanted & inside)
+        load_into(fragment, reader.in_memory(i), wanted if inside is True else wanted & inside)
 
 
 def _write_y(chain: Chain, norm: _Norm, values: _Reader, gates, residuals: _Reader, y: _Writer, norm2):

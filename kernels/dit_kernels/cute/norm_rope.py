@@ -11,6 +11,7 @@ to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cutlass
@@ -147,12 +148,16 @@ class _Heads:
         for value, (at, inside) in zip(values, self.place.vectors(), strict=True):
             both = _both(inside, self._inside(i))
             offset = self.first_result + at + head  # the constant last: an offset in the instruction
-            store(value, vector_at(self.result, offset, self.place.tiling.vector, self.stored.access), both)
+            store(value, partial(vector_at, self.result, offset, self.place.tiling.vector, self.stored.access), both)
+
+
+def _load_vector(pointer, operand: Operand, offset, vector: int, inside: Boolean | bool) -> cute.Tensor:
+    return load(partial(vector_at, pointer, offset, vector, operand.access), vector, pointer.dtype, inside)
 
 
 def _load(place: _Place, pointer, operand: Operand, offset, inside: Boolean | bool = True) -> list[cute.Tensor]:
-    vector, access = place.tiling.vector, operand.access
-    return [load(vector_at(pointer, offset + at, vector, access), _both(i, inside)) for at, i in place.vectors()]
+    vector = place.tiling.vector
+    return [_load_vector(pointer, operand, offset + at, vector, _both(i, inside)) for at, i in place.vectors()]
 
 
 class _Rotation:
@@ -178,7 +183,7 @@ class _Rotation:
         place, t = self.place, self.place.tiling
 
         def loaded(at, vector: int, inside: Boolean | bool) -> cute.Tensor:
-            return load(vector_at(pointer, offset + at, vector, operand.access), _both(inside, place.has_token()))
+            return _load_vector(pointer, operand, offset + at, vector, _both(inside, place.has_token()))
 
         if not self.chain.one_a_pair:
             return [c.load() for c in _load(place, pointer, operand, offset, place.has_token())]

@@ -11,6 +11,7 @@ with the exact ones, the arithmetic takes longer than memory does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import cutlass
 import cutlass.cute as cute
@@ -135,11 +136,10 @@ class SiluMul:
             place = before + i * t.threads
             token, column = start // row + place // row, place % row * t.vector
             inside = token < tokens
-            of_out = (tokens * Int64(self.d), Int64(self.d))
-            left, right, result = (
-                vector_at(pointer, batch * by[0] + token * by[1] + column, t.vector, operand.access)
-                for pointer, by, operand in ((a, of_a, o.a), (b, of_b, o.b), (out, of_out, o.out))
-            )
-            pieces.append((result, inside, load(left, inside), load(right, inside)))
+            left = partial(vector_at, a, batch * of_a[0] + token * of_a[1] + column, t.vector, o.a.access)
+            right = partial(vector_at, b, batch * of_b[0] + token * of_b[1] + column, t.vector, o.b.access)
+            result = partial(vector_at, out, (batch * tokens + token) * self.d + column, t.vector, o.out.access)
+            loaded = load(left, t.vector, a.dtype, inside), load(right, t.vector, b.dtype, inside)
+            pieces.append((result, inside, *loaded))
         for result, inside, left, right in pieces:
             store(_silu_mul(left.load(), right.load(), steps), result, inside)

@@ -22,7 +22,9 @@ HELD_REGISTERS = 36  # the same of a staged kernel, whose rows wait in shared me
 # S=1056 and 4128, with 1 and with 3: dual 14.3, 47.2 and 14.9, 46.8 (form fp32 47.6 and 55.8 at 4128, fp16 47.4 and
 # 51.0); gated 10.1, 31.6 and 10.7, 32.5; scaled 8.1, 25.3 and 8.4, 24.1.
 VECTORS_OF_A_ROW = {"dual": 1, "gated": 1, "scaled": 3}
-LOADED_REGISTERS_OF_A_ROW = 80
+# Registers for operands loaded ahead, there. Microseconds at S=2112, loaded ahead and not: dual D=12288 98.9 and 84.4,
+# D=16384 125.3 and 110.5; gated 56.1 and 56.9, 69.9 and 73.1 (copies 74.5, 98.8, 50.5, 66.7).
+LOADED_REGISTERS_OF_A_ROW = {"dual": 40, "gated": 80, "scaled": 80}
 
 # What follows was measured on an H200 in bf16, D=3840, in microseconds (benchmarks/NOTES.md has the rest).
 #
@@ -137,7 +139,7 @@ def row_tiling(
             schedule = _staged(most_ctas, d * sum(row_widths), on.shared_bytes)
         elif loaded <= LOADED_REGISTERS:
             schedule = _unstaged(threads, loaded)
-    most_loaded = LOADED_REGISTERS if walks else LOADED_REGISTERS_OF_A_ROW
+    most_loaded = LOADED_REGISTERS if walks else LOADED_REGISTERS_OF_A_ROW[op]
     ahead = resident and (loaded <= most_loaded or schedule is not None)
     return RowTiling(threads, vector, vectors, tail, resident, ahead, schedule)
 

@@ -1,6 +1,7 @@
 """Vectors between memory and registers: as many elements as a thread moves at once, in their storage dtype.
 
-inside: is the vector in the row? Known while tracing (True), or a predicate of the access.
+place: a function that gives the vector in memory. It is called where the access is, so that under a predicate the
+address costs no registers before. inside: is the vector in the row? Known while tracing (True), or the predicate.
 """
 
 from __future__ import annotations
@@ -21,33 +22,35 @@ def vector_at(pointer: cute.Pointer, offset: Int64, vector: cutlass.Constexpr, a
 
 
 @cute.jit
-def load(source: cute.Tensor, inside: Boolean | bool) -> cute.Tensor:
+def load(
+    place: cutlass.Constexpr, vector: cutlass.Constexpr, dtype: cutlass.Constexpr, inside: Boolean | bool
+) -> cute.Tensor:
     """A vector, in registers; zeros where not `inside`."""
-    fragment = cute.make_rmem_tensor(source.shape, source.element_type)
+    fragment = cute.make_rmem_tensor(vector, dtype)
     if const_expr(inside is not True):
         fragment.fill(0)
-    load_into(fragment, source, inside)
+    load_into(fragment, place, inside)
     return fragment
 
 
 @cute.jit
-def load_into(fragment: cute.Tensor, source: cute.Tensor, inside: Boolean | bool):
+def load_into(fragment: cute.Tensor, place: cutlass.Constexpr, inside: Boolean | bool):
     """The same into registers that there are; they stay as they are where not `inside`."""
     if const_expr(inside is True):
-        cute.autovec_copy(source, fragment)
+        cute.autovec_copy(place(), fragment)
     else:
         if inside:
-            cute.autovec_copy(source, fragment)
+            cute.autovec_copy(place(), fragment)
 
 
 @cute.jit
-def store(value: cute.TensorSSA, target: cute.Tensor, inside: Boolean | bool) -> cute.Tensor:
+def store(value: cute.TensorSSA, place: cutlass.Constexpr, inside: Boolean | bool) -> cute.Tensor:
     """Stores a vector where `inside`; what was stored, in registers."""
-    fragment = cute.make_rmem_tensor(target.shape, target.element_type)
+    fragment = cute.make_rmem_tensor(value.shape, value.dtype)
     fragment.store(value)
     if const_expr(inside is True):
-        cute.autovec_copy(fragment, target)
+        cute.autovec_copy(fragment, place())
     else:
         if inside:
-            cute.autovec_copy(fragment, target)
+            cute.autovec_copy(fragment, place())
     return fragment
