@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from dit_kernels.ops import checked_call, kernels_missing, prepare
-from fusion_pass.dataflow import is_pointwise, known_equal, under_views, value
+from fusion_pass.dataflow import PARTS, aten, is_call, is_pointwise, known_equal, same_shape, under_views, value
 from fusion_pass.report import Reason, Refused
 from fusion_pass.sites.site import Site
 
@@ -30,6 +31,9 @@ def check(site: Site, rounding: str) -> None:
         source = site.source(name)
         if source is not None and _is_computed_per_token(source, x):
             raise Refused(Reason.PER_TOKEN, source, kind=site.kind)
+    residual = site.source("residual")
+    if residual is not None and is_call(under_views(residual), aten.expand.default):
+        raise Refused(Reason.PER_TOKEN, residual, kind=site.kind)  # a shift, which was made as large as x
     try:
         prepare(site.op(), *vals, **keywords)
     except Exception as error:  # one kernel does not compile: the other sites need not suffer
@@ -50,6 +54,17 @@ def _is_computed_per_token(source: Node, x: torch.Tensor) -> bool:
     (kernels/benchmarks/results/h200_per_token.json, by bench_per_token.py).
     """
     val = value(source)
-    if val is None or val.ndim < x.ndim or not is_pointwise(under_views(source)):
+    if val is None or val.ndim < x.ndim or not is_pointwise(_whole(source)):
         return False
-    return not any(known_equal(size, 1) for size in val.shape[-2:])
+    if not any(known_equal(size, 1) for size in val.shape[-2:]):
+        return True
+    return same_shape(val, x) and not all(known_equal(size, 1) for size in val.shape[:-1])  # tokens first: [S, 1, D]
+
+
+def _whole(node: Any) -> Any:
+    """What a node is a part or another shape of."""
+    while True:
+        node = under_views(node)
+        if not is_call(node, operator.getitem, *PARTS):
+            return node
+        node = node.args[0]

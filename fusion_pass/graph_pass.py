@@ -231,7 +231,7 @@ class _Rewriter:
                 site = kind.find(found, self.survey)
                 if site is None:
                     continue
-                prove(site, self.graph)
+                prove(site, self.graph, sums=self.options.kernels == "reference")
                 if self.options.kernels == "auto":
                     eligibility.check(site, self.options.rounding)
                 return site
@@ -248,6 +248,8 @@ class _Rewriter:
 
     def _report_bare_rotations(self) -> None:
         """A rotation of a norm is told of with the norm; here are the others. The matcher skips complex numbers."""
+        if self.training:  # where the backward turns gradients, too
+            return
         for anchor in sorted(_found(self.graph, rotation.ANCHORS)):
             try:
                 found = rotation.find(anchor)

@@ -522,6 +522,14 @@ def test_a_site_that_is_left_to_inductor_is_no_reason_to_warn() -> None:
             assert [site.kind for site in backend.report.missed] == ["silu_mul"]
 
 
+def test_in_a_training_graph_a_rotation_is_told_of_with_its_norm_alone() -> None:
+    module, args = RopeModule(RopeSpec()).train(), rope_inputs(RopeSpec())
+    backend = GraphBackend()
+    torch._dynamo.reset()
+    torch.compile(module, backend=backend)(*args).sum().backward()
+    assert [(site.kind, site.reason_name) for site in backend.report.missed] == [("norm", "TRAINING")] * 2
+
+
 def test_gates_of_which_none_is_fused_are_warned_of_where_the_attention_is_fused() -> None:
     module, args = RopeModule(RopeSpec()), rope_inputs(RopeSpec())
 

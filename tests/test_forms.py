@@ -829,9 +829,30 @@ def one_for_all_tokens(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a > b, a.tanh(), b.tanh())
 
 
+def a_part_of_more(a: Tensor, b: Tensor) -> Tensor:
+    return (torch.cat((picked_by_token(a, b),) * 2, -1) * 2).chunk(2, dim=-1)[0]
+
+
+def one_of_a_table(a: Tensor, b: Tensor) -> Tensor:
+    """As in LTX and Wan 2.2: a table of all modulations plus those of each token."""
+    return (torch.ones(1, 1, 2, 1, dtype=a.dtype) + projected(a, b).unsqueeze(2)).unbind(2)[1]
+
+
+def a_part_of_a_projection(a: Tensor, b: Tensor) -> Tensor:
+    return (picked_by_token(a, b) @ torch.eye(32, 64, dtype=a.dtype))[..., :32]
+
+
 @pytest.mark.parametrize(
     ("gate_of", "fused"),
-    ((picked_by_token, False), (picked_and_viewed, False), (projected, True), (one_for_all_tokens, True)),
+    (
+        (picked_by_token, False),
+        (picked_and_viewed, False),
+        (a_part_of_more, False),
+        (one_of_a_table, False),
+        (projected, True),
+        (a_part_of_a_projection, True),
+        (one_for_all_tokens, True),
+    ),
 )
 @pytest.mark.parametrize("where", ("gate", "scale"))
 def test_a_gate_for_each_token_is_read_only_where_inductor_would_store_it_anyway(
@@ -849,6 +870,48 @@ def test_a_gate_for_each_token_is_read_only_where_inductor_would_store_it_anyway
     assert_equal(got, model(*args))
     assert bool(backend.report.fused) == fused
     assert [site.reason_name for site in backend.report.missed] == ([] if fused else ["PER_TOKEN"])
+
+
+@pytest.mark.parametrize("batch", (1, 2))
+def test_gates_of_each_token_are_told_where_tokens_stand_first(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
+
+    def model(x, residual, a):
+        return residual + (a * 2) * diffusers_norm(x, None)
+
+    args = tensors(*((6, batch, 32) for _ in range(3)))
+    got, backend = run(model, *args, kernels="auto")
+    assert_equal(got, model(*args))
+    assert [site.reason_name for site in backend.report.missed] == ["PER_TOKEN"]
+
+
+def test_a_shift_as_large_as_x_is_no_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
+
+    def model(x, shift, scale):
+        return shift.expand(x.shape).contiguous() + scale * diffusers_norm(x, None)
+
+    args = tensors((2, 6, 32), (2, 1, 32), (2, 1, 32))
+    got, backend = run(model, *args, kernels="auto")
+    assert_equal(got, model(*args))
+    assert [site.reason_name for site in backend.report.missed] == ["PER_TOKEN"]
+
+
+@pytest.mark.parametrize(("kernels", "fused"), (("auto", True), ("reference", False)))
+def test_a_stream_that_lies_as_a_convolution_left_it_is_fused_where_kernels_run(
+    kernels: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patch embedding of DiT, Mochi and others. On a CPU the order of a sum would be another."""
+    monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
+
+    def model(image, x, gate):
+        return image.flatten(2).transpose(1, 2) + gate.tanh() * diffusers_norm(x, None)
+
+    args = tensors((2, 32, 2, 3), (2, 6, 32), (2, 1, 32))
+    got, backend = run(model, *args, kernels=kernels)
+    assert_equal(got, model(*args))
+    assert [site.kind for site in backend.report.fused] == ["norm_tanh_mul_add"] * fused
+    assert [site.reason_name for site in backend.report.missed] == ["LAYOUT"] * (not fused)
 
 
 # --- what no kernel takes ---------------------------------------------------------------------------------------------

@@ -198,10 +198,13 @@ def check_operands(operands: Operands, kind: str) -> None:
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def prove(site: Site, graph: Graph) -> None:
-    """Raises Refused unless the op computes what the site's nodes compute, wherever they are read."""
+def prove(site: Site, graph: Graph, sums: bool) -> None:
+    """Raises Refused unless the op computes what the site's nodes compute, wherever they are read.
+
+    sums: to the last bit of a sum over a row, too, as a CPU adds it? A kernel adds in an order of its own.
+    """
     _prove_shapes(site)
-    _prove_layout(site, graph)
+    _prove_layout(site, graph, sums)
     _prove_closed(site)
     _prove_order(site)
     _prove_undisturbed(site)
@@ -236,16 +239,20 @@ def _where(size: int | torch.SymInt, site: Site) -> int | Node | tuple[Node, int
     return None
 
 
-def _prove_layout(site: Site, graph: Graph) -> None:
+def _prove_layout(site: Site, graph: Graph, sums: bool) -> None:
     """The results are contiguous. Where the graph's were not, all that reads them may have another layout now, which
-    as_strided can tell; and a sum over rows, in its last bit, if these lay apart. So can the op, of what it norms."""
-    for node in site.results():
-        if not lies_in_rows(node):
-            raise Refused(Reason.LAYOUT, node, kind=site.kind)
-    for name in ("x", "q", "k"):
-        source = site.source(name)
-        if source is not None and not lies_in_rows(source) and _is_copied(site, name):
-            raise Refused(Reason.LAYOUT, source, kind=site.kind)
+    as_strided can tell; and a sum over rows, in its last bit, if these lay apart. So can the op, of what it norms.
+
+    What is no row of a residual stream lies otherwise for a reason, as images do between convolutions.
+    """
+    if sums or "norm" not in site.options:
+        for node in site.results():
+            if not lies_in_rows(node):
+                raise Refused(Reason.LAYOUT, node, kind=site.kind)
+        for name in ("x", "q", "k"):
+            source = site.source(name)
+            if source is not None and not lies_in_rows(source) and _is_copied(site, name):
+                raise Refused(Reason.LAYOUT, source, kind=site.kind)
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
     if strided and (site.swapped or not all(_is_contiguous(node) for node in site.results())):

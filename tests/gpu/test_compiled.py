@@ -113,7 +113,7 @@ def test_nothing_stands_between_a_projection_and_its_attention_but_one_kernel(ta
         torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert len([name for name in kernels if "NormRope" in name]) == 1, kernels
-    assert len(kernels) == 2, kernels  # and the attention
+    assert len([name for name in kernels if not name.startswith("Memset")]) == 2, kernels  # and the attention
 
 
 @pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
@@ -202,7 +202,7 @@ def test_a_direct_call_takes_an_operand_that_is_not_aligned(looked_at: list[str]
         args = dual_operands(1, 64, skip)
         for got, expected in zip(function(*args), dual(*args), strict=True):
             assert torch.equal(got, expected)
-    assert len(looked_at) == 3  # the first call, and those with an address that the kernel does not take
+    assert 1 <= len(looked_at) <= 3  # the first call, and those that no copy of Inductor's has aligned
 
 
 def test_a_direct_call_runs_on_the_current_stream() -> None:
