@@ -75,7 +75,7 @@ def test_a_compiled_site_follows_eager_and_runs_on_a_kernel(spec: Spec, dynamic:
     assert_follows_eager(got, module(*args), rows=2 if spec.norm is native_norm else 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)  # each compiles a kernel or two
 @given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
 def test_a_compiled_attention_follows_eager_and_runs_on_a_kernel(spec: RopeSpec, dynamic: bool, seed: int) -> None:
     spec = replace(spec, tokens=spec.tokens * 16, shown=True)
