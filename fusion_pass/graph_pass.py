@@ -237,9 +237,9 @@ class _Rewriter:
                 return site
             except Refused as refusal:
                 refusal.site = site
-                if refusal.reason is Reason.NO_KERNEL:  # not for a smaller site to hide
-                    raise
                 first_refusal = first_refusal or refusal
+                if refusal.reason is Reason.NO_KERNEL:  # not for a smaller site to hide
+                    break
         if first_refusal is not None:
             raise first_refusal
         if family.value.ALONE is not None:
