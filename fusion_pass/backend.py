@@ -169,14 +169,14 @@ def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = Non
         backend = _DEFAULT
     if not isinstance(backend, Backend):
         raise ValueError(f"explain: backend is {backend!r}, expected a fusion_pass.Backend or None")
-    fresh = _ExplainBackend(backend)
+    fresh, gradients = _ExplainBackend(backend), _wants_gradients(model)
     torch._dynamo.reset()
     try:
-        with _compiled_with(fresh, model) as compiled, torch.set_grad_enabled(_wants_gradients(model)):
+        with _compiled_with(fresh, model) as compiled, torch.set_grad_enabled(gradients):
             compiled(*args, **kwargs)
     finally:
         torch._dynamo.reset()
-    if torch.is_grad_enabled() and not _wants_gradients(model):
+    if torch.is_grad_enabled() and not gradients:
         fresh.report.note = (
             "looked at without gradients, as the model runs under torch.no_grad() or torch.inference_mode(); where its "
             "parameters require gradients, and neither is on, nothing is fused"

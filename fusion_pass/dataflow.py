@@ -23,7 +23,15 @@ RESHAPES = (
 )
 VIEWS = (*RESHAPES, aten.permute.default)
 HALVES = (torch.bfloat16, torch.float16)
-PARTS = (aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
+# A split or an unbind gives several parts, and getitem one of them.
+PARTS = (
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unbind.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    operator.getitem,
+)
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -182,7 +190,7 @@ def is_pointwise(node: Node) -> bool:
 
 def is_stored(node: Node) -> bool:
     """Does anything read the node from memory, instead of computing on in the kernel that makes it?"""
-    past = (*VIEWS, *PARTS, aten.expand.default, aten.clone.default, operator.getitem)
+    past = (*VIEWS, *PARTS, aten.expand.default, aten.clone.default)
     readers = (user for user in node.users if not is_size(user))
     return any(is_stored(user) if is_call(user, *past) else not is_pointwise(user) for user in readers)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -65,6 +64,6 @@ def _whole(node: Any) -> Any:
     """What a node is a part or another shape of."""
     while True:
         node = under_views(node)
-        if not is_call(node, operator.getitem, *PARTS):
+        if not is_call(node, *PARTS):
             return node
         node = node.args[0]

@@ -106,7 +106,7 @@ def measured(anchor: Node) -> Node:
 
 def _anchors_behind(x: Node) -> Iterator[Node]:
     """Past parts of x, casts, and the product and the sum of halves that are rotated apart."""
-    parts = (*VIEWS, *PARTS, operator.getitem, aten.neg.default, aten.clone.default)
+    parts = (*VIEWS, *PARTS, aten.neg.default, aten.clone.default)
     arithmetic = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
     seen: set[Node] = set()
     pending = [(user, 2) for user in x.users]

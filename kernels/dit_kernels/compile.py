@@ -239,28 +239,22 @@ def _fake_pointer(operand: Operand | None) -> Any:
 def _row_tiling(variant: Variant, arch: str) -> RowTiling:
     o, chain = variant.operands, variant.chain
     rows = [t for t in (o.x, o.residual) if t is not None]
-    later = ("weight2", "bias2", "scale") if chain.op == "dual" else ()
-    parameters = ("weight", "bias", "gate", "weight2", "bias2", "scale")
     walks = all(t is None or t.walk != "token" for t in (o.gate, o.scale))
+    loaded = ["weight", "bias", "gate", "weight2", "bias2", "scale"]
+    if chain.op == "dual" and not walks:  # of one row, what the second norm takes is loaded later
+        loaded = loaded[:3]
+    present = [name for name in loaded if (t := getattr(o, name)) is not None and t.walk != "element"]
+    held = [held_dtype(chain, o, name) for name in present]
     aligned = all(t.access == ACCESS_BYTES and variant.d * t.dtype.itemsize % ACCESS_BYTES == 0 for t in rows)
     return row_tiling(
         chain.op,
         variant.d,
         [t.dtype.itemsize for t in rows],
-        _held_widths(variant, [name for name in parameters if name not in later]),
+        [dtype.itemsize for dtype in held if dtype is not None],
         arch,
         walks,
         aligned,
-        _held_widths(variant, later),
     )
-
-
-def _held_widths(variant: Variant, names: Sequence[str]) -> list[int]:
-    """Bytes of an element of each of these parameters that is read as vectors, as it is kept."""
-    operands = {name: getattr(variant.operands, name) for name in names}
-    present = [name for name, t in operands.items() if t is not None and t.walk != "element"]
-    dtypes = [held_dtype(variant.chain, variant.operands, name) for name in present]
-    return [dtype.itemsize for dtype in dtypes if dtype is not None]
 
 
 def _head_tiling(variant: Variant, arch: str) -> HeadTiling:

@@ -103,19 +103,17 @@ def row_tiling(
     arch: str,
     walks: bool = True,
     aligned: bool = True,
-    later_widths: Sequence[int] = (),
 ) -> RowTiling:
     """The tiling for rows of `d` elements.
 
     op: "dual", "gated" or "scaled". row_widths: bytes of an element of each tensor read per row (x, residual);
-    parameter_widths: of each other operand that is read as vectors, as it is kept; later_widths: the same of those of a
-    second norm. The vector is as wide as the narrowest row operand needs for a 16-byte access. walks: no parameter
-    differs from row to row; aligned: rows start and end at multiples of 16 bytes, as bulk copies need them.
+    parameter_widths: of each other operand that is read as vectors and loaded with the row, as it is kept. The vector
+    is as wide as the narrowest row operand needs for a 16-byte access. walks: no parameter differs from row to row;
+    aligned: rows start and end at multiples of 16 bytes, as bulk copies need them.
     """
     vector = _vector_elements(d, min(row_widths))
     registers = _registers(vector, max(row_widths))
-    first_widths = (*parameter_widths, *later_widths) if walks else parameter_widths
-    parameter_registers = sum(_registers(vector, width) for width in first_widths)
+    parameter_registers = sum(_registers(vector, width) for width in parameter_widths)
     total = d // vector
     on = machine(arch)
     bulk = walks and aligned and on.shared_bytes > 0
