@@ -21,8 +21,9 @@ from attention_modules import (
 from graph_backend import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from site_modules import SiteModule, Spec, inputs, native_norm, specs
+from site_modules import SiteModule, Spec, diffusers_norm, inputs, native_norm, specs
 
+import fusion_pass
 from dit_kernels.direct import DirectCall
 from fusion_pass import Backend, lowering  # noqa: F401  Inductor's way to call the ops
 
@@ -139,6 +140,33 @@ def test_the_fused_module_runs_one_kernel_and_copies_nothing() -> None:
         torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert len(kernels) == 1, kernels
+
+
+def two_norms(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor) -> Any:
+    y = residual + gate.tanh() * diffusers_norm(x, None)
+    return y, (diffusers_norm(y, None) * (1 + scale)).to(x.dtype)
+
+
+def assert_two_norms_follow_eager(stream: torch.dtype, model: Any, residual: torch.Tensor) -> None:
+    x, gate, scale = (
+        torch.randn(shape, device="cuda").bfloat16() for shape in ((2, 60, 256), (2, 1, 256), (2, 1, 256))
+    )
+    args = residual.to(stream), x, gate, scale
+    assert fusion_pass.explain(model, *args).counts() == {"norm_tanh_mul_add_norm_scale": 1}
+    assert_follows_eager(torch.compile(model, backend=Backend(strict=True))(*args), model(*args))
+
+
+@pytest.mark.parametrize("stream", (torch.bfloat16, torch.float32), ids=str)
+def test_a_stream_that_lies_as_a_convolution_left_it_is_fused_and_follows_eager(stream: torch.dtype) -> None:
+    def model(image: torch.Tensor, *others: torch.Tensor) -> Any:
+        return two_norms(image.flatten(2).transpose(1, 2), *others)
+
+    assert_two_norms_follow_eager(stream, model, torch.randn(2, 256, 6, 10, device="cuda"))
+
+
+def test_the_two_norms_of_a_site_may_be_cast_to_different_dtypes() -> None:
+    """The second norm of an fp32 stream is cast to fp32, as type_as does it."""
+    assert_two_norms_follow_eager(torch.float32, two_norms, torch.randn(2, 60, 256, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
