@@ -304,6 +304,20 @@ def test_a_layer_norm_takes_an_fp32_weight_and_bias_as_pytorch_does(dtype: torch
     assert backend.report.counts() == {DUAL: 1}
 
 
+@pytest.mark.parametrize("stream", (BF16, FP32), ids=str)
+def test_a_layer_norm_may_be_given_a_weight_and_a_bias_that_are_computed(stream: torch.dtype) -> None:
+    """That they are its own, and no scale or shift of the model's, its nodes tell."""
+
+    def model(x, residual, gate, weight, bias):
+        y = residual + gate.tanh() * F.layer_norm(x, x.shape[-1:], 1 + weight, bias * 2, EPS)
+        return y, F.layer_norm(y, x.shape[-1:], weight.exp(), -bias, EPS) * (1 + gate)
+
+    args = tensors((2, 6, 48), (2, 6, 48), (2, 1, 48), (48,), (48,), dtype=stream)
+    got, backend = run(model, *args)
+    assert_equal(got, model(*args))
+    assert backend.report.counts() == {DUAL: 1}
+
+
 def a_copy_of_channels(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
@@ -697,6 +711,7 @@ UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
     "an eps on the left": (lambda x: x * (torch.full((1, 1, 1), EPS) + (x * x).mean(-1, True)).rsqrt(), "MEAN"),
     "an eps of one dimension": (lambda x: x * (torch.full((1,), EPS) + (x * x).mean(-1, True)).rsqrt(), "EPS"),
     "a floor on the left": (lambda x: x * torch.maximum(x[0, 0, 0], (x * x).mean(-1, True)).rsqrt(), "MEAN"),
+    "squares that are cast": (lambda x: x * ((x * x).float().mean(-1, True) + EPS).rsqrt().to(x.dtype), "ROUNDING"),
     "batch statistics": (lambda x: (x - x.mean(1, True)) * (x.var(1, keepdim=True) + EPS).rsqrt(), "DIMENSION"),
 }
 

@@ -257,6 +257,8 @@ def _squared(mean: Node, nodes: list[Node]) -> Node | None:
         return None
     square = reduction.args[0]
     squared = _square_root_of(square)
+    if is_cast(square) and _square_root_of(through_casts(square)) is not None:
+        raise Refused(Reason.ROUNDING, square, "the squares are cast")
     val = value(square)
     if squared is None or val is None or reduction.kwargs.get("dtype") not in (None, val.dtype):
         return None
@@ -457,7 +459,7 @@ def _weight(user: Node, operand: Node, x: Node) -> Node | None:
     """The row opposite `operand`. One that is computed (1 + w), or is not [D], is a gate or a scale, unless one, or a
     rotation, follows."""
     row = _row_operand(user, aten.mul.Tensor, operand, x)
-    if row is None or _is_parameter(row):
+    if row is None or _is_parameter(row) or _is_of_layer_norm(user):
         return row
     while (follows := sole_user(user)) is not None and (is_cast(follows) or keeps_rows(follows)):
         user = follows
@@ -466,9 +468,9 @@ def _weight(user: Node, operand: Node, x: Node) -> Node | None:
 
 
 def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
-    """The [D] parameter that is added to `operand`."""
+    """The [D] parameter that is added to `operand`, or what F.layer_norm was given as one."""
     row = _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None
-    return row if row is not None and _is_parameter(row) else None
+    return row if row is not None and (_is_parameter(row) or _is_of_layer_norm(user)) else None
 
 
 def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
