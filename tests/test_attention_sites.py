@@ -27,6 +27,7 @@ from attention_modules import (
 from graph_backend import CASTS_ARE_KEPT, GraphBackend, needs_casts, run
 from hypothesis import given
 from hypothesis import strategies as st
+from site_modules import native_norm
 from test_graph_pass import assert_computes, rewritten, traced
 from test_properties import assert_bit_equal
 
@@ -468,6 +469,17 @@ def test_a_rotation_in_fp32_whose_heads_are_swapped_before_it_is_cast_down_is_fu
 
 
 @needs_casts
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_a_norm_of_heads_first_all_in_16_bits_is_left_alone_where_the_order_of_its_sums_is_eagers(dtype) -> None:
+    """In 16 bits a CPU adds otherwise with the order of the rows. A kernel adds in an order of its own anyway."""
+    spec = RopeSpec(norm=native_norm, weight=None, dtype=dtype, table=dtype, rope=half_rope, swapped="before", width=12)
+    args, module = rope_inputs(spec), RopeModule(spec)
+    got, backend = run(module, *args)
+    assert torch.equal(got, module(*args))
+    assert backend.report.fused == []
+    assert {site.reason_name for site in backend.report.missed} == {"LAYOUT"}
+
+
 def test_a_silu_that_is_cast_up_to_the_other_factor_is_fused() -> None:
     def model(a, b):
         return (torch.nn.functional.silu(a).float() * b) @ torch.ones(a.shape[-1], 2)

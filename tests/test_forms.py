@@ -712,6 +712,7 @@ UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
     "an eps of one dimension": (lambda x: x * (torch.full((1,), EPS) + (x * x).mean(-1, True)).rsqrt(), "EPS"),
     "a floor on the left": (lambda x: x * torch.maximum(x[0, 0, 0], (x * x).mean(-1, True)).rsqrt(), "MEAN"),
     "squares that are cast": (lambda x: x * ((x * x).float().mean(-1, True) + EPS).rsqrt().to(x.dtype), "ROUNDING"),
+    "a power in 16 bits": (lambda x: x * ((x * x).mean(-1, True) + EPS) ** -0.5, "ROUNDING"),
     "batch statistics": (lambda x: (x - x.mean(1, True)) * (x.var(1, keepdim=True) + EPS).rsqrt(), "DIMENSION"),
 }
 

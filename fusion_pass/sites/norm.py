@@ -6,9 +6,9 @@
             out  = cast?((c - mean(c)) * rstd * weight + bias)
 
 Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the mean as such
-or as a sum over D; the root as rsqrt or pow(-0.5), which PyTorch computes alike, or as a square root, whose reciprocal
-x is multiplied by, or which x is divided by, each with roundings of its own; eps as a constant or a 0-d tensor; keepdim
-or a later unsqueeze; between all these, views that keep the rows.
+or as a sum over D; the root as rsqrt, or as pow(-0.5) where PyTorch computes that alike, or as a square root, whose
+reciprocal x is multiplied by, or which x is divided by, each with roundings of its own; eps as a constant or a 0-d
+tensor; keepdim or a later unsqueeze; between all these, views that keep the rows.
 
 What dataflow cannot tell is whether F.layer_norm was called at all, and on a 16-bit x or on one that the model had cast
 up: PyTorch computes these otherwise on a CPU. The origin of the nodes, which tracing notes, tells.
@@ -122,6 +122,7 @@ def _statistic(anchor: Node) -> _Statistic | None:
         _refuse_statistic(variance)
         return None
     _check_eps(eps)
+    _check_power(anchor)
     kind, centre = ("rms", None) if moments is None else ("layer", moments[1])
     rstd, root = _raise_keepdim(anchor, nodes), "rsqrt"
     if _is_square_root(anchor):
@@ -157,7 +158,7 @@ def _is_divided_by(root: Node) -> bool:
                 return True
             val = value(user)
             is_scalar = val is not None and val.ndim > 0 and known_equal(val.shape[-1], 1) and is_pointwise(user)
-            if is_scalar or is_call(user, aten.expand.default, *RESHAPES):
+            if is_scalar or is_cast(user) or is_call(user, aten.expand.default, *RESHAPES):
                 pending.append(user)
     return False
 
@@ -211,6 +212,14 @@ def _check_eps(eps: float | Node) -> None:
     val = value(eps)
     if val is None or val.ndim != 0 or val.device.type != "cpu" or not val.is_floating_point():
         raise Refused(Reason.EPS, eps)
+
+
+def _check_power(anchor: Node) -> None:
+    """In 16 bits a CPU computes v ** -0.5 otherwise than rsqrt(v), in the last bit; a GPU does not."""
+    val = value(anchor)
+    is_reciprocal = is_call(anchor, aten.pow.Tensor_Scalar) and not _is_square_root(anchor)
+    if is_reciprocal and (val is None or (val.dtype in HALVES and not val.is_cuda)):
+        raise Refused(Reason.ROUNDING, anchor, "a power in 16 bits, on a CPU")
 
 
 def eps_operand(eps: float | Node) -> float | Node:
@@ -316,7 +325,7 @@ def _divides_by_number(quotient: Node, total: Node, summed: torch.Tensor) -> boo
     torch.mean rounds once, and a sum and its quotient twice.
     """
     d = summed.shape[-1]
-    if not is_call(total, aten.sum.dim_IntList) or summed.dtype in HALVES or not isinstance(d, int):
+    if not is_call(total, aten.sum.dim_IntList) or summed.dtype in HALVES or not isinstance(d, int) or d == 0:
         return False
     exact = is_call(quotient, aten.div.Tensor) or summed.is_cuda or d & (d - 1) == 0
     return exact and _factor(quotient)[1] == 1.0 / d

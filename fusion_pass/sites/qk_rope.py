@@ -58,6 +58,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
         anchor=q.norm.anchor,
         twins=tuple(table for table in (k.rotation.by, k.rotation.sin) if table is not None),
         swapped=q.swapped_results,
+        swapped_norms=q.swapped_norm or k.swapped_norm,
     )
 
 

@@ -49,13 +49,18 @@ class Rotated:
         return self.swapped != self.rotation.swapped_behind
 
     @property
+    def swapped_norm(self) -> bool:
+        """Is the norm of [B, H, S, Dh]?"""
+        return self.swapped != _are_swapped(self.norm.out, self.rotation.x)
+
+    @property
     def interior(self) -> tuple[Node, ...]:
         between = rotation.between(self.norm.out, self.rotation.x) or ()
         return (*self.norm.interior, *between, *self.rotation.interior)
 
     def x(self) -> Node | Operand:
         """What is normed, as the op reads it; a norm may stand on the other side of the swap than its rotation."""
-        swap = (SWAP,) if self.swapped != _are_swapped(self.norm.out, self.rotation.x) else ()
+        swap = (SWAP,) if self.swapped_norm else ()
         if self.heads is not None:
             return Operand(self.norm.x, (self.heads, *swap), ())
         if not swap:
@@ -109,6 +114,7 @@ def find(norm: Norm, survey: Survey) -> Site | None:
         interior=rotated.interior,
         anchor=norm.anchor,
         swapped=rotated.swapped_results,
+        swapped_norms=rotated.swapped_norm,
     )
 
 

@@ -60,7 +60,7 @@ class Site:
     all equal. interior: the nodes that the op replaces and that nothing else may read. `anchor` names the site.
     like: where there are views inside the site, the node in whose shape the op runs; x, residual and results are viewed
     into and out of it. twins: nodes that the site reads and that have the value of an operand. swapped: are the results
-    [B, S, H, Dh] where the graph has [B, H, S, Dh]?
+    [B, S, H, Dh] where the graph has [B, H, S, Dh]? swapped_norms: is what they are norms of?
     """
 
     kind: str
@@ -73,6 +73,7 @@ class Site:
     like: Node | None = None
     twins: tuple[Node, ...] = ()
     swapped: bool = False
+    swapped_norms: bool = False
 
     @property
     def x(self) -> Node:
@@ -253,6 +254,8 @@ def _prove_layout(site: Site, graph: Graph, sums: bool) -> None:
             source = site.source(name)
             if source is not None and not lies_in_rows(source) and _is_copied(site, name):
                 raise Refused(Reason.LAYOUT, source, kind=site.kind)
+        if site.swapped_norms and site.options["rounding"] == "native":  # in 16 bits the order of the rows counts, too
+            raise Refused(Reason.LAYOUT, site.anchor, "means of 16 bits, heads first", site.kind)
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
     if strided and (site.swapped or not all(_is_contiguous(node) for node in site.results())):
