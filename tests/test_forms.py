@@ -713,6 +713,14 @@ UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
     "a floor on the left": (lambda x: x * torch.maximum(x[0, 0, 0], (x * x).mean(-1, True)).rsqrt(), "MEAN"),
     "squares that are cast": (lambda x: x * ((x * x).float().mean(-1, True) + EPS).rsqrt().to(x.dtype), "ROUNDING"),
     "a power in 16 bits": (lambda x: x * ((x * x).mean(-1, True) + EPS) ** -0.5, "ROUNDING"),
+    "a root cast before it divides": (
+        lambda x: (x / ((x * x).mean(-1) + EPS).sqrt().double().unsqueeze(-1)).to(x.dtype),
+        "ROOT",
+    ),
+    "a root turned before it divides": (
+        lambda x: x / ((x * x).mean(-1, True) + EPS).sqrt().transpose(0, 1).contiguous().transpose(0, 1),
+        "NOT_NORMALISED",
+    ),
     "batch statistics": (lambda x: (x - x.mean(1, True)) * (x.var(1, keepdim=True) + EPS).rsqrt(), "DIMENSION"),
 }
 

@@ -158,7 +158,7 @@ def _is_divided_by(root: Node) -> bool:
                 return True
             val = value(user)
             is_scalar = val is not None and val.ndim > 0 and known_equal(val.shape[-1], 1) and is_pointwise(user)
-            if is_scalar or is_cast(user) or is_call(user, aten.expand.default, *RESHAPES):
+            if is_scalar or is_cast(user) or is_call(user, aten.expand.default, aten.clone.default, *VIEWS):
                 pending.append(user)
     return False
 
