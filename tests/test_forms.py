@@ -719,7 +719,7 @@ UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
     ),
     "a root turned before it divides": (
         lambda x: x / ((x * x).mean(-1, True) + EPS).sqrt().transpose(0, 1).contiguous().transpose(0, 1),
-        "NOT_NORMALISED",
+        "ROOT",
     ),
     "batch statistics": (lambda x: (x - x.mean(1, True)) * (x.var(1, keepdim=True) + EPS).rsqrt(), "DIMENSION"),
 }
