@@ -10,6 +10,7 @@ from torch.fx import Node
 from dit_kernels.rounding import GatedSteps, gated_steps
 from fusion_pass.dataflow import (
     aten,
+    comes_from,
     dtype,
     have_same_shape,
     is_call,
@@ -37,6 +38,7 @@ from fusion_pass.sites.site import (
 )
 
 KIND = "norm_tanh_mul_add"
+ADDCMUL = "addcmul rounds the product and the sum once"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def grow(norm: Norm) -> Gated | None:
     if reader is None:
         return None
     if is_call(reader, aten.addcmul.default) and have_same_shape(terms[-1], reader.args[0]):
-        raise Refused(Reason.ROUNDING, reader, "addcmul rounds the product and the sum once", KIND)
+        raise Refused(Reason.ROUNDING, reader, ADDCMUL, KIND)
     if is_plain_add(reader):
         return _ungated(norm, terms, reader)
     return _gated(norm, terms, reader) if is_call(reader, aten.mul.Tensor) else None
@@ -146,6 +148,8 @@ def _gated(norm: Norm, terms: tuple[Node, ...], product: Node) -> Gated | None:
     residual = _residual(products[-1], y)
     if residual is None:
         return None
+    if comes_from(y, "aten.addcmul"):  # torch 2.11 takes it apart before any pass sees it
+        raise Refused(Reason.ROUNDING, y, ADDCMUL, KIND)
     resolved = operand.gate(gate, term)
     steps = _steps(norm, applied_dtype(resolved, norm.steps.out, KIND), rounded, y)
     interior = (*norm.interior, *terms, *products, *resolved.absorbed)
