@@ -468,7 +468,6 @@ def test_a_rotation_in_fp32_whose_heads_are_swapped_before_it_is_cast_down_is_fu
     assert call.kwargs["out_dtype"] == torch.bfloat16  # nothing is cast behind it
 
 
-@needs_casts
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_a_norm_of_heads_first_all_in_16_bits_is_left_alone_where_the_order_of_its_sums_is_eagers(dtype) -> None:
     """In 16 bits a CPU adds otherwise with the order of the rows. A kernel adds in an order of its own anyway."""
@@ -480,6 +479,7 @@ def test_a_norm_of_heads_first_all_in_16_bits_is_left_alone_where_the_order_of_i
     assert {site.reason_name for site in backend.report.missed} == {"LAYOUT"}
 
 
+@needs_casts
 def test_a_silu_that_is_cast_up_to_the_other_factor_is_fused() -> None:
     def model(a, b):
         return (torch.nn.functional.silu(a).float() * b) @ torch.ones(a.shape[-1], 2)
