@@ -123,6 +123,18 @@ def are_rows(t: torch.Tensor) -> bool:
     return t.ndim > 0 and (known_equal(t.shape[-1], 1) or known_equal(t.stride(-1), 1))
 
 
+def in_memory(t: torch.Tensor) -> list[int]:
+    """The dimensions that are not 1, from the outermost in memory to the innermost. Adds no guard."""
+    dims = [dim for dim, size in enumerate(t.shape) if not known_equal(size, 1)]
+    strides = t.stride()
+    return sorted(dims, key=lambda dim: -_hint(strides[dim]))
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """The size that a symbol had in the first call; 0 where it had none."""
+    return size if isinstance(size, int) else size.node.hint or 0
+
+
 def keeps_sums(node: Any) -> bool:
     """Another shape or a copy of rows, in which these lie as they did: sums over them are the same to the last bit."""
     return keeps_rows(node) and lies_in_rows(node) == lies_in_rows(node.args[0])

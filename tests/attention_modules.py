@@ -194,9 +194,9 @@ def rope_specs(draw: st.DrawFn) -> RopeSpec:
     rope = draw(st.sampled_from(ROPES))
     tables = (torch.complex64, torch.complex128) if rope in COMPLEX else (torch.float32, dtype)
     heads = draw(st.sampled_from((1, 2, 4)))
-    # F.rms_norm makes its result contiguous, and the layout shows in the last bit of a complex product. A CPU sums rows
-    # that lie apart in another order, which a mean of 16 bits shows.
-    in_place = norm is native_norm or (norm is torch_norm and rope in COMPLEX)
+    # The results of F.rms_norm and of rstd * x are contiguous, and the layout shows in the last bit of a complex
+    # product. A CPU sums rows that lie apart in another order, which a mean of 16 bits shows.
+    in_place = norm is native_norm or (norm in (torch_norm, squeezed_norm) and rope in COMPLEX)
     swaps = ("behind", "between") if in_place else ("behind", "before", "between")
     return RopeSpec(
         norm=norm,

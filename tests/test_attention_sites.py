@@ -479,6 +479,38 @@ def test_a_norm_of_heads_first_all_in_16_bits_is_left_alone_where_the_order_of_i
     assert {site.reason_name for site in backend.report.missed} == {"LAYOUT"}
 
 
+def copied_norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), None, 1e-6)
+
+
+def norm_with_the_root_first(x: torch.Tensor) -> torch.Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * x
+
+
+@pytest.mark.parametrize("norm", (copied_norm, norm_with_the_root_first))
+@pytest.mark.parametrize("turned_first", (False, True), ids=("tokens-first", "heads-first"))
+@pytest.mark.parametrize("width", (8, 64))
+def test_a_complex_product_that_lies_otherwise_than_what_is_normed_is_left_alone_where_that_shows(
+    norm, turned_first: bool, width: int
+) -> None:
+    """A CPU rounds it otherwise in its vectors of numbers than behind them, and takes rows together by their layout."""
+
+    def model(x, table):
+        n, table = norm(x.transpose(1, 2)), table.transpose(1, 2) if turned_first else table
+        pairs = torch.view_as_complex(n.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * table).flatten(-2).sort(-1)[0]
+
+    torch.manual_seed(0)
+    angle = torch.randn(1, 6, 1, width // 2)
+    x = torch.randn(2, *((6, 4) if turned_first else (4, 6)), width)  # so that the norm is of rows that lie apart
+    table = torch.polar(torch.ones_like(angle), angle)
+    got, backend = run(model, x, table)
+    assert torch.equal(got, model(x, table))
+    fused = width == 64
+    assert [site.kind for site in backend.report.fused] == ["norm_rope"] * fused
+    assert [site.reason_name for site in backend.report.missed] == ["LAYOUT"] * (not fused)
+
+
 @needs_casts
 def test_a_silu_that_is_cast_up_to_the_other_factor_is_fused() -> None:
     def model(a, b):

@@ -59,6 +59,7 @@ def find(second: Norm, survey: Survey) -> Site | None:
         twins=tuple(table for table in (k.rotation.by, k.rotation.sin) if table is not None),
         swapped=q.swapped_results,
         swapped_norms=q.swapped_norm or k.swapped_norm,
+        turned=(*q.turned("q"), *k.turned("k")),
     )
 
 

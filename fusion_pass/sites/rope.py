@@ -53,6 +53,10 @@ class Rotated:
         """Is the norm of [B, H, S, Dh]?"""
         return self.swapped != _are_swapped(self.norm.out, self.rotation.x)
 
+    def turned(self, name: str) -> tuple[tuple[str, Node, bool], ...]:
+        """What is multiplied by complex numbers, as Site.turned; `name` is the operand that is normed."""
+        return ((name, self.rotation.x, self.swapped),) if self.rotation.sin is None else ()
+
     @property
     def interior(self) -> tuple[Node, ...]:
         between = rotation.between(self.norm.out, self.rotation.x) or ()
@@ -115,6 +119,7 @@ def find(norm: Norm, survey: Survey) -> Site | None:
         anchor=norm.anchor,
         swapped=rotated.swapped_results,
         swapped_norms=rotated.swapped_norm,
+        turned=rotated.turned("x"),
     )
 
 
@@ -140,9 +145,6 @@ def grow(norm: Norm) -> Rotated | None:
     for table in (found.by, found.sin):
         if table is not None and not _is_table(table, x, width, swapped):
             raise Refused(Reason.HEADS, table, kind=KIND)
-    copied = any(is_call(node, aten.clone.default) for node in rotation.between(norm.out, found.x) or ())
-    if swapped and copied and found.sin is None:  # PyTorch's complex product differs in the last bit with the layout
-        raise Refused(Reason.ROUNDING, found.x, "a complex product of a copy with heads first", KIND)
     if found.sin is not None and dtype(found.sin) != dtype(found.by):
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines of different dtypes", KIND)
     if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.out):

@@ -18,6 +18,7 @@ from fusion_pass.dataflow import (
     are_rows,
     aten,
     depends_on,
+    in_memory,
     is_call,
     is_size,
     known_equal,
@@ -32,6 +33,7 @@ from fusion_pass.sites.operand import ORIGIN, SWAP, Operand, view_of
 Operands = dict[str, "Node | Operand | float | None"]
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)  # real ones are constants that Inductor has folded
 VIEWED = ("x", "residual")  # the operands that are viewed into the shape of `like`
+VECTOR = 16  # real numbers: of heads of a multiple of it, a CPU's vectors leave nothing
 ROTATIONS = (*KERNEL_DTYPES, torch.complex64, torch.complex128)
 MODEL_FORMS = tuple(form for form in FORMS if form != "fp32")
 
@@ -60,7 +62,8 @@ class Site:
     all equal. interior: the nodes that the op replaces and that nothing else may read. `anchor` names the site.
     like: where there are views inside the site, the node in whose shape the op runs; x, residual and results are viewed
     into and out of it. twins: nodes that the site reads and that have the value of an operand. swapped: are the results
-    [B, S, H, Dh] where the graph has [B, H, S, Dh]? swapped_norms: is what they are norms of?
+    [B, S, H, Dh] where the graph has [B, H, S, Dh]? swapped_norms: is what they are norms of? turned: names of operands
+    whose norms are multiplied by complex numbers, the nodes of these norms, and whether they are [B, H, S, Dh].
     """
 
     kind: str
@@ -74,6 +77,7 @@ class Site:
     twins: tuple[Node, ...] = ()
     swapped: bool = False
     swapped_norms: bool = False
+    turned: tuple[tuple[str, Node, bool], ...] = ()
 
     @property
     def x(self) -> Node:
@@ -256,6 +260,12 @@ def _prove_layout(site: Site, graph: Graph, sums: bool) -> None:
                 raise Refused(Reason.LAYOUT, source, kind=site.kind)
         if site.swapped_norms and site.options["rounding"] == "native":  # in 16 bits the order of the rows counts, too
             raise Refused(Reason.LAYOUT, site.anchor, "means of 16 bits, heads first", site.kind)
+        for name, node, heads_first in site.turned:
+            # A CPU rounds a complex product otherwise in its vectors of numbers than in what is left behind them, and
+            # how many rows it takes for one depends on how they lie.
+            val = node.meta["val"].transpose(1, 2) if heads_first else node.meta["val"]
+            if val.shape[-1] % VECTOR and in_memory(val) != in_memory(site.read(name)):
+                raise Refused(Reason.LAYOUT, node, "a complex product, which a CPU rounds by the layout", site.kind)
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
     if strided and (site.swapped or not all(_is_contiguous(node) for node in site.results())):
