@@ -258,18 +258,25 @@ def _prove_layout(site: Site, graph: Graph, sums: bool) -> None:
             source = site.source(name)
             if source is not None and not lies_in_rows(source) and _is_copied(site, name):
                 raise Refused(Reason.LAYOUT, source, kind=site.kind)
-        if site.swapped_norms and site.options["rounding"] == "native":  # in 16 bits the order of the rows counts, too
-            raise Refused(Reason.LAYOUT, site.anchor, "means of 16 bits, heads first", site.kind)
-        for name, node, heads_first in site.turned:
-            # A CPU rounds a complex product otherwise in its vectors of numbers than in what is left behind them, and
-            # how many rows it takes for one depends on how they lie.
-            val = node.meta["val"].transpose(1, 2) if heads_first else node.meta["val"]
-            if val.shape[-1] % VECTOR and in_memory(val) != in_memory(site.read(name)):
-                raise Refused(Reason.LAYOUT, node, "a complex product, which a CPU rounds by the layout", site.kind)
+    if sums:
+        _prove_order_of_rows(site)
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
     if strided and (site.swapped or not all(_is_contiguous(node) for node in site.results())):
         raise Refused(Reason.LAYOUT, strided[0], kind=site.kind)
+
+
+def _prove_order_of_rows(site: Site) -> None:
+    """The op computes with heads and tokens in the order of its operands, whatever that was in the graph; what rounds
+    otherwise for it on a CPU."""
+    if site.swapped_norms and site.options["rounding"] == "native":
+        raise Refused(Reason.LAYOUT, site.anchor, "means of 16 bits, heads first", site.kind)
+    for name, node, heads_first in site.turned:
+        # A complex product is rounded otherwise in a CPU's vectors of numbers than in what is left behind them, and how
+        # many rows it takes for one depends on how they lie.
+        val = node.meta["val"].transpose(1, 2) if heads_first else node.meta["val"]
+        if val.shape[-1] % VECTOR and in_memory(val) != in_memory(site.read(name)):
+            raise Refused(Reason.LAYOUT, node, "a complex product, which a CPU rounds by the layout", site.kind)
 
 
 def _is_copied(site: Site, name: str) -> bool:
