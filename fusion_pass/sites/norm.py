@@ -217,8 +217,8 @@ def _check_eps(eps: float | Node) -> None:
 def _check_power(anchor: Node) -> None:
     """In 16 bits a CPU computes v ** -0.5 otherwise than rsqrt(v), in the last bit; a GPU does not."""
     val = value(anchor)
-    is_reciprocal = is_call(anchor, aten.pow.Tensor_Scalar) and not _is_square_root(anchor)
-    if is_reciprocal and (val is None or (val.dtype in HALVES and not val.is_cuda)):
+    by_power = is_call(anchor, aten.pow.Tensor_Scalar) and anchor.args[1] == -0.5
+    if by_power and (val is None or (val.dtype in HALVES and not val.is_cuda)):
         raise Refused(Reason.ROUNDING, anchor, "a power in 16 bits, on a CPU")
 
 
@@ -468,7 +468,7 @@ def _weight(user: Node, operand: Node, x: Node) -> Node | None:
     """The row opposite `operand`. One that is computed (1 + w), or is not [D], is a gate or a scale, unless one, or a
     rotation, follows."""
     row = _row_operand(user, aten.mul.Tensor, operand, x)
-    if row is None or _is_parameter(row) or _is_of_layer_norm(user):
+    if row is None or _is_own(row, user):
         return row
     while (follows := sole_user(user)) is not None and (is_cast(follows) or keeps_rows(follows)):
         user = follows
@@ -477,9 +477,9 @@ def _weight(user: Node, operand: Node, x: Node) -> Node | None:
 
 
 def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
-    """The [D] parameter that is added to `operand`, or what F.layer_norm was given as one."""
+    """The [D] bias that is added to `operand`."""
     row = _row_operand(user, aten.add.Tensor, operand, x) if is_plain_add(user) else None
-    return row if row is not None and (_is_parameter(row) or _is_of_layer_norm(user)) else None
+    return row if row is not None and _is_own(row, user) else None
 
 
 def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
@@ -499,6 +499,7 @@ def _is_one_dimensional(row: Node) -> bool:
     return val is not None and val.ndim == 1
 
 
-def _is_parameter(row: Node) -> bool:
-    """A [D] that the model is given, or what it was cast from."""
-    return _is_one_dimensional(row) and through_casts(row).op in ("placeholder", "get_attr")
+def _is_own(row: Node, user: Node) -> bool:
+    """Is a row the norm's own? A [D] that the model is given, or its cast; all that F.layer_norm reads."""
+    given = _is_one_dimensional(row) and through_casts(row).op in ("placeholder", "get_attr")
+    return given or _is_of_layer_norm(user)
