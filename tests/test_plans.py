@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_kernels import ops
 
@@ -101,6 +104,47 @@ def test_that_a_call_can_have_no_plan_is_found_out_once(monkeypatch: pytest.Monk
     for _ in range(3):
         implementation(torch.ones(1, 4, 8), torch.ones(1, 4, 8))
     assert len(looked_at) == 1
+
+
+@contextmanager
+def _dispatching() -> Iterator[None]:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("around", "served"),
+    ((nullcontext, True), (torch.no_grad, True), (forward_ad.dual_level, False), (_dispatching, False)),
+    ids=("nothing", "no gradients", "forward gradients", "a dispatch mode"),
+)
+def test_an_op_is_served_by_a_plan_where_nothing_else_is_to_see_the_call(
+    around: Callable[[], AbstractContextManager[Any]], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that returns the first argument itself, which no op does."""
+    op, a, b = torch.ops.dit_kernels.silu_mul, torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
+    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: lambda args, tensors: args[0])
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            ops._keep_plan("silu_mul", ops.OPS["silu_mul"], (a, b), {})
+    with around():
+        assert torch.equal(op(a, b), a) == served
+
+
+def test_a_plan_for_a_parameter_serves_no_call_that_wants_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.nn.Parameter(torch.ones(1, 4, 8)), torch.ones(1, 4, 8)
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
+    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: lambda args, tensors: b)
+    with torch.no_grad():
+        ops._keep_plan("silu_mul", ops.OPS["silu_mul"], (a, b), {})
+        assert torch.equal(torch.ops.dit_kernels.silu_mul(a, b), b)
+    assert torch.ops.dit_kernels.silu_mul(a, b).requires_grad
 
 
 SIZES = {"weight": (8,), "weight2": (8,), "gate": (1, 1, 8), "scale": (1, 1, 8), "rotation": (4, 4)}

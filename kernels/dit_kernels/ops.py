@@ -37,7 +37,7 @@ from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
@@ -146,7 +146,7 @@ _UNKNOWN = object()
 
 
 def _kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    return (name, *map(type, args), *kwargs.items())
+    return (name, is_grad_enabled(), *map(type, args), *kwargs.items())
 
 
 def _planned(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,8 +167,9 @@ def _no_plan(args: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
 def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Makes a plan for calls like this one.
 
-    Dynamo's guards compare all that checking and the choice of a kernel depend on: dtype, device, sizes, strides and
-    dispatch keys. `name` stands for the op and for the level of the dispatcher, on which those keys depend.
+    Dynamo's guards compare all that checking and the choice of a kernel depend on: dtype, device, sizes, strides,
+    requires_grad and dispatch keys, which tell of modes and functorch, too, and not of forward gradients. `name` stands
+    for the op and for the level of the dispatcher, on which those keys depend.
     """
     positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     tensors = [args[i] for i in positions]
@@ -288,20 +289,19 @@ def _autograd(
     """Runs the definition, which differentiates, where a gradient is wanted; else what the device has.
 
     A plan is run from here, where nothing between autograd and the device is there to see the call: that saves a second
-    way through the dispatcher.
+    way through the dispatcher. It was made for a call that wanted no gradient, so one like it wants none.
     """
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if wanted or torch.autograd.forward_ad._current_level >= 0:
+        forward = torch.autograd.forward_ad._current_level >= 0
+        planned = None if forward else _planned(name, args, kwargs)
+        if planned is not None and planned is not _UNKNOWN:
+            return planned
+        if forward or (is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             return definition(*args, **kwargs)
-        x = args[0]
-        if x is not None and x.is_cuda and not _len_torch_dispatch_stack() and peek_interpreter_stack() is None:
-            planned = _planned(name, args, kwargs)
-            if planned is _UNKNOWN:
-                _keep_plan(name, op, args, kwargs)
-            elif planned is not None:
-                return planned
+        seen = _len_torch_dispatch_stack() or peek_interpreter_stack() is not None
+        if planned is _UNKNOWN and args[0].is_cuda and not seen:
+            _keep_plan(name, op, args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return registered(*args, **kwargs)
 
