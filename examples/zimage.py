@@ -173,11 +173,14 @@ def first_look(name: str, step: Callable[..., Any], inputs: Inputs, mode: str) -
     return result, output
 
 
-def alternate(first: Callable[..., Any], second: Callable[..., Any], inputs: Inputs, pairs: int) -> list[list[float]]:
+def alternate(
+    first: Callable[..., Any], second: Callable[..., Any], inputs: Inputs, pairs: int, lead: int = 0
+) -> list[list[float]]:
     """Milliseconds of each of the two, in turns: first, second, second, first, and so on.
 
     A GPU at its power limit gives a step the clocks that the steps before it have left, which differ by more than
     what is looked for. So the two take turns, nothing else runs between them, and each follows each equally often.
+    lead: steps that run before each one that counts, of the same variant, for the clocks that it gives itself.
     """
     cuda = inputs[1].is_cuda
     times: list[list[float]] = [[], []]
@@ -185,6 +188,8 @@ def alternate(first: Callable[..., Any], second: Callable[..., Any], inputs: Inp
         run_step(step, inputs)
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            for _ in range(lead):
+                run_step((first, second)[which], inputs)
             times[which].append(time_step((first, second)[which], inputs, cuda))
     return times
 
