@@ -361,6 +361,30 @@ def test_looking_for_pairs_adds_no_guard() -> None:
     assert compiled(fuse=True) == compiled(fuse=False)
 
 
+@pytest.mark.parametrize(("kv_heads", "kinds"), ((4, ["qk_norm_rope"]), (2, ["norm_rope", "norm_rope"])))
+def test_q_and_k_are_fused_together_where_their_number_of_heads_is_a_symbol_and_known_to_be_the_same(
+    kv_heads: int, kinds: list[str]
+) -> None:
+    def turned(x, table):
+        n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        pairs = torch.view_as_complex(n.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * table).flatten(-2).transpose(1, 2)
+
+    def model(q, k, table):
+        q, k = turned(q, table), turned(k, table)
+        return q @ k.repeat_interleave(4 // kv_heads, 1).transpose(-1, -2)
+
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 6, 4, 8), torch.randn(2, 6, kv_heads, 8)
+    angle = torch.randn(6, 1, 4)
+    table = torch.polar(torch.ones_like(angle), angle)
+    for t in (q, k, table):
+        torch._dynamo.mark_static(t, t.ndim - 1)
+    got, backend = run(model, q, k, table, dynamic=True)
+    torch.testing.assert_close(got, model(q, k, table))
+    assert [site.kind for site in backend.report.fused] == kinds
+
+
 def test_tables_that_are_computed_alike_in_many_steps_are_compared_once() -> None:
     """Without a memory of what was compared already, each step would double the work."""
 

@@ -84,7 +84,9 @@ def _is_turned_alike(q: Rotated, k: Rotated) -> bool:
     """The same tokens and width, the same rotation, computed once or twice, and the same dtypes of its steps."""
     sizes = list(zip(q.size(), k.size(), strict=True))
     heads = sizes.pop(2)
-    if not all(known_equal(m, n) for m, n in sizes) or not all(type(n) is int for n in heads):
+    if not all(known_equal(m, n) for m, n in sizes):
+        return False
+    if not known_equal(*heads) and not all(type(n) is int for n in heads):  # which are more? To ask would add a guard
         return False
     if (q.swapped, q.swapped_results) != (k.swapped, k.swapped_results):
         return False
