@@ -19,7 +19,7 @@ from attention_modules import (
     silu_specs,
 )
 from graph_backend import run
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from site_modules import SiteModule, Spec, diffusers_norm, inputs, native_norm, specs
 
@@ -32,6 +32,8 @@ from fusion_pass import Backend, lowering  # noqa: F401  Inductor's way to call 
 MAY_DIFFER = {torch.bfloat16: 5e-4, torch.float16: 5e-3}
 # What a matmul makes of the results, by the sum of their magnitudes: one step of it, and of one of them in ten.
 SUM_MAY_DIFFER = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 2e-6}
+# Each example compiles for seconds: what fails is told as it was found, not after minutes of making it smaller.
+AS_FOUND = settings(deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 
 def moved(args: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -66,7 +68,7 @@ def assert_follows_eager(got: Iterable[torch.Tensor], eager: Iterable[torch.Tens
             assert differing <= 2 + MAY_DIFFER[ours.dtype] * ours.numel()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(AS_FOUND, max_examples=80)
 @given(spec=specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
 def test_a_compiled_site_follows_eager_and_runs_on_a_kernel(spec: Spec, dynamic: bool, seed: int) -> None:
     spec = replace(spec, tokens=spec.tokens * 16)
@@ -76,7 +78,7 @@ def test_a_compiled_site_follows_eager_and_runs_on_a_kernel(spec: Spec, dynamic:
     assert_follows_eager(got, module(*args), rows=2 if spec.norm is native_norm else 0)
 
 
-@settings(max_examples=25, deadline=None)  # each compiles a kernel or two
+@settings(AS_FOUND, max_examples=25)  # each compiles a kernel or two
 @given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
 @example(spec=RopeSpec(width=64, heads=4, kv_heads=4), dynamic=True, seed=0)  # the number of heads is a symbol, too
 def test_a_compiled_attention_follows_eager_and_runs_on_a_kernel(spec: RopeSpec, dynamic: bool, seed: int) -> None:
@@ -95,7 +97,7 @@ def test_a_compiled_attention_follows_eager_and_runs_on_a_kernel(spec: RopeSpec,
     torch.testing.assert_close(got, eager, rtol=2e-2 if got.dtype != torch.float32 else 1e-4, atol=2e-2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(AS_FOUND, max_examples=40)
 @given(spec=silu_specs(), seed=st.integers(0, 2**16))
 def test_a_compiled_swiglu_follows_eager_and_runs_on_a_kernel(spec: SiluSpec, seed: int) -> None:
     module, args = SiluModule(spec), moved(silu_inputs(spec, seed))
