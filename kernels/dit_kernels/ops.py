@@ -299,8 +299,9 @@ def _autograd(
             return planned
         if forward or (is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             return definition(*args, **kwargs)
+        on_cuda = args[0] is not None and args[0].is_cuda  # None is what the op itself refuses
         seen = _len_torch_dispatch_stack() or peek_interpreter_stack() is not None
-        if planned is _UNKNOWN and args[0].is_cuda and not seen:
+        if planned is _UNKNOWN and on_cuda and not seen:
             _keep_plan(name, op, args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return registered(*args, **kwargs)
