@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_kernels import ops
@@ -134,6 +135,17 @@ def test_an_op_is_served_by_a_plan_where_nothing_else_is_to_see_the_call(
             ops._keep_plan("silu_mul", ops.OPS["silu_mul"], (a, b), {})
     with around():
         assert torch.equal(op(a, b), a) == served
+
+
+def test_a_graph_that_is_traced_of_real_tensors_has_the_op_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
+    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: lambda args, tensors: args[0].clone())
+    ops._keep_plan("silu_mul", ops.OPS["silu_mul"], (a, b), {})
+    graph = make_fx(torch.ops.dit_kernels.silu_mul)(a, b).graph
+    calls = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert calls == [torch.ops.dit_kernels.silu_mul.default]
 
 
 def test_a_plan_for_a_parameter_serves_no_call_that_wants_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,8 +168,8 @@ def _keep_plan(name: str, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Makes a plan for calls like this one.
 
     Dynamo's guards compare all that checking and the choice of a kernel depend on: dtype, device, sizes, strides,
-    requires_grad and dispatch keys, which tell of modes and functorch, too, and not of forward gradients. `name` stands
-    for the op and for the level of the dispatcher, on which those keys depend.
+    requires_grad and dispatch keys. They do not tell of forward gradients, nor of every mode. `name` stands for the op
+    and for the level of the dispatcher, on which the keys depend.
     """
     positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     tensors = [args[i] for i in positions]
@@ -294,14 +294,13 @@ def _autograd(
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         forward = torch.autograd.forward_ad._current_level >= 0
-        planned = None if forward else _planned(name, args, kwargs)
+        seen = _len_torch_dispatch_stack() or peek_interpreter_stack() is not None
+        planned = None if forward or seen else _planned(name, args, kwargs)
         if planned is not None and planned is not _UNKNOWN:
             return planned
         if forward or (is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             return definition(*args, **kwargs)
-        on_cuda = args[0] is not None and args[0].is_cuda  # None is what the op itself refuses
-        seen = _len_torch_dispatch_stack() or peek_interpreter_stack() is not None
-        if planned is _UNKNOWN and on_cuda and not seen:
+        if planned is _UNKNOWN and args[0] is not None and args[0].is_cuda:
             _keep_plan(name, op, args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return registered(*args, **kwargs)
