@@ -188,9 +188,10 @@ def alternate(
         run_step(step, inputs)
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            step = (first, second)[which]
             for _ in range(lead):
-                run_step((first, second)[which], inputs)
-            times[which].append(time_step((first, second)[which], inputs, cuda))
+                run_step(step, inputs)
+            times[which].append(time_step(step, inputs, cuda))
     return times
 
 

@@ -17,6 +17,13 @@ settings.register_profile("long", max_examples=5000, deadline=None, print_blob=T
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture
+def one_graph():
+    """Mochi picks rows by a mask and NucleusMoE reads sizes, in each layer; without this, that breaks the graph."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     """No test runs on code that another one compiled; torch's structured trace, which is long, is not captured."""

@@ -18,11 +18,7 @@ Arguments = dict[str, Any]
 Make = Callable[..., tuple[nn.Module, Arguments]]
 
 
-@pytest.fixture(autouse=True)
-def _one_graph():
-    """Mochi picks rows by a mask and NucleusMoE reads sizes, in each layer; without this, that breaks the graph."""
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
-        yield
+pytestmark = pytest.mark.usefixtures("one_graph")
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -231,13 +227,16 @@ def _packed_inputs(dtype: torch.dtype, shapes: list[Any]) -> Arguments:
 
 def run(model: nn.Module, arguments: Arguments) -> torch.Tensor:
     with torch.no_grad():
-        return model(**arguments, return_dict=False)[0]
+        result = model(**arguments, return_dict=False)[0]
+    return torch.stack(result) if isinstance(result, list) else result  # Z-Image has a list of images
 
 
-def compiled(model: nn.Module, arguments: Arguments, fuse: bool = True) -> tuple[torch.Tensor, GraphBackend]:
+def compiled(
+    model: nn.Module, arguments: Arguments, dynamic: bool | None = None, **options: Any
+) -> tuple[torch.Tensor, GraphBackend]:
     torch._dynamo.reset()
-    backend = GraphBackend(fuse=fuse)
-    return run(torch.compile(model, backend=backend), arguments), backend
+    backend = GraphBackend(**options)
+    return run(torch.compile(model, backend=backend, dynamic=dynamic), arguments), backend
 
 
 # --- what is fused ----------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit_kernels import ops
 
 
+def plan_all_by(monkeypatch: pytest.MonkeyPatch, plan: Callable[..., Any]) -> None:
+    """There are no plans yet, every call can have one, and each will be this."""
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
+    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: plan)
+
+
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Is there a plan for this call, after one with the arguments of the gated norm as they come from here?"""
-    monkeypatch.setattr(ops, "_plans", {})
-    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
-    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: lambda args, tensors: True)
+    plan_all_by(monkeypatch, lambda args, tensors: True)
 
     def arguments(dtype: torch.dtype = torch.float32, tokens: int = 4, d: int = 8, **replaced: Any) -> tuple[Any, ...]:
         x, residual = (torch.ones(1, tokens, d, dtype=dtype) for _ in range(2))
@@ -107,19 +112,14 @@ def test_that_a_call_can_have_no_plan_is_found_out_once(monkeypatch: pytest.Monk
     assert len(looked_at) == 1
 
 
-@contextmanager
-def _dispatching() -> Iterator[None]:
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
-        yield
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
     ("around", "served"),
-    ((nullcontext, True), (torch.no_grad, True), (forward_ad.dual_level, False), (_dispatching, False)),
+    ((nullcontext, True), (torch.no_grad, True), (forward_ad.dual_level, False), (Passing, False)),
     ids=("nothing", "no gradients", "forward gradients", "a dispatch mode"),
 )
 def test_an_op_is_served_by_a_plan_where_nothing_else_is_to_see_the_call(
@@ -127,9 +127,7 @@ def test_an_op_is_served_by_a_plan_where_nothing_else_is_to_see_the_call(
 ) -> None:
     """A plan that returns the first argument itself, which no op does."""
     op, a, b = torch.ops.dit_kernels.silu_mul, torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
-    monkeypatch.setattr(ops, "_plans", {})
-    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
-    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: lambda args, tensors: args[0])
+    plan_all_by(monkeypatch, lambda args, tensors: args[0])
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
             ops._keep_plan("silu_mul", ops.OPS["silu_mul"], (a, b), {})
@@ -139,9 +137,7 @@ def test_an_op_is_served_by_a_plan_where_nothing_else_is_to_see_the_call(
 
 def test_a_graph_that_is_traced_of_real_tensors_has_the_op_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
-    monkeypatch.setattr(ops, "_plans", {})
-    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
-    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: lambda args, tensors: args[0].clone())
+    plan_all_by(monkeypatch, lambda args, tensors: args[0].clone())
     ops._keep_plan("silu_mul", ops.OPS["silu_mul"], (a, b), {})
     graph = make_fx(torch.ops.dit_kernels.silu_mul)(a, b).graph
     calls = [node.target for node in graph.nodes if node.op == "call_function"]
@@ -150,9 +146,7 @@ def test_a_graph_that_is_traced_of_real_tensors_has_the_op_in_it(monkeypatch: py
 
 def test_a_plan_for_a_parameter_serves_no_call_that_wants_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.nn.Parameter(torch.ones(1, 4, 8)), torch.ones(1, 4, 8)
-    monkeypatch.setattr(ops, "_plans", {})
-    monkeypatch.setattr(ops, "has_kernel", lambda call: True)
-    monkeypatch.setattr(ops, "_make_plan", lambda op, call, args: lambda args, tensors: b)
+    plan_all_by(monkeypatch, lambda args, tensors: b)
     with torch.no_grad():
         ops._keep_plan("silu_mul", ops.OPS["silu_mul"], (a, b), {})
         assert torch.equal(torch.ops.dit_kernels.silu_mul(a, b), b)

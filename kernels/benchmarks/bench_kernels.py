@@ -287,17 +287,16 @@ def measure(case: AnyCase, modes: tuple[str, ...]) -> dict[str, float]:
 
 def host_times() -> dict[str, float]:
     """Microseconds on the host of one call, nothing waited for: from torch.ops to launched."""
-    ops, x, r, q = torch.ops.dit_kernels, random(1, 64, 3840), random(1, 64, 3840), random(1, 64, 30, 128)
-    (w, w2), (g, s) = (random(3840) for _ in range(2)), (random(1, 1, 3840) for _ in range(2))
-    rotation = torch.polar(torch.ones(64, 64), torch.randn(64, 64)).cuda()
-    k, wq, wk = random(1, 64, 30, 128), random(128), random(128)
-    a, b = random(1, 64, 10240), random(1, 64, 10240)
+    ops, tokens = torch.ops.dit_kernels, 64
+    x, r, g, s, w, w2 = Case("dual", 3840, tokens).operand_sets(1)[0]
+    q, k, wq, wk, rotation, sin = HeadCase(30, 30, 128, tokens).operand_sets(1)[0]
+    a, b = SiluCase(10240, tokens).operand_sets(1)[0]
     calls: dict[str, Run] = {
         "x + r": lambda: x + r,
         "dual": lambda: ops.norm_tanh_mul_add_norm_scale(x, w, None, g, r, 1e-5, w2, None, s, 1e-6),
         "gated": lambda: ops.norm_tanh_mul_add(x, w, None, g, r, 1e-5),
         "scaled": lambda: ops.norm_scale(x, w, None, s, 1e-5),
-        "qk_norm_rope": lambda: ops.qk_norm_rope(q, k, wq, wk, rotation, None, 1e-5, 1e-5),
+        "qk_norm_rope": lambda: ops.qk_norm_rope(q, k, wq, wk, rotation, sin, 1e-5, 1e-5),
         "silu_mul": lambda: ops.silu_mul(a, b),
     }
     best: dict[str, float] = dict.fromkeys(calls, float("inf"))
