@@ -1,30 +1,31 @@
 """The CUDA kernels of norm_rope, qk_norm_rope and silu_mul against the definition run on the same GPU.
 
-Bounds, on random data: of bf16 outputs at least 99.99 % (of fp16 99.9 %) are bit-equal. Where one differs, it does by
-at most three steps (ulps) at the magnitude of its pair, which a rotation keeps, or of silu(a) * b. fp32 outputs are
-judged by their error against fp64: at most twice that of the definition.
+The bounds are those of `attention_kernel_bounds`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import attention_kernel_bounds as bounds
+import kernel_bounds
 import pytest
 import torch
+from attention_kernel_bounds import heads_first, last_dimension_strided, misaligned, one_for_all, tokens_first
+from kernel_bounds import BF16, EPS, FP16, FP32, Device
 from torch import Tensor
 
-from dit_kernels import ops, reference
+from dit_kernels import ops
 from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPLEX64, COMPLEX128 = torch.complex64, torch.complex128
-DIFFERING = {BF16: 1e-4, FP16: 1e-3}
-MANTISSA_BITS = {BF16: 7, FP16: 10, FP32: 23}
-SMALLEST_STEP = {BF16: 2.0**-133, FP16: 2.0**-24, FP32: 2.0**-149}
-STEPS = 3  # norm(x) of both of a pair may be off by one, and their products and the sum are rounded again
-EPS, EPS2 = 1e-5, 1e-6
-DEVICE = "cuda"
+
+GPU = Device()
+call = GPU.run
+random, heads, angles = (partial(make, device="cuda") for make in (kernel_bounds.random, bounds.heads, bounds.angles))
+check_heads, check_silu = partial(bounds.check_heads, GPU), partial(bounds.check_silu, GPU)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,143 +33,6 @@ def own_kernel_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIT_KERNELS_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         yield
-
-
-def call(op: str, *args: Any, **options: Any) -> tuple[Tensor, ...]:
-    results = getattr(torch.ops.dit_kernels, op)(*args, **options)
-    return results if isinstance(results, tuple) else (results,)
-
-
-# --- operands -------------------------------------------------------------------------------------------------------
-
-
-def random(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(seed * 7919 + sum(shape))
-    return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
-
-
-@dataclass
-class Heads:
-    """The operands of qk_norm_rope; each may be replaced by a view or by None."""
-
-    q: Tensor
-    k: Tensor
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    rotation: Tensor
-    sin: Tensor | None
-
-    def arguments(self) -> tuple[Any, ...]:
-        return self.q, self.k, self.q_weight, self.k_weight, self.rotation, self.sin, EPS, EPS2
-
-
-def angles(batch: int, tokens: int, pairs: int) -> Tensor:
-    return random(batch, tokens, pairs, dtype=FP32, seed=9) * 3
-
-
-def heads(
-    batch: int,
-    tokens: int,
-    h: int,
-    hk: int,
-    d: int,
-    dtype: torch.dtype = BF16,
-    rotation: torch.dtype = COMPLEX64,
-    weight: torch.dtype | None = None,
-    interleaved: bool = True,
-) -> Heads:
-    """Random operands with a rotation that all batch items have in common; cosines of both of a pair are equal."""
-    angle = angles(1, tokens, d // 2).double()
-    turning: tuple[Tensor, Tensor | None] = (torch.polar(torch.ones_like(angle), angle).to(rotation), None)
-    if not rotation.is_complex:
-        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
-        turning = angle.cos().to(rotation), angle.sin().to(rotation)
-    q, k = random(batch, tokens, h, d, dtype=dtype, seed=1) * 2, random(batch, tokens, hk, d, dtype=dtype, seed=2)
-    return Heads(q, k, random(d, dtype=weight or dtype, seed=3), random(d, dtype=weight or dtype, seed=4), *turning)
-
-
-# --- judging --------------------------------------------------------------------------------------------------------
-
-
-def step(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbours of `dtype` at a magnitude."""
-    _, exponent = torch.frexp(magnitude.float())
-    steps = torch.ldexp(torch.ones_like(magnitude, dtype=FP32), exponent - 1 - MANTISSA_BITS[dtype])
-    return steps.clamp_min(SMALLEST_STEP[dtype])
-
-
-def assert_follows(out: Tensor, expected: Tensor, magnitude: Tensor, coarsest: torch.dtype, spare: int = 2) -> None:
-    """The two bounds; single elements of a small tensor are no measurement of a share: `spare` of them are free."""
-    assert out.dtype == expected.dtype and out.shape == expected.shape and out.is_contiguous()
-    differing = (out != expected) & ~(out.isnan() & expected.isnan())
-    off = ((out.float() - expected.float()).abs() / step(magnitude, coarsest))[differing]
-    assert bool((off <= STEPS).all()), f"off by {float(off.max()):.1f} steps"
-    if out.dtype != FP32:
-        most = DIFFERING[out.dtype] * out.numel() + spare
-        assert int(differing.sum()) <= most, f"{int(differing.sum())} of {out.numel()} differ"
-
-
-def assert_precise(out: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """The error against fp64 is at most twice eager's, at the worst element and in the mean square."""
-    assert out.dtype == eager.dtype == FP32 and out.shape == exact.shape and out.is_contiguous()
-    ours, theirs = (out.double() - exact).abs(), (eager.double() - exact).abs()
-    floor = float(exact.abs().max()) * 2.0**-24
-    assert float(ours.max()) <= 2 * float(theirs.max()) + floor
-    assert float(ours.square().mean().sqrt()) <= 2 * float(theirs.square().mean().sqrt()) + floor / 16
-
-
-def magnitude_of_pairs(x: Tensor, interleaved: bool) -> Tensor:
-    """Of each element the length of its pair, which bounds both products that it is the sum of."""
-    x = x.float()
-    if interleaved:
-        return x.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
-    length = x.unflatten(-1, (2, -1)).norm(dim=-2)
-    return torch.cat((length, length), -1)
-
-
-def judge_heads(results: tuple[Tensor, ...], definition: Any, exact: Any, interleaved: bool, native: bool) -> None:
-    """definition, exact: calls with the operands as they are, and as fp64."""
-    expected, exact_results = definition.definition(), exact.definition()
-    chains = (definition.chain.q, definition.chain.k)
-    for out, eager, value, steps in zip(results, expected, exact_results, chains, strict=False):
-        norm = steps.norm
-        dtypes = {norm.stat, norm.normed, norm.weighted, norm.out, steps.product, steps.rotated, steps.out}
-        dtypes.discard(torch.float64)
-        if dtypes == {FP32}:
-            assert_precise(out, eager, value)
-            continue
-        coarsest = min(dtypes, key=MANTISSA_BITS.__getitem__)
-        # A statistic in 16 bits that falls the other way takes its head along.
-        assert_follows(
-            out, eager, magnitude_of_pairs(eager, interleaved), coarsest, 2 + (2 * out.shape[-1] if native else 0)
-        )
-
-
-def check_heads(o: Heads, **options: Any) -> tuple[Tensor, ...]:
-    """Runs qk_norm_rope, and norm_rope on q alone, and judges the results."""
-    options = {"rounding": "cast_then_weight", "interleaved": True, **options}
-    results = call("qk_norm_rope", *o.arguments(), **options)
-    make = ops.OPS["qk_norm_rope"].make_call
-    wide = [a.double() if isinstance(a, Tensor) and not a.is_complex() else a for a in o.arguments()]
-    exact = make(*wide, rounding="fp32", interleaved=options["interleaved"])
-    judge_heads(
-        results, make(*o.arguments(), **options), exact, options["interleaved"], options["rounding"] == "native"
-    )
-    (alone,) = call("norm_rope", o.q, o.q_weight, o.rotation, o.sin, EPS, **options)
-    assert torch.equal(alone, results[0])
-    return results
-
-
-def check_silu(a: Tensor, b: Tensor, **options: Any) -> Tensor:
-    (out,) = call("silu_mul", a, b, **options)
-    expected = reference.silu_mul(a, b, ops.OPS["silu_mul"].make_call(a, b, **options).chain.steps)
-    if out.dtype == FP32:
-        exact = torch.nn.functional.silu(a.double()) * b.double()
-        if options.get("silu_dtype", a.dtype) == FP32 or options.get("rounding") == "fp32":
-            assert_precise(out, expected, exact)
-            return out
-    assert_follows(out, expected, expected.float().abs(), min(a.dtype, out.dtype, key=MANTISSA_BITS.__getitem__))
-    return out
 
 
 # --- heads: what is computed ----------------------------------------------------------------------------------------
@@ -251,26 +115,6 @@ def test_heads_may_be_views_of_a_packed_projection() -> None:
     results = check_heads(o)
     again = check_heads(replace(o, q=o.q.contiguous(), k=o.k.contiguous()))
     assert all(map(torch.equal, results, again))
-
-
-def heads_first(t: Tensor) -> Tensor:
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def tokens_first(t: Tensor) -> Tensor:
-    return t.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def last_dimension_strided(t: Tensor) -> Tensor:
-    return t.repeat_interleave(2, -1)[..., ::2]
-
-
-def misaligned(t: Tensor) -> Tensor:
-    return torch.cat((t[..., :1], t), -1)[..., 1:]
-
-
-def one_for_all(t: Tensor) -> Tensor:
-    return t[:1, :1, :1].expand_as(t)
 
 
 @pytest.mark.parametrize("view", (heads_first, tokens_first, last_dimension_strided, misaligned, one_for_all))
@@ -369,15 +213,7 @@ def test_silu_mul_takes_halves_of_one_tensor_and_any_strides(d: int) -> None:
 
 
 def test_silu_of_large_and_special_numbers_is_eagers() -> None:
-    a = torch.tensor(
-        [-torch.inf, torch.inf, torch.nan, 0.0, -0.0, -80.0, -87.5, -88.5, -88.75, -95.0, -200.0, 88.0, 3e38]
-    )
-    a = torch.cat((a, torch.linspace(-100, 100, 1011))).to(DEVICE).view(1, -1).contiguous()
-    for dtype in (BF16, FP32):
-        (ours,) = call("silu_mul", a.to(dtype), torch.ones_like(a, dtype=dtype))
-        eager = torch.nn.functional.silu(a.to(dtype))
-        rtol = 2.0**-7 if dtype == BF16 else 2.0**-21
-        torch.testing.assert_close(ours, eager, rtol=rtol, atol=2.0**-126, equal_nan=True)
+    bounds.check_special_numbers(GPU, "cuda")
 
 
 @pytest.mark.parametrize("tokens", (1, 1056, 4128))

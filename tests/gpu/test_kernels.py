@@ -1,35 +1,29 @@
-"""The CUDA kernels against the definition: what `dit_kernels.rounding` promises, measured on this GPU.
-
-Bounds, on random data: of bf16 outputs at least 99.99 % (of fp16 99.9 %) are bit-equal to the definition run on the
-same GPU. Where one differs, y does by at most two steps (ulps) at the largest magnitude among residual, p and y, and z,
-judged from the kernel's own y, by at most four: a last bit of norm(y) passes two more products, and with each becomes
-at most twice as many steps, since a product may end at the upper end of a binade whose lower end it came from. A chain
-that never rounds is judged by its error against fp64: at most twice that of the definition. A layer norm, one kernel of
-its own in eager, has the second bound without the first.
-"""
+"""The CUDA kernels against the definition on the same GPU: the bounds are those of `kernel_bounds`."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kernel_bounds
 import pytest
 import torch
+from kernel_bounds import BF16, DUAL, EPS, EPS2, FP16, FP32, OPS, Device, Operands
 from torch import Tensor
 
-from dit_kernels import ops, reference, tickets
+from dit_kernels import ops, tickets
 from dit_kernels.rounding import FORMS, NORMS, ROOTS
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-OPS = ("norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "norm_scale")
-DUAL = "norm_tanh_mul_add_norm_scale"
-MANTISSA_BITS = {BF16: 7, FP16: 10, FP32: 23}
-SMALLEST_STEP = {BF16: 2.0**-133, FP16: 2.0**-24, FP32: 2.0**-149}
-DIFFERING = {BF16: 1e-4, FP16: 1e-3}
-Y_STEPS, Z_STEPS = 2, 4
-EPS, EPS2 = 1e-5, 1e-6
+GPU = Device()
+random, operands = (partial(make, device="cuda") for make in (kernel_bounds.random, kernel_bounds.operands))
+check = partial(kernel_bounds.check, GPU)
+
+
+def run(op: str, o: Operands, **options: Any) -> tuple[Tensor, ...]:
+    return GPU.run(op, *o.arguments(op), **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,198 +31,6 @@ def own_kernel_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIT_KERNELS_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         yield
-
-
-# --- operands and calls ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Operands:
-    """The tensors of a call of any op; each may be replaced by a view or by None."""
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    gate: Tensor | None
-    residual: Tensor
-    weight2: Tensor | None
-    bias2: Tensor | None
-    scale: Tensor | None
-
-    def arguments(self, op: str, eps: Any = EPS, eps2: Any = EPS2) -> tuple[Any, ...]:
-        if op == "norm_scale":
-            return self.x, self.weight, self.bias, self.scale, eps
-        first = (self.x, self.weight, self.bias, self.gate, self.residual, eps)
-        return first if op == "norm_tanh_mul_add" else (*first, self.weight2, self.bias2, self.scale, eps2)
-
-
-def random(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed * 7919 + sum(shape))
-    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
-
-
-def operands(batch: int, tokens: int, d: int, dtype: torch.dtype = BF16, bias: bool = False, **dtypes: Any) -> Operands:
-    """Random operands, gate and scale (B, 1, D); dtypes: that of single operands."""
-
-    names = ("x", "weight", "bias", "gate", "residual", "weight2", "bias2", "scale")
-
-    def make(name: str, *shape: int) -> Tensor:
-        return random(*shape, dtype=dtypes.get(name, dtype), seed=1 + names.index(name))
-
-    return Operands(
-        x=make("x", batch, tokens, d) * 2,
-        weight=make("weight", d),
-        bias=make("bias", d) if bias else None,
-        gate=make("gate", batch, 1, d),
-        residual=make("residual", batch, tokens, d),
-        weight2=make("weight2", d),
-        bias2=make("bias2", d) if bias else None,
-        scale=make("scale", batch, 1, d),
-    )
-
-
-def run(op: str, o: Operands, **options: Any) -> tuple[Tensor, ...]:
-    results = getattr(torch.ops.dit_kernels, op)(*o.arguments(op), **options)
-    return results if isinstance(results, tuple) else (results,)
-
-
-def accepted(op: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the op has: norm_scale knows no tanh, norm_tanh_mul_add no add_one."""
-    foreign = {
-        "norm_scale": {"tanh", "y_dtype", "norm_dtype2"},
-        "norm_tanh_mul_add": {"add_one", "z_dtype", "norm_dtype2"},
-    }
-    return {name: value for name, value in options.items() if name not in foreign.get(op, set())}
-
-
-# --- judging --------------------------------------------------------------------------------------------------------
-
-
-def step(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbours of `dtype` at a magnitude."""
-    _, exponent = torch.frexp(magnitude.float())
-    steps = torch.ldexp(torch.ones_like(magnitude, dtype=FP32), exponent - 1 - MANTISSA_BITS[dtype])
-    return steps.clamp_min(SMALLEST_STEP[dtype])
-
-
-def assert_follows(
-    out: Tensor,
-    expected: Tensor,
-    magnitude: Tensor,
-    steps: int,
-    coarsest: torch.dtype,
-    form: str,
-    fused_eager: bool,
-) -> None:
-    """The two bounds; `steps` of dtype `coarsest` at `magnitude` are the second."""
-    assert out.dtype == expected.dtype and out.shape == expected.shape
-    assert out.is_contiguous()
-    differing = (out != expected) & ~(out.isnan() & expected.isnan())
-    distance = (out.float() - expected.float()).abs()[differing]
-    off = distance / step(magnitude, coarsest)[differing]
-    assert bool((off <= steps).all()), f"off by {float(off.max()):.1f} steps"
-    if fused_eager or out.dtype == FP32:
-        return
-    # Single elements of a small tensor are no measurement of a share. In `native` a statistic is one 16-bit number,
-    # and one that falls the other way takes its row along.
-    spare = 2 + (2 * out.shape[-1] if form == "native" else 0)
-    assert int(differing.sum()) <= DIFFERING[out.dtype] * out.numel() + spare, (
-        f"{int(differing.sum())} of {out.numel()} differ"
-    )
-
-
-def assert_precise(out: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """The error against fp64 is at most twice eager's, at the worst element and in the mean square."""
-    assert out.dtype == eager.dtype == FP32 and out.shape == exact.shape
-    ours, theirs = (out.double() - exact).abs(), (eager.double() - exact).abs()
-    floor = float(exact.abs().max()) * 2.0**-25
-    assert float(ours.max()) <= 2 * float(theirs.max()) + floor
-    assert float(ours.square().mean().sqrt()) <= 2 * float(theirs.square().mean().sqrt()) + floor / 16
-
-
-def never_rounds(steps: Any) -> bool:
-    """Is every step of a chain fp32, but for tanh(gate) and 1 + scale, which depend on nothing else?"""
-    norm = steps.norm
-    inner = (norm.stat, norm.normed, norm.weighted, norm.biased, norm.out, steps.product)
-    outer = (steps.sum, steps.y) if hasattr(steps, "y") else (steps.z,)
-    return all(dtype == FP32 for dtype in (*inner, *outer))
-
-
-def coarsest_dtype(steps: Any, out: Tensor) -> torch.dtype:
-    dtypes = {steps.norm.stat, steps.norm.normed, steps.norm.out, steps.product, out.dtype}
-    return min(dtypes, key=MANTISSA_BITS.__getitem__)
-
-
-def in_fp64(op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-    """The definition on fp64 operands, without gate or scale still to be activated."""
-    wide = (a.double() if isinstance(a, Tensor) else a for a in arguments)
-    plain = accepted(op, {"norm": options["norm"], "tanh": False, "add_one": False})
-    call = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *wide, **plain)
-    return call.definition()[0]
-
-
-def parameter_in_fp64(raw: Tensor | None, dtype: torch.dtype, activation: Any) -> Tensor | None:
-    """activation(raw) as fp64, rounded to `dtype` where the chain rounds it."""
-    if raw is None:
-        return None
-    return activation(raw.double()) if dtype == FP32 else activation(raw.to(dtype)).double()
-
-
-def judge_y(y: Tensor, o: Operands, op: str, options: dict[str, Any]) -> None:
-    call = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *o.arguments(op), **options)
-    chain, steps = call.chain, call.chain.gated
-    expected = reference.gated(o.x, o.weight, o.bias, o.gate, o.residual, EPS, chain)
-    if never_rounds(steps):
-        gate = parameter_in_fp64(o.gate, steps.gate, torch.tanh if chain.tanh else lambda g: g)
-        arguments = (o.x, o.weight, o.bias, gate, o.residual, EPS)
-        assert_precise(y, expected, in_fp64("norm_tanh_mul_add", arguments, options))
-        return
-    p = expected.float() - o.residual.float()
-    magnitude = torch.maximum(torch.maximum(p.abs(), o.residual.float().abs()), expected.float().abs())
-    if o.bias is not None:  # it cancels, as the residual does
-        gate = parameter_in_fp64(o.gate, steps.gate, torch.tanh if chain.tanh else lambda g: g)
-        share = o.bias.float().abs() * (1.0 if gate is None else gate.float().abs())
-        magnitude = torch.maximum(magnitude, share.expand_as(magnitude))
-    assert_follows(
-        y, expected, magnitude, Y_STEPS, coarsest_dtype(steps, y), options["rounding"], chain.norm == "layer"
-    )
-
-
-def judge_z(
-    z: Tensor, read: Tensor, parameters: tuple[Tensor | None, ...], eps: float, options: dict[str, Any]
-) -> None:
-    """read: what the norm of z reads, x or the kernel's own y; parameters: its weight, bias and scale."""
-    arguments = (read, *parameters, eps)
-    options = accepted("norm_scale", options)
-    chain = ops.checked_call(torch.ops.dit_kernels.norm_scale.default, *arguments, **options).chain
-    steps = chain.scaled
-    expected = reference.scaled(*arguments, chain)
-    weight, bias, scale = parameters
-    if never_rounds(steps):
-        scale = parameter_in_fp64(scale, steps.scale, (lambda s: 1 + s) if chain.add_one else lambda s: s)
-        assert_precise(z, expected, in_fp64("norm_scale", (read, weight, bias, scale, eps), options))
-        return
-    magnitude = expected.float().abs()
-    if bias is not None:  # it cancels, as a residual does
-        share = bias.float().abs() * (1.0 if scale is None else (1 + scale.float()).abs())
-        magnitude = torch.maximum(magnitude, share.expand_as(magnitude))
-    assert_follows(
-        z, expected, magnitude, Z_STEPS, coarsest_dtype(steps, z), options["rounding"], chain.norm == "layer"
-    )
-
-
-def check(op: str, o: Operands, **options: Any) -> tuple[Tensor, ...]:
-    """Runs an op on the GPU and judges its results; gives them back."""
-    options = accepted(op, {"norm": "rms", "rounding": "cast_then_weight", **options})
-    results = run(op, o, **options)
-    if op != "norm_scale":
-        judge_y(results[0], o, op, options)
-    if op == "norm_scale":
-        judge_z(results[0], o.x, (o.weight, o.bias, o.scale), EPS, options)
-    elif op == DUAL:
-        of_z = {**options, "norm_dtype": options.get("norm_dtype2")}
-        judge_z(results[1], results[0], (o.weight2, o.bias2, o.scale), EPS2, of_z)
-    return results
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------

@@ -1,71 +1,34 @@
-"""The kernels of norm_rope, qk_norm_rope and silu_mul, run from their PTX, with the bounds of tests/gpu."""
+"""The kernels of norm_rope, qk_norm_rope and silu_mul, run from their PTX, with the bounds of a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 from unittest import mock
 
-import numpy as np
+import attention_kernel_bounds as bounds
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_bounds import random
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from dit_kernels.cute import norm_rope, silu_mul
 from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
 from ptx import numbers
-from ptx.device import ARCHS, call, compiled, gpu
-from ptx.judging import TIED, rsqrt
+from ptx.device import ARCHS, compiled, gpu
+from ptx.judging import Interpreter
 from ptx.memory import Fault
 
-_SPEC = importlib.util.spec_from_file_location("attention", Path(__file__).parents[1] / "gpu/test_attention_kernels.py")
-assert _SPEC is not None and _SPEC.loader is not None
-bounds: Any = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = bounds
-_SPEC.loader.exec_module(bounds)
-bounds.DEVICE, bounds.call = "cpu", lambda op, *args, **options: call(op, args, **options)
-_follows = bounds.assert_follows
-
-
-def _follows_but_for_ties(out: Any, expected: Any, magnitude: Any, coarsest: torch.dtype, spare: int = 2) -> None:
-    """A last bit of a statistic that decides a tie takes along all pairs of a head that have one mantissa."""
-    tied = 2 * TIED.get(out.dtype, 0.0) * out.shape[-1]
-    _follows(out, expected, magnitude, coarsest, spare + math.ceil(tied))
-
-
-bounds.assert_follows = _follows_but_for_ties
-check_heads, check_silu, heads, random = bounds.check_heads, bounds.check_silu, bounds.heads, bounds.random
+INTERPRETER = Interpreter()
+check_heads, check_silu = partial(bounds.check_heads, INTERPRETER), partial(bounds.check_silu, INTERPRETER)
+heads = bounds.heads
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPLEX64, COMPLEX128 = torch.complex64, torch.complex128
-
-
-class _LikeCuda(torch.overrides.TorchFunctionMode):
-    """Products of complex numbers as CUDA's compiler contracts them."""
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is torch.Tensor.mul and args[0].is_complex():
-            dtype = torch.promote_types(args[0].dtype, args[1].dtype)
-            fma = numbers.fma_f32 if dtype == COMPLEX64 else numbers.fma_f64
-            x, y = (torch.view_as_real(t.to(dtype)).numpy() for t in torch.broadcast_tensors(*args))
-            (a, b), (c, d) = (x[..., 0], x[..., 1]), (y[..., 0], y[..., 1])
-            parts = np.stack((fma(a, c, -(b * d)), fma(b, c, a * d)), -1)
-            return torch.view_as_complex(torch.from_numpy(parts))
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def definition_like_cuda() -> Iterator[None]:
-    with mock.patch.object(torch, "rsqrt", rsqrt), _LikeCuda():
-        yield
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -173,7 +136,7 @@ def test_silu_mul_of_halves_of_one_tensor_and_of_strides_follows_the_definition(
 
 def test_silu_of_large_and_special_numbers_is_eagers() -> None:
     with gpu("sm_90a", 1):
-        bounds.test_silu_of_large_and_special_numbers_is_eagers()
+        bounds.check_special_numbers(INTERPRETER)
 
 
 @pytest.mark.parametrize("direction", (-1, 1))

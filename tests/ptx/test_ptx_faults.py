@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import kernel_bounds as bounds
 import pytest
 import torch
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from ptx.device import compiled, gpu
-from ptx.judging import bounds, check
+from ptx.judging import check
 from ptx.memory import Fault
 from ptx.program import Unsupported
 

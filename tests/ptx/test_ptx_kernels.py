@@ -1,19 +1,21 @@
-"""The compiled kernels, run from their PTX, against the definition: the bounds are those of tests/gpu."""
+"""The compiled kernels, run from their PTX, against the definition: the bounds are those of a GPU."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import kernel_bounds as bounds
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_bounds import random
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from dit_kernels.rounding import FORMS, NORMS, ROOTS
 from ptx.device import ARCHS, gpu
-from ptx.judging import bounds, check, random
+from ptx.judging import check
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (2304, 2520, 3840, 4608, 8192)

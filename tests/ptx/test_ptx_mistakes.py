@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import kernel_bounds as bounds
 import pytest
 import torch
+from kernel_bounds import random
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
@@ -20,7 +22,7 @@ from dit_kernels import compile
 from dit_kernels.cute import arith, norm_gate, reduce
 from ptx import device
 from ptx.device import ARCHS, compiled, gpu
-from ptx.judging import bounds, check, random
+from ptx.judging import check
 from ptx.memory import Fault
 
 WHERE = r"thread \d+ of CTA \(\d+, \d+, \d+\), line \d+, `"

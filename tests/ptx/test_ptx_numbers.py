@@ -7,6 +7,7 @@ import struct
 from fractions import Fraction
 from typing import Any
 
+import kernel_bounds as bounds
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 from dit_kernels.rounding import FORMS, NORMS
 from ptx import numbers
 from ptx.device import ARCHS, gpu
-from ptx.judging import bounds, check
+from ptx.judging import check
 from ptx.machine import PURE, Machine
 from ptx.memory import Fault, GlobalMemory
 from ptx.program import parse

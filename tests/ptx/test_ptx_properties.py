@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import kernel_bounds as bounds
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_bounds import random
 from torch import Tensor
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from dit_kernels.rounding import FORMS, NORMS
 from ptx.device import ARCHS, gpu
-from ptx.judging import bounds, check, check_rows, random
+from ptx.judging import check, check_rows
 
 Pick = Callable[..., Any]
 
