@@ -14,7 +14,7 @@ settings.register_profile(
     "ci", max_examples=150, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_QUIET
 )
 settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_QUIET)
-pytest.register_assert_rewrite("kernel_bounds", "attention_kernel_bounds")  # whose asserts are tests' asserts
+pytest.register_assert_rewrite("attention_kernel_bounds", "graph_checks", "kernel_bounds")  # as asserts in tests are
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -70,6 +70,10 @@ def native_reciprocal_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -
     return n if weight is None else n * weight
 
 
+def eps_of_torch(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight)
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, eps: float = EPS) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), weight, None, eps)
 
