@@ -97,13 +97,13 @@ CAUSES: dict[Reason, Model] = {
 
 
 ELSEWHERE = {
-    Reason.WIDTH: "test_a_width_that_is_not_static_is_refused",
-    Reason.ORDER: "test_a_scale_that_depends_on_y_is_what_stands_in_the_way_of_the_larger_site",
-    Reason.DEVICE: "test_what_no_kernel_takes_is_refused_with_the_node",
+    Reason.WIDTH: "test_a_norm_over_a_dynamic_width_is_reported",
+    Reason.ORDER: "test_a_scale_that_depends_on_y_is_reported_with_the_reason_order",
+    Reason.DEVICE: "tests/test_skipped_sites.py",
     Reason.MUTATION: "tests/test_graph_pass.py",
-    Reason.TRAINING: "test_training_is_refused_with_the_norm",
-    Reason.PER_TOKEN: "test_a_gate_for_each_token_is_read_only_where_inductor_would_store_it_anyway",
-    Reason.NO_KERNEL: "test_a_device_without_kernels_is_refused_with_the_norm",
+    Reason.TRAINING: "test_norms_in_a_training_graph_are_reported",
+    Reason.PER_TOKEN: "tests/test_skipped_sites.py",
+    Reason.NO_KERNEL: "test_a_norm_on_a_device_without_kernels_is_reported",
     Reason.ERROR: "tests/test_graph_pass.py",
     Reason.UNNORMED: "tests/test_attention_sites.py",
     Reason.HEADS: "tests/test_attention_sites.py",
@@ -152,7 +152,7 @@ def test_every_reason_has_a_test() -> None:
 
 
 @pytest.mark.parametrize(("reason", "model"), CAUSES.items(), ids=lambda v: getattr(v, "name", ""))
-def test_a_norm_that_is_left_alone_has_reason_node_module_and_line(reason: Reason, model: Model) -> None:
+def test_a_norm_that_is_not_fused_is_reported_with_reason_node_module_and_line(reason: Reason, model: Model) -> None:
     args = tensors((2, 4, 16), (2, 4, 16), (2, 1, 16), (2, 1, 16))
     got, backend = run(Named(model), *args)
     assert_equal(got, model(*args))
@@ -161,7 +161,7 @@ def test_a_norm_that_is_left_alone_has_reason_node_module_and_line(reason: Reaso
         assert_tells_all(site)
 
 
-def test_a_width_that_is_not_static_is_refused() -> None:
+def test_a_norm_over_a_dynamic_width_is_reported() -> None:
     torch.manual_seed(0)
     args = [torch.randn(2, 4, 16) for _ in range(3)]
 
@@ -174,14 +174,14 @@ def test_a_width_that_is_not_static_is_refused() -> None:
     assert_tells_all(site)
 
 
-def test_a_scale_that_depends_on_y_is_what_stands_in_the_way_of_the_larger_site() -> None:
+def test_a_scale_that_depends_on_y_is_reported_with_the_reason_order() -> None:
     _, backend = run(Named(the_scale_depends_on_y), *inputs(Spec()), kernels="auto")
     assert [site.reason_name for site in backend.report.missed] == ["NO_KERNEL", "ORDER"]
     for site in backend.report.missed:
         assert_tells_all(site)
 
 
-def test_training_is_refused_with_the_norm() -> None:
+def test_norms_in_a_training_graph_are_reported() -> None:
     spec = Spec(weight=False)
     args = [a.requires_grad_() for a in inputs(spec)]
     backend = GraphBackend()
@@ -191,7 +191,7 @@ def test_training_is_refused_with_the_norm() -> None:
         assert "rsqrt" in (site.reason or "")
 
 
-def test_a_device_without_kernels_is_refused_with_the_norm() -> None:
+def test_a_norm_on_a_device_without_kernels_is_reported() -> None:
     _, backend = run(Named(alone_with_a_residual), *inputs(Spec()), kernels="auto")
     (site,) = backend.report.missed
     assert site.reason_name == "NO_KERNEL"
@@ -202,7 +202,7 @@ def alone_with_a_residual(x: Tensor, residual: Tensor, gate: Tensor, scale: Tens
     return residual + diffusers_norm(x, None)
 
 
-# --- norms that are not known, and what is not a norm -----------------------------------------------------------------
+# --- norms of other kinds, and roots of no norm ---------------------------------------------------------------------
 
 
 UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
@@ -235,7 +235,7 @@ UNKNOWN_NORMS: dict[str, tuple[Model, str]] = {
 
 
 @pytest.mark.parametrize(("norm", "reason"), UNKNOWN_NORMS.values(), ids=UNKNOWN_NORMS)
-def test_a_norm_that_is_none_of_ours_is_told_of_all_the_same(norm: Model, reason: str) -> None:
+def test_a_norm_of_another_kind_is_reported(norm: Model, reason: str) -> None:
     def model(x, residual, gate, scale):
         return residual + gate.tanh() * norm(x)
 
@@ -269,13 +269,13 @@ def a_measure_that_divides_nothing(x: Tensor) -> Tensor:
     "model",
     (a_root_of_no_sum, a_root_behind_a_norm, a_root_of_statistics_that_are_given, a_measure_that_divides_nothing),
 )
-def test_what_is_no_norm_is_not_told_of(model: Model) -> None:
+def test_a_root_that_belongs_to_no_norm_is_not_reported(model: Model) -> None:
     _, backend = run(model, *tensors((2, 4, 16)))
     assert backend.report.fused == backend.report.missed == []
 
 
-def test_a_scaled_norm_that_only_inductors_kernel_reads_is_left_to_it() -> None:
-    """Written to memory and read again it would cost more than the norm alone saves."""
+def test_a_scaled_norm_is_skipped_if_only_a_kernel_of_inductor_reads_it() -> None:
+    """To write its result to memory and read it again would cost more than the fused norm saves."""
 
     def model(x, residual, gate, scale):
         return residual + (diffusers_norm(x, None) * (1 + scale)).sin()
@@ -287,8 +287,8 @@ def test_a_scaled_norm_that_only_inductors_kernel_reads_is_left_to_it() -> None:
 
 
 @needs_casts
-def test_a_sum_that_rounds_product_and_sum_at_once_is_told_from_a_shift() -> None:
-    """ComfyUI and others modulate with addcmul(shift, norm, 1 + scale): no site, and nothing to warn of."""
+def test_an_addcmul_onto_a_residual_and_one_onto_a_shift_have_different_reasons() -> None:
+    """ComfyUI and others modulate with addcmul(shift, norm, 1 + scale), which is no site."""
 
     def modulated(x, residual, gate, scale):
         return torch.addcmul(gate, diffusers_norm(x, None), 1 + scale)
@@ -320,7 +320,7 @@ def test_explain_prints_a_missed_norm_with_module_reason_and_line() -> None:
         assert part in text
 
 
-def test_a_site_that_is_found_and_refused_warns_once() -> None:
+def test_a_matched_site_that_is_not_fused_warns_once() -> None:
     graph_pass._warn_once.cache_clear()
     args = tensors((2, 4, 16), (2, 4, 16), (2, 1, 16), (2, 1, 16))
     with warnings.catch_warnings(record=True) as caught:

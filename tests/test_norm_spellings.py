@@ -39,7 +39,7 @@ from torch import Tensor
     ),
 )
 @pytest.mark.parametrize("dtype", (BF16, torch.float16, FP32), ids=str)
-def test_a_root_is_taken_as_the_model_spells_it(norm: Model, root: str, dtype: torch.dtype) -> None:
+def test_the_op_computes_the_root_as_the_model_spells_it(norm: Model, root: str, dtype: torch.dtype) -> None:
     spec = Spec(norm=norm, dtype=dtype)
     module, args = SiteModule(spec), inputs(spec)
     got, backend = run(module, *args)
@@ -47,8 +47,8 @@ def test_a_root_is_taken_as_the_model_spells_it(norm: Model, root: str, dtype: t
     assert options_of(backend)["root"] == root
 
 
-def test_the_spellings_of_a_root_round_otherwise() -> None:
-    """Otherwise telling them apart would not matter."""
+def test_the_spellings_of_a_root_give_different_bits() -> None:
+    """If they gave the same bits, the op would not need the option `root`."""
     (x,) = tensors((64, 300), dtype=FP32)
     by_rsqrt, by_reciprocal, by_quotient = (
         torch.ops.dit_kernels.norm_scale(x, None, None, None, EPS, root=root)
@@ -81,7 +81,9 @@ def over_width_before_keepdim(x: Tensor) -> Tensor:
         (over_width, 48, False, False),  # rounds the sum to 16 bits, which torch.mean does not
     ),
 )
-def test_a_sum_over_the_width_is_a_mean_where_it_rounds_as_one(mean, width: int, wide: bool, fused: bool) -> None:
+def test_a_sum_divided_by_the_width_is_fused_only_if_it_rounds_as_torch_mean_does(
+    mean, width: int, wide: bool, fused: bool
+) -> None:
     def model(x, residual, gate):
         read = x.float() if wide else x
         return residual + gate.tanh() * (read * torch.rsqrt(mean(read) + EPS)).to(x.dtype)
@@ -167,7 +169,7 @@ def gemmas(x: Tensor, weight: Tensor) -> Tensor:
     ),
 )
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-def test_a_norm_is_read_however_eps_dimension_and_weight_are_spelled(norm: Model, dynamic: bool) -> None:
+def test_a_norm_is_fused_in_every_spelling_of_eps_dimension_and_weight(norm: Model, dynamic: bool) -> None:
     def model(x, residual, gate, weight):
         y = residual + gate.tanh() * norm(x, weight)
         return y, norm(y, weight)[0] @ x[0].to(y.dtype).T
@@ -180,7 +182,7 @@ def test_a_norm_is_read_however_eps_dimension_and_weight_are_spelled(norm: Model
 
 @pytest.mark.parametrize("shape", ((48,), (1, 48), (1, 1, 48)), ids=str)
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-def test_a_weight_may_have_further_dimensions_of_one(shape: tuple[int, ...], dynamic: bool) -> None:
+def test_a_weight_may_have_leading_dimensions_of_size_one(shape: tuple[int, ...], dynamic: bool) -> None:
     def model(x, residual, gate, weight):
         y = residual + gate.tanh() * diffusers_norm(x, weight)
         return y, diffusers_norm(y, weight) * (1 + gate)
@@ -191,8 +193,8 @@ def test_a_weight_may_have_further_dimensions_of_one(shape: tuple[int, ...], dyn
     assert backend.report.counts() == {DUAL: 1}
 
 
-def test_an_operand_of_several_dimensions_is_a_weight_only_where_a_gate_or_a_scale_follows() -> None:
-    """Of one batch item, or one token, a scale has the shape of a weight, and a residual that of a bias."""
+def test_an_operand_of_several_dimensions_is_read_as_a_scale_or_a_residual_if_none_follows() -> None:
+    """With one batch item a scale has a shape that a weight may have, and with one token a residual that of a bias."""
 
     def scaled(x, other, rows):
         return (diffusers_norm(x, None) * other) @ rows
@@ -207,7 +209,7 @@ def test_an_operand_of_several_dimensions_is_a_weight_only_where_a_gate_or_a_sca
         assert backend.report.counts() == {kind: 1}
 
 
-def test_a_computed_row_is_a_weight_also_where_a_select_made_it_one() -> None:
+def test_a_row_selected_from_a_computed_tensor_is_read_as_a_weight() -> None:
     def model(x, residual, gate, weight):
         return residual + gate.tanh() * (diffusers_norm(x, None) * (1 + weight)[0])
 
@@ -219,8 +221,8 @@ def test_a_computed_row_is_a_weight_also_where_a_select_made_it_one() -> None:
 
 @pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
 @pytest.mark.parametrize("rows", ((True, True), (True, False), (False, True)), ids=("both", "weight", "bias"))
-def test_a_layer_norm_takes_an_fp32_weight_and_bias_as_pytorch_does(dtype: torch.dtype, rows: Any) -> None:
-    """PyTorch's CPU kernel for a 16-bit x and fp32 rows gives other bits than that for fp32 throughout."""
+def test_a_16_bit_layer_norm_with_an_fp32_weight_or_bias_is_fused(dtype: torch.dtype, rows: Any) -> None:
+    """PyTorch has a CPU kernel for these dtypes, which gives other bits than casts around its fp32 kernel."""
 
     def model(x, residual, gate, weight, bias):
         weight, bias = (row if present else None for row, present in zip((weight, bias), rows, strict=True))
@@ -234,8 +236,8 @@ def test_a_layer_norm_takes_an_fp32_weight_and_bias_as_pytorch_does(dtype: torch
 
 
 @pytest.mark.parametrize("stream", (BF16, FP32), ids=str)
-def test_a_layer_norm_may_be_given_a_weight_and_a_bias_that_are_computed(stream: torch.dtype) -> None:
-    """That they are its own, and no scale or shift of the model's, its nodes tell."""
+def test_a_layer_norm_with_a_computed_weight_and_bias_is_fused(stream: torch.dtype) -> None:
+    """The nodes of the layer norm show that these are its weight and bias, not a scale or shift of the model."""
 
     def model(x, residual, gate, weight, bias):
         y = residual + gate.tanh() * F.layer_norm(x, x.shape[-1:], 1 + weight, bias * 2, EPS)
@@ -252,7 +254,7 @@ def test_a_layer_norm_may_be_given_a_weight_and_a_bias_that_are_computed(stream:
 
 @needs_casts
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-def test_a_norm_that_is_cast_up_again_meets_gate_residual_and_scale_in_fp32(dynamic: bool) -> None:
+def test_a_norm_that_is_cast_up_is_fused_with_a_gate_residual_and_scale_in_fp32(dynamic: bool) -> None:
     def model(x, residual, gate, scale):
         y = residual.float() + gate.float().tanh() * diffusers_norm(x, None).float()
         y = y + diffusers_norm(x.sin(), None).float()
@@ -265,8 +267,8 @@ def test_a_norm_that_is_cast_up_again_meets_gate_residual_and_scale_in_fp32(dyna
 
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-def test_a_product_that_is_cast_up_to_the_residual_is_fused(dynamic: bool) -> None:
-    """As models with an fp32 residual stream write what PyTorch would do by itself."""
+def test_a_product_that_is_cast_to_the_dtype_of_an_fp32_residual_is_fused(dynamic: bool) -> None:
+    """Models with an fp32 residual stream write out the cast that PyTorch would do by itself."""
 
     def model(x, residual, gate, scale):
         y = residual.float() + (gate.tanh() * diffusers_norm(x, None)).float()
@@ -280,7 +282,7 @@ def test_a_product_that_is_cast_up_to_the_residual_is_fused(dynamic: bool) -> No
 
 @pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
 def test_the_two_norms_of_a_site_may_be_cast_to_different_dtypes(dtype: torch.dtype) -> None:
-    """As autocast makes it of type_as(x) in a norm: 16 bits for what a matmul gave, fp32 for the residual stream."""
+    """Under autocast, type_as(x) in a norm casts to 16 bits if x comes from a matmul, to fp32 if it is the residual."""
 
     def norm(x, weight):
         n = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
@@ -300,7 +302,7 @@ def test_the_two_norms_of_a_site_may_be_cast_to_different_dtypes(dtype: torch.dt
 
 
 @needs_casts
-def test_a_product_that_is_cast_up_before_a_16_bit_residual_is_no_form() -> None:
+def test_a_product_that_is_cast_up_before_a_16_bit_residual_is_not_fused() -> None:
     def model(x, residual, gate):
         return residual + (gate.tanh() * diffusers_norm(x, None)).float()
 
@@ -312,7 +314,7 @@ def test_a_product_that_is_cast_up_before_a_16_bit_residual_is_no_form() -> None
 
 @needs_casts
 @pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
-def test_a_sum_in_fp32_of_what_is_stored_in_16_bits_is_no_form(dtype: torch.dtype) -> None:
+def test_an_fp32_sum_of_a_16_bit_norm_and_residual_is_not_fused(dtype: torch.dtype) -> None:
     def model(x, residual):
         return residual + diffusers_norm(x, None).float()
 

@@ -21,7 +21,7 @@ from fusion_pass.report import FusionReport
 
 
 def picked_by_token(a: Tensor, b: Tensor) -> Tensor:
-    """As in Z-Image's blocks with two kinds of tokens."""
+    """As in the blocks of Z-Image with two kinds of tokens."""
     mask = torch.arange(6)[:, None] < 4
     return torch.where(mask, a.tanh().expand(2, 6, 32), b.tanh().expand(2, 6, 32))
 
@@ -64,7 +64,7 @@ def a_part_of_a_projection(a: Tensor, b: Tensor) -> Tensor:
     ),
 )
 @pytest.mark.parametrize("where", ("gate", "scale"))
-def test_a_gate_for_each_token_is_read_only_where_inductor_would_store_it_anyway(
+def test_a_gate_for_each_token_is_fused_only_if_inductor_stores_it_anyway(
     gate_of: Model, fused: bool, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
@@ -82,7 +82,9 @@ def test_a_gate_for_each_token_is_read_only_where_inductor_would_store_it_anyway
 
 
 @pytest.mark.parametrize("batch", (1, 2))
-def test_gates_of_each_token_are_told_where_tokens_stand_first(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gate_for_each_token_is_recognised_if_tokens_are_the_first_dimension(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
 
     def model(x, residual, a):
@@ -94,7 +96,7 @@ def test_gates_of_each_token_are_told_where_tokens_stand_first(batch: int, monke
     assert [site.reason_name for site in backend.report.missed] == ["PER_TOKEN"]
 
 
-def test_a_shift_as_large_as_x_is_no_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shift_as_large_as_x_is_not_read_as_a_residual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
 
     def model(x, shift, scale):
@@ -149,8 +151,10 @@ def elsewhere(val: Tensor) -> Tensor:
         (elsewhere, "DEVICE"),
     ),
 )
-def test_what_no_kernel_takes_is_refused_with_the_node(operand: str, kind: Callable[[Tensor], Tensor], reason) -> None:
-    """Models do not trace to these with a norm around them, so the graph is told that an operand is one."""
+def test_a_site_with_an_operand_that_no_kernel_takes_is_not_fused(
+    operand: str, kind: Callable[[Tensor], Tensor], reason
+) -> None:
+    """No model traces to a graph with such an operand, so the test puts one into the metadata of a node."""
 
     def model(x, residual, gate, weight):
         return residual + gate.tanh() * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight)
@@ -172,7 +176,7 @@ def test_what_no_kernel_takes_is_refused_with_the_node(operand: str, kind: Calla
 
 
 def test_a_wrapper_subclass_is_fused_as_the_tensors_that_it_wraps() -> None:
-    """AOTAutograd takes it apart before any pass sees it."""
+    """AOTAutograd unwraps it before the pass sees the graph."""
     two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
 
     def model(x, residual, gate):

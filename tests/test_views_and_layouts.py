@@ -24,7 +24,7 @@ def views_of_the_same_shape(x: Tensor, residual: Tensor, gate: Tensor, scale: Te
 
 
 def gated_by_frames(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Any:
-    """As video models do: tokens are frames of tokens, each frame with its gate and scale."""
+    """As in video models, where each frame of tokens has its own gate and scale."""
     y = residual + (diffusers_norm(x, None).unflatten(1, (2, -1)) * gate.tanh()).flatten(1, 2)
     return y, (diffusers_norm(y, None).unflatten(1, (2, -1)) * (1 + scale)).flatten(1, 2)
 
@@ -82,7 +82,7 @@ VIEWS = (
 
 @pytest.mark.parametrize("model", VIEWS)
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-def test_views_between_the_parts_of_a_site_do_not_hide_it(model: Model, dynamic: bool) -> None:
+def test_a_site_is_fused_through_views_between_its_parts(model: Model, dynamic: bool) -> None:
     if model is a_view_between_two_casts and not CASTS_ARE_KEPT:
         pytest.skip("torch 2.11's own passes drop a cast of this model")
     args = tensors((2, 6, 32), (2, 6, 32), (2, 2, 1, 32), (2, 2, 1, 32))
@@ -92,15 +92,15 @@ def test_views_between_the_parts_of_a_site_do_not_hide_it(model: Model, dynamic:
 
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-def test_a_site_with_views_runs_through_inductor_with_another_number_of_tokens(dynamic: bool) -> None:
+def test_a_compiled_site_with_views_runs_with_another_number_of_tokens(dynamic: bool) -> None:
     compiled = torch.compile(gated_by_frames, backend=Backend(kernels="reference", strict=True), dynamic=dynamic)
     for tokens in (6, 10):
         args = tensors((2, tokens, 32), (2, tokens, 32), (2, 2, 1, 32), (2, 2, 1, 32))
         assert_equal(compiled(*args), gated_by_frames(*args))
 
 
-def test_sizes_that_are_read_off_a_view_do_not_hide_the_scale() -> None:
-    """x and residual have symbols of their own, so what is flattened asks the view for its sizes."""
+def test_a_scale_is_fused_if_the_model_reads_sizes_from_a_view() -> None:
+    """x and residual have symbols of their own, so `flatten` reads its sizes from the view."""
 
     def model(x, residual, gate, scale):
         batch, tokens, width = x.shape
@@ -129,7 +129,7 @@ def rows_in_another_order(x: Tensor, residual: Tensor, gate: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("model", (columns_of_another_width, rows_in_another_order))
-def test_a_view_that_breaks_rows_up_keeps_the_norm_alone(model: Model) -> None:
+def test_a_site_is_not_fused_through_a_view_that_changes_its_rows(model: Model) -> None:
     args = tensors((2, 6, 32), (2, 6, 32), (2, 1, 32))
     got, backend = run(model, *args)
     assert_equal(got, model(*args))
@@ -137,7 +137,7 @@ def test_a_view_that_breaks_rows_up_keeps_the_norm_alone(model: Model) -> None:
     assert [site.reason_name for site in backend.report.missed] == ["ALONE"]
 
 
-def test_what_is_selected_behind_a_cast_leaves_nothing_of_it_in_the_graph() -> None:
+def test_a_select_after_a_cast_leaves_no_dead_node_in_the_graph() -> None:
     def model(x, residual, gate):
         wide = x.float()[:, 0]
         n = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
@@ -168,10 +168,10 @@ def a_copy_of_cropped_rows(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("copy", (a_copy_of_channels, a_wide_copy_of_channels, a_copy_of_cropped_rows))
 @pytest.mark.parametrize("norm", (diffusers_norm, eps_of_torch, layer_norm))
 @pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
-def test_rows_that_a_copy_brought_together_are_summed_as_they_lie_in_the_copy(
+def test_a_norm_of_rows_that_a_copy_made_contiguous_is_fused_and_sums_as_eager_does(
     copy: Model, norm: Model, dtype: torch.dtype
 ) -> None:
-    """A CPU sums rows whose elements lie apart in another order."""
+    """A CPU sums a row that is not contiguous in another order."""
 
     def model(x, gate):
         rows = copy(x)
@@ -217,17 +217,17 @@ def a_residual_of_rows_apart_on_the_left(x: Tensor, residual: Tensor, gate: Tens
     ),
 )
 @pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
-def test_where_rows_lie_apart_no_sum_is_computed_in_another_order(model: Model, dtype: torch.dtype) -> None:
+def test_rows_that_are_not_contiguous_are_summed_in_the_same_order_as_unfused(model: Model, dtype: torch.dtype) -> None:
     args = tensors((2, 500, 96), (2, 96, 500), (1, 1, 500), dtype=dtype)
     got, _ = run(model, *args)
     assert_equal(got, run(model, *args, fuse=False)[0])
 
 
 @pytest.mark.parametrize(("kernels", "fused"), (("auto", True), ("reference", False)))
-def test_a_stream_that_lies_as_a_convolution_left_it_is_fused_where_kernels_run(
+def test_a_residual_in_the_layout_of_a_convolution_is_fused_only_with_kernels(
     kernels: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The patch embedding of DiT, Mochi and others. On a CPU the order of a sum would be another."""
+    """As after the patch embedding of DiT, Mochi and others. The definition on a CPU would sum in another order."""
     monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
 
     def model(image, x, gate):
