@@ -44,7 +44,7 @@ DIMENSIONS = (("512", "1024", "1536"), ("1", "2"), ("whole", "block"), ("default
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 BACKENDS = {"torch.compile": "inductor", "fusion_pass": "fusion_pass"}
 # Names of the kernels at the gated sites: ours, and Inductor's, which hold the only tanh of the model.
-SITE_KERNELS = {"torch.compile": ("triton_", "tanh"), "fusion_pass": ("NormGate",)}
+SITE_KERNELS = {"torch.compile": ("triton_", "tanh"), "fusion_pass": ("ModulatedNorm",)}
 
 wide = Console(width=170)  # what the table needs, also where there is no terminal
 

@@ -1,4 +1,4 @@
-"""The torch.compile backend: Inductor, with the fusion pass added to whatever passes are there already."""
+"""The torch.compile backend: Inductor, with the fusion pass added to the passes that are configured already."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Backend:
 
     rounding: "model" (each fused site rounds where the model's own eager code rounds) or "fp32" (one rounding at each
     output). kernels: "auto" (rewrite where a CUDA kernel can run) or "reference" (rewrite every proven site, on any
-    device, and run the PyTorch definitions). strict: raise where a site that matched cannot be fused, or an internal
-    error occurred, instead of warning once. Raises ValueError that names a bad argument.
+    device, and run the PyTorch definitions). strict: if a site that matched cannot be fused, or an internal error
+    occurs, raise an error instead of warning once. Raises a ValueError that names a bad argument.
     """
 
     def __init__(self, rounding: str = "model", kernels: str = "auto", strict: bool = False) -> None:
@@ -72,7 +72,7 @@ class Backend:
         return FusionPass(self.rounding, self.kernels, self.strict)
 
     def reset(self) -> None:
-        """Called by torch.compiler.reset(): drops what CUDA graphs were recorded."""
+        """Drops the recorded CUDA graphs. Called by torch.compiler.reset()."""
         trees = sys.modules.get("torch._inductor.cudagraph_trees")
         if trees is not None:
             trees.reset_cudagraph_trees()
@@ -94,7 +94,10 @@ class Backend:
 
 
 class _ExplainBackend(Backend):
-    """Equals no other, so that it shares no compiled code; collects the reports; caches nothing."""
+    """The backend of `explain`, which collects the reports.
+
+    It is equal to no other backend, so that it shares no compiled code. Nothing that it compiles is cached.
+    """
 
     def __init__(self, like: Backend) -> None:
         super().__init__(like.rounding, like.kernels, like.strict)
@@ -128,7 +131,7 @@ _DEFAULT = Backend()
 
 
 def fusion_pass_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    """`torch.compile(model, backend="fusion_pass")`: the entry point. The same as Backend()."""
+    """The entry point for `torch.compile(model, backend="fusion_pass")`. It does the same as Backend()."""
     return _DEFAULT(gm, example_inputs, **kwargs)
 
 
@@ -146,22 +149,22 @@ def inductor_options(
 ) -> dict[str, Any]:
     """The options that make the stock backend run the pass: `torch.compile(model, options=inductor_options())`.
 
-    The first three arguments are those of Backend; mode and options those of torch.compile.
+    The first three arguments are those of Backend. `mode` and `options` are those of torch.compile.
     """
     fusion_pass = Backend(rounding, kernels, strict)._make_pass()
     return _with_hook(_inductor_config(mode, options), fusion_pass)
 
 
 def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = None, **kwargs: Any) -> FusionReport:
-    """Compiles `model` afresh, calls `model(*args, **kwargs)` once, and says what was fused and what was missed.
+    """Compiles `model` anew, calls `model(*args, **kwargs)` once, and reports what was fused and what was missed.
 
-    A model that is compiled already, as a whole or block by block, is looked at as the model that it was made from, in
-    the same parts. A module in eval mode is looked at as it runs in inference, without gradients; anything else as the
-    caller's grad mode says. Dynamo's caches are reset before and after; nothing is read from, or written to, Inductor's
-    caches. Shapes are static, as in a first call, also where the compiled model has them dynamic.
+    A model that is already compiled, as a whole or block by block, is compiled again from its original code, in the
+    same parts. A module in eval mode is compiled for inference, without gradients; anything else is compiled in the
+    caller's grad mode. Dynamo's caches are reset before and after. Inductor's caches are neither read nor written.
+    Shapes are static, as in a first call, even if the compiled model has dynamic shapes.
 
-    backend: a Backend whose options count; None for the default one. Raises ValueError for any other, and for a model
-    that cannot be called.
+    backend: the Backend whose options are used; None for the default one. Raises ValueError if `backend` is anything
+    else, or if `model` cannot be called.
     """
     if not callable(model):
         raise ValueError(f"explain: model is {model!r}, expected a module or a function")
@@ -178,8 +181,8 @@ def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = Non
         torch._dynamo.reset()
     if torch.is_grad_enabled() and not gradients:
         fresh.report.note = (
-            "looked at without gradients, as the model runs under torch.no_grad() or torch.inference_mode(); where its "
-            "parameters require gradients, and neither is on, nothing is fused"
+            "compiled without gradients, as under torch.no_grad() or torch.inference_mode(); if neither is on and the "
+            "model's parameters require gradients, nothing is fused"
         )
     return fresh.report
 
@@ -191,13 +194,16 @@ def _wants_gradients(model: Callable[..., Any]) -> bool:
 
 
 def _uncompiled(function: Any) -> Any:
-    """What torch.compile was given, where this is what it gave; else the same."""
+    """What torch.compile was called with, if `function` is a result of torch.compile; else `function` itself."""
     return getattr(function, "_orig_mod", getattr(function, "_torchdynamo_orig_callable", function))
 
 
 @contextmanager
 def _compiled_with(backend: Backend, model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """The model, or each of the parts that are compiled already, compiled with `backend` for the time being."""
+    """Yields the model, compiled with `backend`: as a whole, or in the parts that are already compiled.
+
+    On exit, these parts get back the compiled code that they had before.
+    """
     model = _uncompiled(model)
     parts = list(_compiled_parts(model)) if isinstance(model, torch.nn.Module) else []
     if not parts:
@@ -214,8 +220,10 @@ def _compiled_with(backend: Backend, model: Callable[..., Any]) -> Iterator[Call
 
 
 def _compiled_parts(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
-    """Where, inside a model, something compiled is kept, and what it was made from: module.compile(), a submodule or a
-    forward that torch.compile has wrapped."""
+    """The compiled parts inside a model, each as (the dict that holds it, its key in the dict, its original code).
+
+    A part is a module after module.compile(), or a submodule or a forward that torch.compile has wrapped.
+    """
     for module in model.modules():
         if isinstance(module, torch._dynamo.OptimizedModule):
             continue
@@ -230,7 +238,7 @@ def _compiled_parts(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], st
 
 
 def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
-    """mode and options as Inductor's configuration, checked as the stock backend checks them."""
+    """`mode` and `options` as Inductor's configuration, checked as the stock backend checks them."""
     ours = sorted({"rounding", "kernels", "strict"} & set(options or ()))
     if ours:
         raise ValueError(
@@ -241,7 +249,8 @@ def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[s
 
 
 def _with_hook(config: dict[str, Any], fusion_pass: FusionPass) -> dict[str, Any]:
-    """The configuration with our pass behind the passes that are set there, or in Inductor's own configuration."""
+    """The configuration with our pass in the hook. The pass runs after the passes that `config` sets, or else after
+    those of Inductor's own configuration."""
     from torch._inductor import config as inductor_config
 
     from fusion_pass.hook import join
@@ -252,7 +261,7 @@ def _with_hook(config: dict[str, Any], fusion_pass: FusionPass) -> dict[str, Any
 
 @contextmanager
 def _log_of_cached_graphs(fusion_pass: FusionPass) -> Iterator[None]:
-    """The INFO line and the counts, also where the graph comes from a warm cache and the pass is not called."""
+    """Logs the INFO line and adds the counts, even if the graph comes from a warm cache and the pass is not called."""
     from torch._dynamo.utils import counters
 
     from fusion_pass.graph_pass import COUNTER_PREFIX

@@ -1,13 +1,17 @@
-"""A small vocabulary for reading an FX graph of ATen operations: casts, views, commutative operands, constants."""
+"""Functions that read an FX graph of ATen operations: casts, views, commutative operands, constants."""
 
 from __future__ import annotations
 
 import operator
+import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
+
+from dit_kernels.arguments import known_equal
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -23,7 +27,7 @@ RESHAPES = (
 )
 VIEWS = (*RESHAPES, aten.permute.default)
 HALVES = (torch.bfloat16, torch.float16)
-# A split or an unbind gives several parts, and getitem one of them.
+# A split or an unbind returns several parts, and getitem selects one of them.
 PARTS = (
     aten.slice.Tensor,
     aten.select.int,
@@ -40,7 +44,7 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def value(node: Node) -> torch.Tensor | None:
-    """The fake tensor that stands for a node's result, where it is one tensor."""
+    """The fake tensor of a node's result; None if the result is not one tensor."""
     val = node.meta.get("val")
     return val if isinstance(val, torch.Tensor) else None
 
@@ -51,7 +55,8 @@ def dtype(node: Node) -> torch.dtype | None:
 
 
 def comes_from(node: Node, operator_name: str) -> bool:
-    """Is it a part of what an operator was decomposed into? By name: a cached graph holds a copy of the operator."""
+    """Does a node come from the decomposition of this operator? Compares names: a cached graph holds a copy of the
+    operator."""
     return str(node.meta.get("original_aten")).startswith(operator_name)
 
 
@@ -61,29 +66,29 @@ def is_size(node: Node) -> bool:
 
 
 def is_cast(node: Any) -> bool:
-    """A change of dtype and of nothing else."""
+    """Does a node change the dtype and nothing else?"""
     return is_call(node, prims.convert_element_type.default)
 
 
 def through_casts(node: Any) -> Any:
-    """What a chain of casts started from."""
+    """The node before a chain of casts."""
     while is_cast(node):
         node = node.args[0]
     return node
 
 
 def is_widening(node: Any) -> bool:
-    """A cast from a 16-bit float to fp32: the value stays what it was."""
+    """Is this a cast from a 16-bit float to fp32? It keeps the value."""
     return is_cast(node) and dtype(node) == torch.float32 and dtype(node.args[0]) in HALVES
 
 
 def is_narrowing(node: Any) -> bool:
-    """A cast from fp32 to a 16-bit float: the value is rounded."""
+    """Is this a cast from fp32 to a 16-bit float? It rounds the value."""
     return is_cast(node) and dtype(node) in HALVES and dtype(node.args[0]) == torch.float32
 
 
 def keeps_rows(node: Any) -> bool:
-    """Another shape or a copy of the same rows: what is computed row by row may be computed before it or after it."""
+    """Is this a reshape or a copy that keeps the rows? A computation row by row may then be before or after it."""
     if not is_call(node, *RESHAPES, aten.clone.default) and not _drops_a_dimension(node):
         return False
     before, after = value(node.args[0]), value(node)
@@ -93,20 +98,20 @@ def keeps_rows(node: Any) -> bool:
 
 
 def _drops_a_dimension(node: Any) -> bool:
-    """x[:, 0], of a dimension of 1 that is not the last."""
+    """Is this x[:, 0], where the dropped dimension has size 1 and is not the last?"""
     val = value(node.args[0]) if is_call(node, aten.select.int) else None
     return val is not None and node.args[1] not in (-1, val.ndim - 1) and known_equal(val.shape[node.args[1]], 1)
 
 
 def under_views(node: Any) -> Any:
-    """What a node is another shape of."""
+    """The node before a chain of views and copies that keep the rows."""
     while keeps_rows(node):
         node = node.args[0]
     return node
 
 
 def past_views(node: Node) -> tuple[Node, ...]:
-    """The node, and the other shapes, or fp32, that it is brought into before anything else reads it."""
+    """The node, and the views, copies and casts up to fp32 that follow it, each the only reader of the one before."""
     chain = [node]
     while (user := sole_user(chain[-1])) is not None and (keeps_rows(user) or is_widening(user)):
         chain.append(user)
@@ -114,7 +119,7 @@ def past_views(node: Node) -> tuple[Node, ...]:
 
 
 def lies_in_rows(node: Node) -> bool:
-    """Do the elements of a row stand side by side? A CPU sums such rows in one order, wherever they are; others not."""
+    """Are the elements of a row adjacent in memory? A CPU sums all such rows in one order, but not other rows."""
     val = value(node)
     return val is not None and are_rows(val)
 
@@ -124,24 +129,25 @@ def are_rows(t: torch.Tensor) -> bool:
 
 
 def in_memory(t: torch.Tensor) -> list[int]:
-    """The dimensions that are not 1, from the outermost in memory to the innermost. Adds no guard."""
+    """The dimensions whose size is not 1, from the outermost in memory to the innermost. Adds no guard."""
     dims = [dim for dim, size in enumerate(t.shape) if not known_equal(size, 1)]
     strides = t.stride()
     return sorted(dims, key=lambda dim: -_hint(strides[dim]))
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    """The size that a symbol had in the first call; 0 where it had none."""
+    """The number for a size: for a symbol, its value in the first call, or 0 if it had none."""
     return size if isinstance(size, int) else size.node.hint or 0
 
 
 def keeps_sums(node: Any) -> bool:
-    """Another shape or a copy of rows, in which these lie as they did: sums over them are the same to the last bit."""
+    """Does a reshape or a copy keep the rows, and also whether their elements are adjacent in memory? Sums over the
+    rows are then the same to the last bit."""
     return keeps_rows(node) and lies_in_rows(node) == lies_in_rows(node.args[0])
 
 
 def through_widening(node: Any) -> Any:
-    """What has the same rows as the node before it was cast up to fp32."""
+    """The node before the first cast up to fp32 of the same rows; the node itself if there is no such cast."""
     narrow = node
     while is_widening(node) or keeps_sums(node):
         widened, node = is_widening(node), node.args[0]
@@ -150,19 +156,19 @@ def through_widening(node: Any) -> Any:
 
 
 def before_widening(node: Any) -> Any:
-    """What was cast up to fp32, in the same shape."""
+    """The node before a chain of casts up to fp32, which has the same shape."""
     while is_widening(node):
         node = node.args[0]
     return node
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Are a and b the same value, up to casts that change nothing and equal views?"""
+    """Are a and b the same value, apart from casts up to fp32 and from views that keep the rows?"""
     return have_same_shape(a, b) and under_views(through_widening(a)) is under_views(through_widening(b))
 
 
 def other_operands(node: Node, operand: Node) -> Iterator[Any]:
-    """What stands opposite `operand` in a commutative operation, for each side on which it stands."""
+    """The other operand of a commutative operation, once for each side on which `operand` is."""
     left, right = node.args[:2]
     if left is operand:
         yield right
@@ -171,12 +177,12 @@ def other_operands(node: Node, operand: Node) -> Iterator[Any]:
 
 
 def is_plain_add(node: Any) -> bool:
-    """a + b, without the factor `alpha`."""
+    """Is this a + b, without the factor `alpha`?"""
     return is_call(node, *ADD) and node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
 
 
 def add_constant(node: Any, number: float) -> Node | None:
-    """The tensor v where the node is v + number."""
+    """The tensor v if the node is v + number; else None."""
     if is_plain_add(node) and isinstance(node.args[0], Node) and _is_number(node.args[1], number):
         return node.args[0]
     return None
@@ -187,7 +193,7 @@ def _is_number(arg: Any, number: float) -> bool:
 
 
 def stream(node: Node) -> Any:
-    """The stream that the model has put a node on; 0 is the default one."""
+    """The stream on which the model runs a node; 0 is the default stream."""
     return node.meta.get("custom", {}).get("stream", 0)
 
 
@@ -201,27 +207,28 @@ def is_pointwise(node: Node) -> bool:
 
 
 def is_stored(node: Node) -> bool:
-    """Does anything read the node from memory, instead of computing on in the kernel that makes it?"""
+    """Does any node read this node from memory, rather than in the kernel that computes it?"""
     past = (*VIEWS, *PARTS, aten.expand.default, aten.clone.default)
     readers = (user for user in node.users if not is_size(user))
     return any(is_stored(user) if is_call(user, *past) else not is_pointwise(user) for user in readers)
 
 
 def is_only_joined(node: Node) -> bool:
-    """Is all that reads the node a concatenation, into whose result the kernel that makes it writes?"""
+    """Do only concatenations read this node? The kernel that computes it then writes straight into their results."""
     users = node.users
     return all(is_only_joined(user) if is_call(user, *VIEWS) else is_call(user, aten.cat.default) for user in users)
 
 
 def stored_casts(node: Node) -> tuple[Node, ...]:
-    """The node; or, where all that reads it are equal casts to what an op can give, those."""
+    """The readers of the node, if all of them are casts to one dtype that an op can return; else the node itself."""
     casts = tuple(node.users)
     equal = casts and all(is_cast(cast) and dtype(cast) == dtype(casts[0]) for cast in casts)
     return casts if equal and dtype(casts[0]) in (*HALVES, torch.float32) else (node,)
 
 
 def computed_alike(a: Any, b: Any, proven: set[tuple[Node, Node]] | None = None) -> bool:
-    """Are a and b one value, computed once, or twice from the same by views and pointwise operations?"""
+    """Are a and b one value? It may be computed once, or twice by equal views and pointwise operations from the same
+    nodes."""
     if not isinstance(a, Node) or not isinstance(b, Node):
         return type(a) is type(b) and a == b
     proven = set() if proven is None else proven
@@ -239,14 +246,14 @@ def computed_alike(a: Any, b: Any, proven: set[tuple[Node, Node]] | None = None)
 
 
 def region(node: Node) -> tuple[int, Any]:
-    """What may stand together: between nodes of one region no mutation stands, and no switch of streams."""
+    """The region of a node. Between two nodes of one region there is no mutation and no switch of streams."""
     from torch._inductor.pattern_matcher import get_mutation_region_id
 
     return get_mutation_region_id(node.graph, node), stream(node)
 
 
 def readers(node: Node) -> Iterator[Node]:
-    """What reads a node's value to compute with it, past copies of it, views and pointwise operations."""
+    """The nodes that compute with a node's value, read directly or through copies, views and pointwise operations."""
     copies = (*VIEWS, aten.expand.default, aten.clone.default, aten.cat.default, aten.repeat.default, aten.slice.Tensor)
     seen = set()
     pending = list(node.users)
@@ -261,12 +268,12 @@ def readers(node: Node) -> Iterator[Node]:
 
 
 def is_swap(node: Any) -> bool:
-    """[B, S, H, Dh] as [B, H, S, Dh], or back."""
+    """Does this node swap heads and tokens: [B, S, H, Dh] to [B, H, S, Dh], or back?"""
     return is_call(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1, 3]
 
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Are the shapes equal whatever their symbols stand for? Adds no guard."""
+    """Are the shapes equal for all values of their symbols? Adds no guard."""
     return a.ndim == b.ndim and all(known_equal(m, n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
@@ -277,19 +284,13 @@ def have_same_shape(a: Any, b: Any) -> bool:
 
 
 def broadcasts_to(a: torch.Tensor, x: torch.Tensor) -> bool:
-    """Does a broadcast to the shape of x, whatever the symbols stand for? Adds no guard."""
+    """Does a broadcast to the shape of x for all values of the symbols? Adds no guard."""
     pairs = zip(reversed(a.shape), reversed(x.shape), strict=False)
     return a.ndim <= x.ndim and all(known_equal(m, 1) or known_equal(m, n) for m, n in pairs)
 
 
-def known_equal(a: Any, b: Any) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(a == b))
-
-
 def depends_on(nodes: Iterable[Node], sources: set[Node]) -> Node | None:
-    """The first of `nodes` that is computed from one of `sources`."""
+    """The first of `nodes` that is computed from one of `sources`; None if there is none."""
     earliest = min(sources)
     for node in nodes:
         seen: set[Node] = set()
@@ -303,3 +304,35 @@ def depends_on(nodes: Iterable[Node], sources: set[Node]) -> Node | None:
             seen.add(current)
             pending.extend(current.all_input_nodes)
     return None
+
+
+# --- where a node comes from ------------------------------------------------------------------------------------------
+
+
+def module_path(node: Node) -> str:
+    """The dotted path, in the model, of the module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    path = path.rpartition(".__self__")[2]  # hooks wrap a compiled forward: the path leads through their closures
+    path = re.sub(r"^[LG]\['\w+'\]", "", path)
+    path = re.sub(r"\.__dict__\['_modules'\]", "", path)
+    path = re.sub(r"\._modules\b|\['_modules'\]", "", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    return path.lstrip(".")
+
+
+def source_line(node: Node) -> str:
+    """file:line of the innermost line of the user's code, outside torch itself, that a node was traced from."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    torch_root = os.path.dirname(torch.__file__) + os.sep
+    outside = [frame for frame in frames if not frame[0].startswith(torch_root)] or frames
+    return ":".join(outside[-1]) if outside else ""
+
+
+def symbolic_shape(node: Node) -> tuple[int | str, ...]:
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        return ()
+    return tuple(size if isinstance(size, int) else str(size) for size in val.shape)

@@ -1,4 +1,4 @@
-"""May a proven site run on a kernel here, and does it pay? A reason when not."""
+"""Can a kernel run a proven site here, and is the kernel expected to be faster than Inductor's? If not, why?"""
 
 from __future__ import annotations
 
@@ -7,49 +7,53 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from dit_kernels.arguments import ROW, known_equal
+from dit_kernels.families.family import Call
 from dit_kernels.ops import checked_call, kernels_missing, prepare
-from fusion_pass.dataflow import PARTS, aten, is_call, is_pointwise, known_equal, same_shape, under_views, value
-from fusion_pass.report import Reason, Refused
-from fusion_pass.sites.site import Site
+from fusion_pass.dataflow import PARTS, aten, is_call, is_pointwise, same_shape, under_views, value
+from fusion_pass.refusal import Reason, Refused
+from fusion_pass.site import Site
 
 
-def check(site: Site, rounding: str) -> None:
-    """Raises Refused where no kernel can run the site, or where Inductor's own kernel is expected to be better.
-
-    rounding: "model" or "fp32". Compiles the kernel, while Inductor compiles too, so that no forward pass waits for it.
-    """
+def check(site: Site) -> Call:
+    """The call of the op that the site becomes, on fake tensors. Raises Refused where no kernel can run the call, or
+    where Inductor's own kernel is expected to be faster."""
     x = value(site.shaped())
     assert x is not None
     missing = kernels_missing(x.device)
     if missing is not None:
         raise Refused(Reason.NO_KERNEL, site.x, missing, site.kind)
-    vals, keywords = _vals(site), site.keywords(rounding)
-    if not checked_call(site.op(), *vals, **keywords).fits_kernel():
+    call = checked_call(site.op(), *(site.read(name) for name in site.roles), **site.keywords())
+    if not call.fits_kernel():
         raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
-    for name in ("gate", "scale", "a", "b"):
+    for name, argument in site.roles.items():
         source = site.source(name)
-        if source is not None and _is_computed_per_token(source, x):
+        if source is None:
+            continue
+        if argument.inlined and _is_computed_per_token(source, x):
             raise Refused(Reason.PER_TOKEN, source, kind=site.kind)
-    residual = site.source("residual")
-    if residual is not None and is_call(under_views(residual), aten.expand.default):
-        raise Refused(Reason.PER_TOKEN, residual, kind=site.kind)  # a shift, which was made as large as x
+        # The model has expanded a row, such as a shift, to the size of x. Inductor reads the small tensor.
+        if argument.role is ROW and is_call(under_views(source), aten.expand.default):
+            raise Refused(Reason.PER_TOKEN, source, kind=site.kind)
+    return call
+
+
+def compile_kernel(site: Site, call: Call) -> None:
+    """Compiles the kernel of a call while Inductor compiles too, so that no forward pass waits for the kernel.
+
+    Raises Refused if the kernel does not compile. The other sites are still fused.
+    """
     try:
-        prepare(site.op(), *vals, **keywords)
-    except Exception as error:  # one kernel does not compile: the other sites need not suffer
+        prepare(call)
+    except Exception as error:
         raise Refused(Reason.NO_KERNEL, site.anchor, f"{type(error).__name__}: {error}", site.kind) from error
 
 
-def _vals(site: Site) -> list[Any]:
-    """What the op will be called with, as fake tensors."""
-    arguments = [argument.name for argument in site.op()._schema.arguments if not argument.kwarg_only]
-    return [site.read(name) for name in arguments]
-
-
 def _is_computed_per_token(source: Node, x: torch.Tensor) -> bool:
-    """An operand of x's size that Inductor would have computed inside its kernel, and that the op must read.
+    """Would Inductor compute this operand of x's size inside its kernel, while the op must read it from memory?
 
-    Such a site is left to Inductor. On an H200 (D=3840, bf16, B=1 and 2, 1056 and 4128 tokens) its one kernel takes 0.6
-    to 0.84 of the time that it takes to write gate and scale and then to call the op
+    Such a site is left to Inductor. On an H200 (D=3840, bf16, B=1 and 2, 1056 and 4128 tokens), Inductor's one kernel
+    takes 0.6 to 0.84 of the time that it takes to write gate and scale to memory and then to call the op
     (kernels/benchmarks/results/h200_per_token.json, by bench_per_token.py).
     """
     val = value(source)
@@ -61,7 +65,7 @@ def _is_computed_per_token(source: Node, x: torch.Tensor) -> bool:
 
 
 def _whole(node: Any) -> Any:
-    """What a node is a part or another shape of."""
+    """The tensor that a node is a part or a view of."""
     while True:
         node = under_views(node)
         if not is_call(node, *PARTS):

@@ -1,26 +1,24 @@
 """FusionPass: the custom pass that Inductor calls on each post-grad graph.
 
-The order of things: survey the graph, let Inductor's pattern matcher visit the anchors, prove the site that grows from
-each, rewrite it, and report; in the end also the rotations of what is no norm. The rewrite of a graph is a transaction:
-if anything raises, the graph is the one that came in, a warning says so once, and the model compiles without the pass.
+The steps: survey the graph; let Inductor's pattern matcher visit the anchors; find, prove and rewrite the site of each
+anchor; report these sites, and then the values that no kind fuses. The rewrite of a graph is a transaction: if anything
+raises, the graph is restored, a warning says so once, and the model compiles without the pass.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import operator
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch._dynamo.utils import counters
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
     CallFunction,
@@ -34,43 +32,52 @@ from torch._logging import trace_structured
 from torch.fx import Graph, Node
 
 import dit_kernels.ops
-import fusion_pass.lowering  # noqa: F401  how Inductor calls what the pass inserts
-from fusion_pass import eligibility, sites
-from fusion_pass.dataflow import VIEWS, aten, dtype, is_call, known_equal, past_views
-from fusion_pass.report import (
-    BY_DESIGN,
-    FusionReport,
-    Reason,
-    Refused,
-    ReportedSite,
+import fusion_pass.lowering  # noqa: F401  registers how Inductor calls the ops
+from dit_kernels.warn import warn_once
+from fusion_pass import eligibility
+from fusion_pass.dataflow import (
+    VIEWS,
+    aten,
+    dtype,
+    is_call,
     module_path,
+    past_views,
     source_line,
     symbolic_shape,
 )
-from fusion_pass.sites import qk_rope, rope, rotation, silu_mul
-from fusion_pass.sites.site import Site, Survey, prove, rewrite
+from fusion_pass.hook import OurPass
+from fusion_pass.kinds import REGISTRY
+from fusion_pass.kinds.kind import Entry, Survey, Value
+from fusion_pass.prepare import read_sizes_at_their_source
+from fusion_pass.proof import prove
+from fusion_pass.refusal import BY_DESIGN, Reason, Refused
+from fusion_pass.report import FusionReport, ReportedSite
+from fusion_pass.rewrite import rewrite
+from fusion_pass.site import Site
 
 log = logging.getLogger("fusion_pass")
 
-# The prefix of our keys in counters["inductor"], which Inductor stores with a compiled graph and adds again when it
-# loads the graph from a cache: so a warm process knows what the loaded code holds, though the pass is not called.
+# The prefix of our keys in counters["inductor"]. Inductor stores these counts with a compiled graph and adds them again
+# when it loads the graph from a cache. So the fused ops of the loaded code are known, though the pass is not called.
 COUNTER_PREFIX = "fusion_pass_"
 
 
-class FusionPass(CustomGraphPass):
-    """Rewrites every proven site of a graph into a call of its op. Arguments as those of fusion_pass.Backend.
+class FusionPass(OurPass):
+    """Rewrites every proven site of a graph into a call of its op. The arguments are those of fusion_pass.Backend.
 
-    `collector`, where given, gets each graph's report; such a pass has no uuid, so nothing that it compiles is cached.
+    policy: the `rounding` that the user asked for, "model" or "fp32". It is not the rounding form, which each site has.
+    collector: a report to which the report of each graph is added. A pass with a collector has no uuid, so nothing that
+    it compiles is cached.
     """
 
     def __init__(
         self,
-        rounding: str = "model",
+        policy: str = "model",
         kernels: str = "auto",
         strict: bool = False,
         collector: FusionReport | None = None,
     ) -> None:
-        self.rounding, self.kernels, self.strict = rounding, kernels, strict
+        self.policy, self.kernels, self.strict = policy, kernels, strict
         self.collector = collector
         self.calls = 0
 
@@ -90,23 +97,24 @@ class FusionPass(CustomGraphPass):
             if self.strict:
                 raise
             _warn_of(error)
-            with suppress(Exception):  # what failed may be the report
+            with suppress(Exception):  # the report itself may be what failed
                 self._publish(FusionReport(graphs=1, missed=[_failure(error)]))
 
     def uuid(self) -> Any | None:
-        """What the output of this pass depends on, beyond the graph: its sources, its options and the versions."""
+        """Everything that the output of this pass depends on, except the graph: its sources, its options and the
+        versions."""
         if self.collector is not None:
             return None
         try:
-            return f"fusion_pass:{_fingerprint()}:{self.options()}"
-        except Exception as error:  # sources that cannot be read: nothing is cached
+            return f"fusion_pass:{_fingerprint()}:{_registered()}:{self.options()}"
+        except Exception as error:  # the sources cannot be read: nothing is cached
             if self.strict:
                 raise
             _warn_of(error)
             return None
 
     def options(self) -> tuple[str, str, bool]:
-        return (self.rounding, self.kernels, self.strict)
+        return (self.policy, self.kernels, self.strict)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FusionPass) or self.collector is not None or other.collector is not None:
@@ -137,22 +145,9 @@ class FusionPass(CustomGraphPass):
         )
 
 
-_FAMILIES = {target: family for family in sites.FAMILIES for target in family.value.ANCHORS}
-
-
 def _found(graph: Graph, targets: Iterable[Any]) -> Iterator[Node]:
     for target in targets:
         yield from graph.find_nodes(op="call_function", target=target)
-
-
-def _read_sizes_at_their_source(graph: Graph) -> None:
-    """A size that is read off a view was given to that view: read there, it is no reader of what a site may replace."""
-    for size in graph.find_nodes(op="call_function", target=aten.sym_size.int):
-        view, dim = size.args
-        source = view.args[1][dim] if is_call(view, aten.reshape.default, aten.view.default) else None
-        if isinstance(source, Node) and known_equal(source.meta["val"], size.meta["val"]):
-            size.replace_all_uses_with(source)
-            graph.erase_node(size)
 
 
 class _Rewriter:
@@ -161,59 +156,62 @@ class _Rewriter:
     def __init__(self, options: FusionPass, graph: Graph, report: FusionReport) -> None:
         self.options, self.graph, self.report = options, graph, report
         self.training = _is_training(graph)
+        self.entries = REGISTRY.by_anchor()
         self.survey = Survey()
         self.proven: dict[Node, Site] = {}
 
     def run(self) -> None:
-        _read_sizes_at_their_source(self.graph)
-        for anchor in sorted(_found(self.graph, _FAMILIES)):
-            self._look_at(anchor)
+        read_sizes_at_their_source(self.graph)
+        for anchor in sorted(_found(self.graph, self.entries)):
+            self._note(anchor)
         matcher = PatternMatcherPass(pass_name="fusion_pass")
-        for target in _FAMILIES:
+        for target in self.entries:
             inputs = [Ignored() for argument in target._schema.arguments if not argument.kwarg_only]
             pattern = CallFunction(target, *inputs, _users=MULTIPLE)
             register_graph_pattern(pattern, extra_check=self._check, pass_dict=matcher)(self._rewrite)
         matcher.apply(self.graph)
         self.report.fused.reverse()  # the matcher visits a graph from its end
         self.report.missed.reverse()
-        self._report_bare_rotations()
+        for value in REGISTRY.only_reported():
+            self._report_unfused(value)
 
-    def _look_at(self, anchor: Node) -> None:
-        """Lets the kinds of site note what their sites must know of each other."""
-        family = _FAMILIES[anchor.target]
-        for kind in family.kinds:
+    def _note(self, anchor: Node) -> None:
+        """Lets each kind note what its sites must know about each other."""
+        entry = self.entries[anchor.target]
+        for kind in entry.kinds:
             try:
-                if hasattr(kind, "note") and (found := family.value.find(anchor)) is not None:
+                found = entry.value.find(anchor)
+                if found is not None:
                     kind.note(found, self.survey)
-            except Exception:  # a refusal or an error of ours: told when the anchor is looked at for itself
+            except Exception:  # a refusal or an internal error, which _check reports
                 continue
 
     def _check(self, match: Match) -> bool:
-        """Is the anchor that of a site that can be fused? What cannot is reported."""
+        """Does the anchor belong to a site that can be fused? A site that cannot is reported."""
         anchor = match.output_node()
+        entry = self.entries[anchor.target]
         try:
-            site = self._find(anchor)
+            site = self._find(anchor, entry)
             if site is None:
                 return False
             self.proven[anchor] = site
             return True
         except Refused as refusal:
-            self.report.missed.append(_missed(anchor, refusal, _FAMILIES[anchor.target].value))
+            self.report.missed.append(_missed(anchor, refusal, entry.value))
             if refusal.reason not in BY_DESIGN:
                 if self.options.strict:
                     raise StrictError(self.report.missed[-1]) from refusal
                 _warn_missed(refusal)
             return False
-        except Exception as error:  # reading went wrong, and nothing is rewritten yet: the other sites need not suffer
-            self._report_failure(error, anchor, _FAMILIES[anchor.target].value)
+        except Exception as error:  # the graph is not changed yet: the other sites can still be fused
+            self._report_failure(error, anchor, entry.value)
             return False
 
-    def _find(self, anchor: Node) -> Site | None:
-        """The site that is to be fused, or None where there is nothing of the kind. Raises Refused."""
-        family = _FAMILIES[anchor.target]
+    def _find(self, anchor: Node, entry: Entry) -> Site | None:
+        """The site to fuse, or None if there is none. Raises Refused."""
         try:
-            found = family.value.find(anchor)
-            site = None if found is None else self._prove(found, family)
+            found = entry.value.find(anchor)
+            site = None if found is None else self._prove(found, entry)
         except Refused:
             if self.training:
                 raise Refused(Reason.TRAINING, anchor) from None
@@ -222,54 +220,55 @@ class _Rewriter:
             raise Refused(Reason.TRAINING, anchor)
         return site
 
-    def _prove(self, found: Any, family: sites.Family) -> Site | None:
-        """The largest provable site around a value. Raises Refused with what stood in the way of the largest."""
+    def _prove(self, found: Any, entry: Entry) -> Site | None:
+        """The largest provable site around a value. If there is none, raises Refused with the reason for the largest
+        site."""
         first_refusal = None
-        for kind in family.kinds:
+        for kind in entry.kinds:
             site = None
             try:
                 site = kind.find(found, self.survey)
                 if site is None:
                     continue
                 prove(site, self.graph, sums=self.options.kernels == "reference")
+                chosen = site.under(self.options.policy)
                 if self.options.kernels == "auto":
-                    eligibility.check(site, self.options.rounding)
-                return site
+                    eligibility.compile_kernel(chosen, eligibility.check(chosen))
+                return chosen
             except Refused as refusal:
                 refusal.site = site
                 first_refusal = first_refusal or refusal
-                if refusal.reason is Reason.NO_KERNEL:  # not for a smaller site to hide
+                if refusal.reason is Reason.NO_KERNEL:  # a smaller site must not hide this reason
                     break
         if first_refusal is not None:
             raise first_refusal
-        if family.value.ALONE is not None:
-            raise Refused(family.value.ALONE, next(iter(past_views(found.out)[-1].users), found.out))
+        if entry.value.unfused is not None:
+            raise Refused(entry.value.unfused, next(iter(past_views(found.out)[-1].users), found.out))
         return None
 
-    def _report_bare_rotations(self) -> None:
-        """A rotation of a norm is told of with the norm; here are the others. The matcher skips complex numbers."""
-        if self.training:  # where the backward turns gradients, too
+    def _report_unfused(self, value: Value[Any]) -> None:
+        """Reports the values that no kind fuses by themselves. Finds them without the pattern matcher, which skips
+        complex numbers."""
+        if self.training:  # the backward computes such values, too
             return
-        for anchor in sorted(_found(self.graph, rotation.ANCHORS)):
+        for anchor in sorted(_found(self.graph, value.anchors)):
             try:
-                found = rotation.find(anchor)
-                if found is not None and found.x not in self.survey.rotated:
-                    self.report.missed.append(_missed(anchor, Refused(rotation.ALONE, anchor), rotation))
+                found = value.find(anchor)
+                if found is not None and value.unfused and not value.is_reported_elsewhere(found, self.survey):
+                    self.report.missed.append(_missed(anchor, Refused(value.unfused, anchor), value))
             except Exception as error:
-                self._report_failure(error, anchor, rotation)
+                self._report_failure(error, anchor, value)
 
-    def _report_failure(self, error: Exception, anchor: Node, value: ModuleType) -> None:
+    def _report_failure(self, error: Exception, anchor: Node, value: Value[Any]) -> None:
         if self.options.strict:
             raise error
-        self.report.missed.append(_failure(error, anchor, value.NAME))
+        self.report.missed.append(_failure(error, anchor, value.name))
         _warn_of(error)
 
     def _rewrite(self, match: Match) -> None:
-        anchor = match.output_node()
-        site = self.proven.pop(anchor)
-        self.report.fused.append(_fused(site, self.options.rounding))
-        call = rewrite(site, self.graph, self.options.rounding)
-        if reads_too_early(call):
+        site = self.proven.pop(match.output_node())
+        self.report.fused.append(_fused(site))
+        if reads_too_early(rewrite(site, self.graph)):
             stable_topological_sort(self.graph)
 
 
@@ -277,9 +276,9 @@ _OF_RESULTS = (operator.getitem, aten.reshape.default, aten.permute.default)
 
 
 def reads_too_early(call: Node) -> bool:
-    """Does anything that reads a result stand before the call, because an operand of the call stands behind it?"""
+    """Is a reader of a result before the call, because an operand of the call is after the reader?"""
     results = [call]
-    for result in results:  # grows: the items of the call, and these in the shapes that the graph has them in
+    for result in results:  # the list grows: the getitems of the call, and views of the results
         results += [user for user in result.users if user.target in _OF_RESULTS]
     return any(reader < call for result in results for reader in result.users)
 
@@ -294,38 +293,39 @@ class StrictError(RuntimeError):
 # --- reporting --------------------------------------------------------------------------------------------------------
 
 
-def _fused(site: Site, rounding: str) -> ReportedSite:
+def _fused(site: Site) -> ReportedSite:
     return ReportedSite(
         kind=site.kind,
-        gate=site.gate(),
-        scale=site.scale(),
+        gate=site.activations().get("gate"),
+        scale=site.activations().get("scale"),
         module=module_path(site.anchor),
         source=source_line(site.results()[0]),
         shape=symbolic_shape(site.x),
         dtype=site.x.meta["val"].dtype,
-        rounding="fp32" if rounding == "fp32" else site.options["rounding"],
+        rounding=site.form.rounding,
     )
 
 
-def _missed(anchor: Node, refusal: Refused, value: ModuleType) -> ReportedSite:
+def _missed(anchor: Node, refusal: Refused, value: Value[Any]) -> ReportedSite:
     x = value.measured(anchor)
     site: Site | None = refusal.site
+    activations = {} if site is None else site.activations()
     return ReportedSite(
-        kind=refusal.kind or value.NAME,
-        gate=None if site is None else site.gate(),
-        scale=None if site is None else site.scale(),
+        kind=refusal.kind or value.name,
+        gate=activations.get("gate"),
+        scale=activations.get("scale"),
         module=module_path(anchor),
         source=source_line(anchor),
         shape=symbolic_shape(x),
         dtype=dtype(x),
-        rounding=None if site is None else site.options["rounding"],
+        rounding=None if site is None else site.form.rounding,
         reason=refusal.text(),
         reason_name=refusal.reason.name,
     )
 
 
 def _failure(error: Exception, anchor: Node | None = None, kind: str = "graph") -> ReportedSite:
-    """An error of our own, for the anchor that it happened at, or for the whole graph."""
+    """The row of the report for an internal error, at an anchor or in the whole graph."""
     module, source, shape = ("", "", ()) if anchor is None else (module_path(anchor), source_line(anchor), ())
     at = "" if anchor is None else f", at {anchor.name}"
     reason = f"{Reason.ERROR.value}: {type(error).__name__}: {error}{at}"
@@ -333,29 +333,35 @@ def _failure(error: Exception, anchor: Node | None = None, kind: str = "graph") 
 
 
 def _warn_of(error: Exception) -> None:
-    _warn_once(f"fusion_pass: {Reason.ERROR.value}: {type(error).__name__}: {error}")
+    warn_once(f"fusion_pass: {Reason.ERROR.value}: {type(error).__name__}: {error}")
     log.debug("internal error", exc_info=error)
 
 
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
-
-
 def _warn_missed(refusal: Refused) -> None:
-    """Once for each reason: a site that was recognised, and is not fused."""
+    """Warns once for each reason that the pass found a site and did not fuse it."""
     detail = f" ({refusal.detail})" if refusal.reason is Reason.NO_KERNEL else ""
-    _warn_once(f"fusion_pass: a site was found and not fused: {refusal.reason.value}{detail}; see fusion_pass.explain")
+    warn_once(f"fusion_pass: a site was found and not fused: {refusal.reason.value}{detail}; see fusion_pass.explain")
+
+
+def _warn_if_nothing_fused(report: FusionReport, graph: Graph) -> None:
+    """Warns if the graph has norms and gates but no fused site. The user should see this: the pass may not know a
+    spelling of the model."""
+    unmodulated = REGISTRY.unmodulated()
+    fused = [site.kind for site in report.fused if site.kind not in unmodulated]
+    reasons = {site.reason_name for site in report.missed if site.kind not in unmodulated}
+    by_design = reasons and reasons <= {reason.name for reason in BY_DESIGN}
+    if not fused and by_design and _has_gate(graph):
+        warn_once("fusion_pass: a graph has norms and gates, and nothing of it was fused; see fusion_pass.explain")
 
 
 def _has_gate(graph: Graph) -> bool:
-    """Does anything multiply by a tanh, as these models gate? A GELU adds 1 to it first."""
+    """Does any product read a tanh, as the gates of these models do? (A GELU adds 1 to its tanh first.)"""
     tanhs = graph.find_nodes(op="call_function", target=aten.tanh.default)
     return any(is_call(user, aten.mul.Tensor) for tanh in tanhs for user in _readers(tanh))
 
 
 def _readers(node: Node) -> Iterator[Node]:
-    """What reads a node, past views of it."""
+    """The nodes that read a node or a view of it."""
     for user in node.users:
         if is_call(user, *VIEWS, aten.expand.default):
             yield from _readers(user)
@@ -363,30 +369,18 @@ def _readers(node: Node) -> Iterator[Node]:
             yield user
 
 
-_WITHOUT_GATES = (rotation.NAME, rope.KIND, qk_rope.KIND, silu_mul.KIND)
-
-
-def _warn_if_nothing_fused(report: FusionReport, graph: Graph) -> None:
-    """Norms and gates, and no site: perhaps a spelling that the pass does not know, which must not stay unseen."""
-    gated_or_scaled = [site.kind for site in report.fused if site.kind not in _WITHOUT_GATES]
-    reasons = {site.reason_name for site in report.missed if site.kind not in _WITHOUT_GATES}
-    by_design = reasons and reasons <= {reason.name for reason in BY_DESIGN}
-    if not gated_or_scaled and by_design and _has_gate(graph):
-        _warn_once("fusion_pass: a graph has norms and gates, and nothing of it was fused; see fusion_pass.explain")
-
-
 # --- the transaction --------------------------------------------------------------------------------------------------
 
 
 def _copied(graph: Graph, into: Graph) -> Graph:
-    """Copies every node of `graph`, with its metadata, into an empty graph."""
+    """Copies every node of `graph`, with its metadata, into the empty graph `into`."""
     node = into.output(into.graph_copy(graph, {}))
     node.meta = dict(graph.output_node().meta)
     return into
 
 
 def _restore(graph: Graph, saved: Graph) -> None:
-    """Makes `graph`, the object that Inductor holds, what `saved` is."""
+    """Replaces the nodes of `graph`, the object that Inductor holds, by copies of the nodes of `saved`."""
     for node in list(graph.nodes):
         node.args, node.kwargs = (), {}
     for node in list(graph.nodes):
@@ -395,7 +389,7 @@ def _restore(graph: Graph, saved: Graph) -> None:
 
 
 def _is_training(graph: Graph) -> bool:
-    """AOTAutograd names what a training graph takes `primals` and, in the backward, `tangents`."""
+    """Is this a training graph? AOTAutograd names its inputs `primals` and, in the backward, `tangents`."""
     return any(str(node.target).startswith(("primals", "tangents")) for node in graph.find_nodes(op="placeholder"))
 
 
@@ -404,6 +398,7 @@ def _is_training(graph: Graph) -> bool:
 
 @cache
 def _fingerprint() -> str:
+    """A hash of our sources and of the versions of the packages that they depend on."""
     digest = hashlib.sha256()
     for package in (Path(__file__).parent, Path(dit_kernels.ops.__file__).parent):
         for source in sorted(package.rglob("*.py")):
@@ -411,6 +406,18 @@ def _fingerprint() -> str:
             digest.update(source.read_bytes())
     for name in ("torch", "nvidia-cutlass-dsl"):
         digest.update(f"{name}={_version(name)};".encode())
+    return digest.hexdigest()
+
+
+def _registered() -> str:
+    """A hash of the registered values and kinds, including the source of each that is not in this package."""
+    digest = hashlib.sha256()
+    for entry in REGISTRY.entries:
+        for member in (entry.value, *entry.kinds):
+            digest.update(f"{type(member).__module__}.{type(member).__qualname__};".encode())
+            source = Path(inspect.getfile(type(member)))
+            if Path(__file__).parent not in source.parents:
+                digest.update(source.read_bytes())
     return digest.hexdigest()
 
 

@@ -1,4 +1,7 @@
-"""Inductor's hook for post-grad passes holds one pass up to torch 2.12, and a sequence from 2.13 on."""
+"""Adds the fusion pass to Inductor's hook for post-grad passes.
+
+The hook holds one pass up to torch 2.12, and a sequence of passes from 2.13 on.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from fusion_pass.graph_pass import FusionPass
+
+class OurPass(CustomGraphPass):
+    """The base class of the fusion pass. Code can ask for it in the hook without importing the pass itself."""
 
 
-def join(present: Any, fusion_pass: FusionPass) -> Any:
-    """What is in the hook already, then our pass; a FusionPass that is there already is replaced."""
-    others = [p for p in _passes(present) if not isinstance(p, FusionPass)]
+def join(present: Any, fusion_pass: OurPass) -> Any:
+    """The passes that the hook should hold: the passes of others that it holds already, then ours. Replaces a fusion
+    pass that it holds."""
+    others = [p for p in _passes(present) if not isinstance(p, OurPass)]
     if not others:
         return fusion_pass
     if hasattr(custom_graph_pass, "get_custom_graph_passes"):
@@ -22,8 +28,8 @@ def join(present: Any, fusion_pass: FusionPass) -> Any:
 
 
 def holds_ours(present: Any) -> bool:
-    """Is a FusionPass in the hook?"""
-    return any(isinstance(p, FusionPass) for p in _passes(present))
+    """Is the fusion pass in the hook?"""
+    return any(isinstance(p, OurPass) for p in _passes(present))
 
 
 def _passes(present: Any) -> list[Any]:
@@ -32,9 +38,9 @@ def _passes(present: Any) -> list[Any]:
 
 
 class _Chain(CustomGraphPass):
-    """Two passes in the place of one."""
+    """Two passes as one pass, for torch up to 2.12."""
 
-    def __init__(self, first: Any, second: FusionPass) -> None:
+    def __init__(self, first: Any, second: OurPass) -> None:
         self.first, self.second = first, second
 
     def __call__(self, graph: Graph) -> None:
@@ -42,7 +48,7 @@ class _Chain(CustomGraphPass):
         self.second(graph)
 
     def uuid(self) -> Any | None:
-        """None, so that nothing is cached, where one of the two has none: as Inductor does for it alone."""
+        """None if one of the two passes has no uuid: Inductor then caches nothing, as it does for that pass alone."""
         uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in (self.first, self.second)]
         return None if None in uuids else uuids
 

@@ -1,15 +1,15 @@
-"""How Inductor calls the ops: by dit_kernels.direct instead of the dispatcher, into buffers that it plans itself.
+"""How Inductor's code calls the ops: by dit_kernels.direct instead of the dispatcher, into buffers that Inductor plans.
 
-What this does not know to be right (C++ wrappers, unusual shapes and strides) is called as any custom op is. So are ops
-that are called by hand under plain Inductor: the code that is emitted here fits one version of dit_kernels.direct, and
-only our pass in the hook makes that version part of the key of Inductor's caches.
+A call goes through the dispatcher, as that of any custom op does, if it is not known that dit_kernels.direct handles it
+correctly (in a C++ wrapper, with unusual shapes or strides). So does a call by hand under plain Inductor: the emitted
+code fits one version of dit_kernels.direct, and only our pass in the hook makes that version part of the key of
+Inductor's caches.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +17,18 @@ from torch._inductor import config, ir
 from torch._inductor.lowering import empty_strided, fallback_handler, register_lowering
 from torch._inductor.virtualized import V
 
-from dit_kernels.calls import norm_gate, norm_rope, silu_mul
-from dit_kernels.calls.call import Family
-from dit_kernels.ops import ALIGNMENT, OPS
+from dit_kernels.arguments import HEADS, Argument, Layout
+from dit_kernels.families import OPS
+from dit_kernels.families.family import Op
+from dit_kernels.plans import ALIGNMENT
 from fusion_pass.dataflow import stream
+from fusion_pass.hook import holds_ours
 
 log = logging.getLogger("fusion_pass")
 
 
 class Unusual(Exception):
-    """A call that goes through the dispatcher, and why."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The shape and the strides of an operand as a kernel takes it, as launch numbers are read off them."""
-
-    shape: tuple[Any, ...]
-    strides: tuple[Any, ...]
-
-    def stride(self) -> tuple[Any, ...]:
-        return self.strides
+    """Raised for a call that goes through the dispatcher, with the reason."""
 
 
 class DirectKernel(ir.ExternKernel):
@@ -78,7 +69,7 @@ class DirectKernel(ir.ExternKernel):
         numbers = wrapper.codegen_shape_tuple(self.constant_args)
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         wrapper.add_import_once("from dit_kernels.direct import DirectCall")
-        # The comment keeps graphs that differ in dtypes alone from sharing one source, and with it one DirectCall.
+        # Without the emitted comment, graphs that differ only in dtypes would share one source, and so one DirectCall.
         types = ", ".join(str(node.get_dtype()) for node in (*self.inputs, *self.results))
         wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}{options})  # {types}")
         wrapper.writeline(f"if not {name}(({', '.join(map(str, addresses))}), {numbers}):")
@@ -90,7 +81,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _address(value: Any) -> str:
-    """An operand as a kernel takes it. A view costs the host as much to make as a launch; its address is a sum."""
+    """The code for an operand that a kernel takes. To make a view takes the host as long as a launch, so the address of
+    a view is written as a sum."""
     if not _is_tensor(value):
         return repr(value)
     if not isinstance(value, ir.ReinterpretView):
@@ -108,113 +100,70 @@ def _written(value: Any) -> str:
 
 
 def _stored(t: Any) -> Any:
-    """The buffer or view in memory that an operand is."""
+    """The buffer, or the view of a buffer, that holds an operand in memory."""
     return ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t))
 
 
 def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The op's results, to be computed by a DirectKernel. Raises Unusual."""
-    from fusion_pass.hook import holds_ours  # which imports the pass, which imports this
-
+    """Adds a DirectKernel for a call of an op. Returns the results of the op. Raises Unusual."""
     if not holds_ours(config.post_grad_custom_pre_pass):
-        raise Unusual("Inductor's caches do not know our version")
+        raise Unusual("our version is not in the key of Inductor's caches")
     if V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False) or V.graph.aot_mode:
-        raise Unusual("the wrapper is no Python code")
+        raise Unusual("the wrapper is not Python code")
     if stream(V.graph.current_node):
-        # Inductor allocates buffers in the stream of the node before; the dispatcher in that of the call.
-        raise Unusual("it runs on a stream of its own")
-    arguments, family = OPS[op._opname].arguments, OPS[op._opname].family
-    operands = dict(zip(arguments, args, strict=False))
-    if not all(isinstance(value, float) for name, value in operands.items() if "eps" in name):
-        raise Unusual("eps is no constant")
+        # Inductor allocates the buffers on the stream of the previous node; the dispatcher uses the stream of the call.
+        raise Unusual("it does not run on the default stream")
+    known = OPS[op._opname]
+    operands = {argument.name: value for argument, value in zip(known.inputs, known.filled(tuple(args)), strict=True)}
+    if not all(isinstance(operands[a.name], float) for a in known.inputs if not a.is_tensor):
+        raise Unusual("eps is not a constant")
     operands |= {name: _realized(t) for name, t in operands.items() if _is_tensor(t)}
-    numbers = _numbers(family, operands)
+    numbers = _numbers(known, operands)
     vals = V.graph.current_node.meta["val"]
-    like = [operands[family.results[name]] for name in arguments if name in family.results]
+    device = operands[known.inputs[0].name].get_device()
     results = [
-        empty_strided(x.get_size(), None, dtype=val.dtype, device=x.get_device())
-        for x, val in zip(like, vals if isinstance(vals, tuple | list) else [vals], strict=True)
+        empty_strided(ir.convert_shape_to_inductor(val.shape), None, dtype=val.dtype, device=device)
+        for val in (vals if isinstance(vals, tuple | list) else [vals])
     ]
     DirectKernel(op, operands, kwargs, numbers, results)
     return results if len(results) > 1 else results[0]
 
 
 def _realized(t: Any) -> Any:
-    """The operand in memory, with strides that stay."""
+    """The operand in memory, with fixed strides."""
     t = ir.ExternKernel.realize_input(t)
     if isinstance(t.get_layout(), ir.FlexibleLayout):
         t.freeze_layout()
     return t
 
 
-def _numbers(family: Family, operands: dict[str, Any]) -> tuple[Any, ...]:
-    """The family's launch numbers, as expressions. Raises Unusual for what a kernel does not take as it is."""
-    for name, t in operands.items():
-        if _is_tensor(t) and len(t.get_size()) == 1 and not _known(t.get_stride()[0], 1):
-            raise Unusual(f"{name} is not contiguous")
-    return family.launch_numbers(_VIEWS[family](operands))
+def _numbers(op: Op, operands: dict[str, Any]) -> tuple[Any, ...]:
+    """The family's launch numbers, as expressions. Raises Unusual if a kernel does not take an operand as it is."""
+    sizes = operands[op.inputs[0].name].get_size()
+    if not _static(sizes[-1]):
+        raise Unusual("the width of the rows is not a constant")
+    present = ((argument, operands[argument.name]) for argument in op.inputs)
+    layouts = {argument.name: _laid(argument, t, sizes) for argument, t in present if _is_tensor(t)}
+    return op.family.launch_numbers(layouts, _known)
 
 
-def _views_of_rows(operands: dict[str, Any]) -> dict[str, _Rows | None]:
-    """Of norms and of silu_mul: each operand as (B, S, D), the first one as it is."""
-    first = next(iter(operands.values()))
-    d = first.get_size()[-1]
-    if not 2 <= len(first.get_size()) <= 3 or not _static(d):
-        raise Unusual("the first operand is not [B, S, D] with a constant D")
-    names = ("x", "residual", "gate", "scale", "a", "b")
-    return {name: _rows(name, operands.get(name), d) for name in names}
-
-
-def _views_of_heads(operands: dict[str, Any]) -> dict[str, _Rows]:
-    """q and k as (B, S, H, D); the rotation as (B, S, n)."""
-    tokens = operands["q"].get_size()[1]
-    present = {name: t for name, t in operands.items() if t is not None}
-    heads = {name: _aligned(name, present[name].get_size(), present[name]) for name in ("q", "k") if name in present}
-    return heads | {name: _rotation(present[name], name, tokens) for name in ("rotation", "sin") if name in present}
-
-
-def _rotation(t: Any, name: str, tokens: Any) -> _Rows:
-    """[S, n], [1|B, S, n] or [S, 1, n], [1|B, S, 1, n] as (1|B, S, n)."""
-    shape, strides = list(t.get_size()), list(t.get_stride())
-    if len(shape) == 4 or (len(shape) == 3 and not _known(shape[1], tokens)):
-        del shape[-2], strides[-2]
-    shape, strides = [1] * (3 - len(shape)) + shape, [0] * (3 - len(strides)) + strides
-    return _aligned(name, shape, t, strides)
-
-
-def _aligned(name: str, shape: Sequence[Any], t: Any, strides: Sequence[Any] | None = None) -> _Rows:
-    """Raises Unusual unless every row is known to be aligned, and which dimensions are 1."""
-    shape, strides = list(shape), list(t.get_stride() if strides is None else strides)
-    if not _known(strides[-1], 1):
-        raise Unusual(f"the last dimension of {name} has a stride")
-    for i, (size, by) in enumerate(zip(shape[:-1], strides[:-1], strict=True)):
+def _laid(argument: Argument, t: Any, first: Sequence[Any]) -> Layout:
+    """The layout in which a kernel takes an operand. Raises Unusual unless it is known that every row is aligned, and
+    which dimensions have size 1. first: the sizes of the op's first operand."""
+    found = argument.role.laid(t.get_size(), t.get_stride(), first, _known)
+    if found is None:
+        raise Unusual(f"a kernel needs a copy of {argument.name}")
+    shape, strides = found
+    if argument.role is HEADS and not _static(shape[2]):
+        raise Unusual(f"the number of heads of {argument.name} is not a constant")
+    for size, by in zip(shape[:-1], strides[:-1], strict=True):
         if _known(size, 1):
-            shape[i] = 1
-        elif not V.graph.sizevars.statically_known_gt(size, 1):
-            raise Unusual(f"whether {name} is broadcast is not known")
-        elif not _known((by * t.get_dtype().itemsize) % ALIGNMENT, 0):
-            raise Unusual(f"the rows of {name} are not aligned")
-    return _Rows(tuple(shape), tuple(strides))
-
-
-_VIEWS: dict[Family, Callable[[dict[str, Any]], Mapping[str, _Rows | None]]] = {
-    norm_gate.FAMILY: _views_of_rows,
-    norm_rope.FAMILY: _views_of_heads,
-    silu_mul.FAMILY: _views_of_rows,
-}
-
-
-def _rows(name: str, t: Any, d: Any) -> _Rows | None:
-    """An operand as (B, S, D), (1, 1, 1), or in between."""
-    if t is None:
-        return None
-    shape, strides = list(t.get_size()), list(t.get_stride())
-    if all(_known(size, 1) for size in shape):
-        return _Rows((1, 1, 1), (0, 0, 1))
-    shape, strides = [1] * (3 - len(shape)) + shape, [0] * (3 - len(shape)) + strides
-    if len(shape) != 3 or not _known(shape[-1], d) or not _known(strides[-1], 1):
-        raise Unusual(f"{name} is not [B, S, D]")
-    return _aligned(name, shape, t, strides)
+            continue
+        if not V.graph.sizevars.statically_known_gt(size, 1):
+            raise Unusual(f"it is not known whether {argument.name} is broadcast")
+        if not _known((by * t.get_dtype().itemsize) % ALIGNMENT, 0):
+            raise Unusual(f"the rows of {argument.name} are not known to be aligned")
+    return Layout(t.get_dtype(), tuple(shape), tuple(strides))
 
 
 def _known(a: Any, b: Any) -> bool:
@@ -234,7 +183,7 @@ def _register(op: torch._ops.OpOverload) -> Callable[..., Any]:
             return _call(op, args, kwargs)
         except Unusual as reason:
             log.debug("%s goes through the dispatcher: %s", op, reason)
-        except Exception as error:  # Inductor's innards may have changed: the op still works as any other does
+        except Exception as error:  # Inductor's internals may have changed: the op still works as a custom op
             log.warning("fusion_pass: %s goes through the dispatcher: %s: %s", op, type(error).__name__, error)
         return through_dispatcher(*args, **kwargs)
 

@@ -1,102 +1,28 @@
-"""What was fused, what was missed and why: the record that a compilation leaves."""
+"""The report: what a compilation fused, what it missed and why. Also prints it as tables."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from io import StringIO
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-
-class Reason(str, Enum):
-    """Why something in the graph was not fused; the list is closed."""
-
-    ALONE = "no residual add, scale or rotation of a known form stands around it as its only reader"
-    FOLLOWED = "a shift, a product or the like follows the scale, which Inductor computes in the same kernel"
-    LAYER_NORM = "a LayerNorm that is not written as F.layer_norm"
-    DIMENSION = "the mean does not run over the last dimension only"
-    NOT_NORMALISED = "what is squared is not what is normalised"
-    MEAN = "what its root is taken of is not what torch.mean makes of the squares, plus eps"
-    ROOT = "eps or a factor stands on its root, not under it"
-    ESCAPES = "a value inside the site is used outside it"
-    KINDS = "its two norms are of different kinds"
-    ROUNDING = "its casts fit no rounding form"
-    WIDTH = "the last dimension is not static"
-    SHAPE = "shape or broadcast not proven"
-    DTYPE = "a dtype that the ops do not take"
-    DEVICE = "its operands are on different devices"
-    EPS = "eps is neither a constant nor a 0-d floating-point tensor on the CPU"
-    ORDER = "an operand of the site is computed from its result"
-    LAYOUT = "the op would have its rows lie otherwise in memory, which shows in what is read from them"
-    MUTATION = "a mutation or a stream switch stands between its nodes"
-    TRAINING = (
-        "a training graph, whose backward reads the values inside the site; where no gradient is wanted, run the model "
-        "under torch.no_grad() or torch.inference_mode()"
-    )
-    UNNORMED = "what is rotated is not an RMSNorm of each head"
-    HEADS = (
-        "what is rotated is not [B, S, H, Dh], or its rotation is not one row for each token, the same for all heads"
-    )
-    INLINE = "Inductor computes it in the kernel that reads it, or writes it into the tensor that it becomes a part of"
-    SILU = "a silu that is not written as F.silu, and rounds otherwise"
-    PER_TOKEN = "an operand for each token that Inductor computes inside its own kernel"
-    NO_KERNEL = "no kernel can run here"
-    UNFIT = "no kernel takes its dtypes and sizes"
-    ERROR = "an internal error of the pass; nothing was changed"
-
-
-# What is no site of ours, or is left to Inductor on purpose: nothing to warn of, nothing to raise for.
-BY_DESIGN = frozenset(
-    {
-        Reason.ALONE,
-        Reason.FOLLOWED,
-        Reason.LAYER_NORM,
-        Reason.DIMENSION,
-        Reason.NOT_NORMALISED,
-        Reason.MEAN,
-        Reason.ROOT,
-        Reason.KINDS,
-        Reason.PER_TOKEN,
-        Reason.UNNORMED,
-        Reason.HEADS,
-        Reason.INLINE,
-        Reason.SILU,
-        Reason.UNFIT,
-    }
-)
-
-
-class Refused(Exception):
-    """Something that looks like a site, and what keeps it from being one."""
-
-    def __init__(self, reason: Reason, node: Node | None = None, detail: str = "", kind: str | None = None) -> None:
-        self.reason, self.node, self.detail, self.kind = reason, node, detail, kind
-        self.site: Any = None  # the sites.site.Site, where one was found, and then not proven or not eligible
-        super().__init__(self.text())
-
-    def text(self) -> str:
-        text = self.reason.value
-        if self.detail:
-            text += f" ({self.detail})"
-        return f"{text}, at {self.node.name}" if self.node is not None else text
 
 
 @dataclass(frozen=True)
 class ReportedSite:
-    """One norm, rotation or SwiGLU of a compiled graph: the site that it became part of, or why it became part of none.
+    """One row of the report: a fused site, or a norm, rotation or SwiGLU that was missed, with the reason.
 
-    kind: the name of the op; or "norm" where nothing around a norm was recognised, "rope" for a rotation of what is no
-    norm. A site that has several norms is named by the first. gate: "tanh", "given" or None;
-    scale: "one_plus", "given" or None. module: dotted path in the model; source: file:line. shape: of x, symbols as
-    text. rounding: the form. reason: only of a missed site; reason_name: its name in the closed list `Reason`.
+    kind: the name of the op; or "norm" if the pass recognised nothing around a norm, "rope" for the rotation of a
+    tensor that is not a norm. gate: "tanh" (the op computes the tanh), "given" (the op gets the activated gate) or
+    None. scale: "one_plus" (the op adds the 1), "given" (the scale already contains its 1) or None. module: the dotted
+    path in the model; of the first norm, if a site has several. source: file:line. shape: the shape of x, with symbols
+    as text. rounding: the form. reason: only for a missed site. reason_name: the name of the reason in the closed list
+    `Reason`.
     """
 
     kind: str
@@ -116,11 +42,12 @@ class ReportedSite:
 
 @dataclass
 class FusionReport:
-    """What a compilation fused and what it missed. `print(report)` is a table, with one row for layers that are alike.
+    """What a compilation fused and what it missed. `print(report)` shows tables, in which similar layers share one row.
 
-    fused, missed: lists of ReportedSite. graphs: how many graphs were compiled; calls: how often each of them was
-    called, in the one call of the model that `explain` makes. A model that is compiled block by block has one graph for
-    each kind of block, which is called for each block of the kind. note: what else is to be known of it, or "".
+    fused, missed: lists of ReportedSite. graphs: how many graphs were compiled. calls: how often each graph was called,
+    during the one call of the model that `explain` makes. A model that is compiled block by block has one graph for
+    each kind of block, and this graph is called for each block of that kind. note: a remark on how the report was made,
+    or "".
     """
 
     fused: list[ReportedSite] = field(default_factory=list)
@@ -141,7 +68,7 @@ class FusionReport:
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def summary(self) -> str:
-        """One line: the counts of what was fused, and of what was missed by reason."""
+        """One line: the number of fused sites by kind, and of missed ones by reason."""
         fused = _listing(self.counts().items())
         names = [site.reason_name or "" for site in self.missed]
         missed = _listing((name.lower(), names.count(name)) for name in sorted(set(names)))
@@ -180,8 +107,10 @@ class FusionReport:
 
 
 def _alike(sites: list[ReportedSite]) -> Iterable[tuple[ReportedSite, str, str]]:
-    """One row for the layers of a stack whose sites differ in nothing but the number: the first of them, its module
-    with `*` for the number, and how many they are."""
+    """Groups sites that differ only in the number of their layer.
+
+    Yields for each group: its first site, its module with `*` for the number, and the size of the group as text.
+    """
     groups: dict[Any, list[ReportedSite]] = {}
     for site in sites:
         reason = re.sub(r", at \w+$", "", site.reason or "")
@@ -192,7 +121,7 @@ def _alike(sites: list[ReportedSite]) -> Iterable[tuple[ReportedSite, str, str]]
 
 
 def _table_width() -> int:
-    """Wide enough that no column wraps to one letter a line, also where there is no terminal."""
+    """Wide enough that no column wraps to one letter a line, even without a terminal."""
     return max(170, shutil.get_terminal_size().columns)
 
 
@@ -206,39 +135,11 @@ def _dtype_name(dtype: torch.dtype | None) -> str:
 
 
 def _shape_text(site: ReportedSite) -> str:
-    """A size that is a formula of several symbols is shown as `*`; the report itself has it whole."""
+    """The shape for a table. A size that is a formula of symbols is shown as `*`; the report itself keeps the
+    formula."""
     sizes = (str(size) for size in site.shape)
     return "[" + ", ".join(size if size.isalnum() else "*" for size in sizes) + "]"
 
 
 def _short(source: str) -> str:
     return source.rsplit("/", 1)[-1]
-
-
-def module_path(node: Node) -> str:
-    """The dotted path, in the model, of the module that a node was traced in."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = next(reversed(stack.values()))[0]
-    path = path.rpartition(".__self__")[2]  # a compiled forward that hooks wrap is reached through their closures
-    path = re.sub(r"^[LG]\['\w+'\]", "", path)
-    path = re.sub(r"\.__dict__\['_modules'\]", "", path)
-    path = re.sub(r"\._modules\b|\['_modules'\]", "", path)
-    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
-    return path.lstrip(".")
-
-
-def source_line(node: Node) -> str:
-    """file:line of the innermost line of the user's code, outside torch itself, that a node was traced from."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    torch_root = os.path.dirname(torch.__file__) + os.sep
-    outside = [frame for frame in frames if not frame[0].startswith(torch_root)] or frames
-    return ":".join(outside[-1]) if outside else ""
-
-
-def symbolic_shape(node: Node) -> tuple[int | str, ...]:
-    val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor):
-        return ()
-    return tuple(size if isinstance(size, int) else str(size) for size in val.shape)

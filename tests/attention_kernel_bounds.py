@@ -15,7 +15,8 @@ import torch
 from kernel_bounds import BF16, DIFFERING, EPS, EPS2, FP32, MANTISSA_BITS, Device, random
 from torch import Tensor
 
-from dit_kernels import ops, reference
+from dit_kernels import reference
+from dit_kernels.families import OPS
 
 COMPLEX64 = torch.complex64
 STEPS = 3  # norm(x) of both of a pair may be off by one, and their products and the sum are rounded again
@@ -133,7 +134,7 @@ def check_heads(on: Device, o: Heads, **options: Any) -> tuple[Tensor, ...]:
     """Runs qk_norm_rope, and norm_rope on q alone, and judges the results."""
     options = {"rounding": "cast_then_weight", "interleaved": True, **options}
     results = on.run("qk_norm_rope", *o.arguments(), **options)
-    make = ops.OPS["qk_norm_rope"].make_call
+    make = OPS["qk_norm_rope"].call
     wide = [a.double() if isinstance(a, Tensor) and not a.is_complex() else a for a in o.arguments()]
     exact = make(*wide, rounding="fp32", interleaved=options["interleaved"])
     judge_heads(
@@ -147,7 +148,7 @@ def check_heads(on: Device, o: Heads, **options: Any) -> tuple[Tensor, ...]:
 def check_silu(on: Device, a: Tensor, b: Tensor, **options: Any) -> Tensor:
     (out,) = on.run("silu_mul", a, b, **options)
     with on.eager():
-        expected = reference.silu_mul(a, b, ops.OPS["silu_mul"].make_call(a, b, **options).chain.steps)
+        expected = reference.silu_mul(a, b, OPS["silu_mul"].call(a, b, **options).chain.steps)
     if out.dtype == FP32:
         exact = torch.nn.functional.silu(a.double()) * b.double()
         if options.get("silu_dtype", a.dtype) == FP32 or options.get("rounding") == "fp32":

@@ -13,6 +13,7 @@ tests/gpu judges a GPU by them, and tests/ptx the interpreter of the PTX; a `Dev
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from dit_kernels import ops, reference
+from dit_kernels.chain import Stage
+from dit_kernels.rounding import StageSteps
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OPS = ("norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "norm_scale")
@@ -152,15 +155,21 @@ def accepted(op: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in foreign.get(op, set())}
 
 
-def never_rounds(steps: Any) -> bool:
-    """Is every step of a chain fp32, but for tanh(gate) and 1 + scale, which depend on nothing else?"""
+def stage_of(op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Stage:
+    """The first stage of a call of a norm op."""
+    call = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
+    first: Stage = call.chain.stages[0]
+    return first
+
+
+def never_rounds(steps: StageSteps) -> bool:
+    """Is every step of a stage fp32, but for tanh(gate) and 1 + scale, which depend on nothing else?"""
     norm = steps.norm
-    inner = (norm.stat, norm.normed, norm.weighted, norm.biased, norm.out, steps.product)
-    outer = (steps.sum, steps.y) if hasattr(steps, "y") else (steps.z,)
-    return all(dtype == FP32 for dtype in (*inner, *outer))
+    inner = (norm.stat, norm.normed, norm.weighted, norm.biased, norm.out)
+    return all(dtype == FP32 for dtype in (*inner, steps.product, steps.sum, steps.out))
 
 
-def coarsest_dtype(steps: Any, out: Tensor) -> torch.dtype:
+def coarsest_dtype(steps: StageSteps, out: Tensor) -> torch.dtype:
     dtypes = {steps.norm.stat, steps.norm.normed, steps.norm.out, steps.product, out.dtype}
     return min(dtypes, key=MANTISSA_BITS.__getitem__)
 
@@ -173,30 +182,36 @@ def in_fp64(op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Ten
     return call.definition()[0]
 
 
-def parameter_in_fp64(raw: Tensor | None, dtype: torch.dtype, activation: Any) -> Tensor | None:
-    """activation(raw) as fp64, rounded to `dtype` where the chain rounds it."""
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "one_plus": lambda s: 1 + s,
+    None: lambda factor: factor,
+}
+
+
+def factor_in_fp64(raw: Tensor | None, stage: Stage) -> Tensor | None:
+    """The factor of a stage as it enters the product, as fp64, rounded where the stage rounds it."""
     if raw is None:
         return None
+    activation, dtype = ACTIVATIONS[stage.activation], stage.steps.factor
     return activation(raw.double()) if dtype == FP32 else activation(raw.to(dtype)).double()
 
 
 def judge_y(on: Device, y: Tensor, o: Operands, op: str, eps: float, eps2: float, options: dict[str, Any]) -> None:
-    call = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *o.arguments(op, eps, eps2), **options)
-    chain, steps = call.chain, call.chain.gated
-    expected = reference.gated(o.x, o.weight, o.bias, o.gate, o.residual, eps, chain)
-    if never_rounds(steps):
-        gate = parameter_in_fp64(o.gate, steps.gate, torch.tanh if chain.tanh else lambda g: g)
-        arguments = (o.x, o.weight, o.bias, gate, o.residual, eps)
+    stage = stage_of(op, o.arguments(op, eps, eps2), options)
+    expected = reference.stage(o.x, o.weight, o.bias, o.gate, o.residual, eps, stage)
+    if never_rounds(stage.steps):
+        arguments = (o.x, o.weight, o.bias, factor_in_fp64(o.gate, stage), o.residual, eps)
         on.assert_precise("y", y, expected, in_fp64("norm_tanh_mul_add", arguments, options))
         return
     p = expected.float() - o.residual.float()
     magnitude = torch.maximum(torch.maximum(p.abs(), o.residual.float().abs()), expected.float().abs())
     if o.bias is not None:  # it cancels, as the residual does
-        gate = parameter_in_fp64(o.gate, steps.gate, torch.tanh if chain.tanh else lambda g: g)
+        gate = factor_in_fp64(o.gate, stage)
         share = o.bias.float().abs() * (1.0 if gate is None else gate.float().abs())
         magnitude = torch.maximum(magnitude, share.expand_as(magnitude))
-    most = may_differ(on, y, options["rounding"], chain.norm)
-    on.assert_follows("y", y, expected, magnitude, Y_STEPS, coarsest_dtype(steps, y), most)
+    most = may_differ(on, y, options["rounding"], stage.norm)
+    on.assert_follows("y", y, expected, magnitude, Y_STEPS, coarsest_dtype(stage.steps, y), most)
 
 
 def judge_z(
@@ -210,20 +225,19 @@ def judge_z(
     """read: what the norm of z reads, x or the kernel's own y; parameters: its weight, bias and scale."""
     arguments = (read, *parameters, eps)
     options = accepted("norm_scale", options)
-    chain = ops.checked_call(torch.ops.dit_kernels.norm_scale.default, *arguments, **options).chain
-    steps = chain.scaled
-    expected = reference.scaled(*arguments, chain)
+    stage = stage_of("norm_scale", arguments, options)
     weight, bias, scale = parameters
-    if never_rounds(steps):
-        scale = parameter_in_fp64(scale, steps.scale, (lambda s: 1 + s) if chain.add_one else lambda s: s)
-        on.assert_precise("z", z, expected, in_fp64("norm_scale", (read, weight, bias, scale, eps), options))
+    expected = reference.stage(read, weight, bias, scale, None, eps, stage)
+    if never_rounds(stage.steps):
+        wide = (read, weight, bias, factor_in_fp64(scale, stage), eps)
+        on.assert_precise("z", z, expected, in_fp64("norm_scale", wide, options))
         return
     magnitude = expected.float().abs()
     if bias is not None:  # it cancels, as a residual does
         share = bias.float().abs() * (1.0 if scale is None else (1 + scale.float()).abs())
         magnitude = torch.maximum(magnitude, share.expand_as(magnitude))
-    most = may_differ(on, z, options["rounding"], chain.norm)
-    on.assert_follows("z", z, expected, magnitude, Z_STEPS, coarsest_dtype(steps, z), most)
+    most = may_differ(on, z, options["rounding"], stage.norm)
+    on.assert_follows("z", z, expected, magnitude, Z_STEPS, coarsest_dtype(stage.steps, z), most)
 
 
 def may_differ(on: Device, out: Tensor, form: str, norm: str) -> float:

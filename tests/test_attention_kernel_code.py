@@ -11,15 +11,15 @@ import torch
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
+from kernel_variants import variant
 from ptx.device import compiled
 from test_kernel_code import COMPILED, WIDE, resources
 
 from dit_kernels.chain import RotatedChain, SiluChain
 from dit_kernels.compile import Variant
 from dit_kernels.cute.heads import head_tiling
-from dit_kernels.cute.norm_rope import RopeOperands
-from dit_kernels.cute.operand import Operand
-from dit_kernels.cute.silu_mul import SiluOperands
+from dit_kernels.cute.spec import TensorSpec
+from dit_kernels.families import OPS, norm_rope
 from dit_kernels.rounding import rotated_steps, silu_steps
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -40,23 +40,24 @@ def rope(
 ) -> Variant:
     """q and k of one dtype, with weights, all as aligned as contiguous heads are."""
     steps = rotated_steps(form, dtype, dtype, rotation, **dtypes)
-    turning, weight = Operand(rotation, "token", 16), Operand(dtype, "column", 16)
-    operands = RopeOperands(
-        q=Operand(dtype, "token", access, h),
-        k=Operand(dtype, "token", access, hk),
+    turning, weight = TensorSpec(rotation, "token", 16), TensorSpec(dtype, "column", 16)
+    specs = dict(
+        q=TensorSpec(dtype, "token", access, h),
+        k=TensorSpec(dtype, "token", access, hk),
         q_weight=weight,
         k_weight=weight,
         rotation=turning,
         sin=None if rotation.is_complex else turning,
-        q_out=Operand(steps.out, "token", 16, h),
-        k_out=Operand(steps.out, "token", 16, hk),
+        q_out=TensorSpec(steps.out, "token", 16, h),
+        k_out=TensorSpec(steps.out, "token", 16, hk),
     )
-    return Variant(RotatedChain(interleaved, rotation.is_complex, steps, steps), d, operands)
+    return variant(norm_rope.FAMILY, RotatedChain(interleaved, rotation.is_complex, steps, steps), d, **specs)
 
 
 def silu(d: int, dtype: torch.dtype = BF16, form: str = "model") -> Variant:
-    steps, row = silu_steps(form, dtype, dtype), Operand(dtype, "token", 16)
-    return Variant(SiluChain(steps), d, SiluOperands(row, row, Operand(steps.out, "token", 16)))
+    steps, row = silu_steps(form, dtype, dtype), TensorSpec(dtype, "token", 16)
+    out = TensorSpec(steps.out, "token", 16)
+    return variant(OPS["silu_mul"].family, SiluChain(steps), d, a=row, b=row, out=out)
 
 
 VARIANTS = {

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_lowering import STREAM, addresses, assert_equal, compiled, gpu, is_direct, launched, random
+from test_lowering import STREAM, addresses, assert_equal, compiled, gpu, is_direct, launch_numbers, launched, random
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 import fusion_pass.lowering  # noqa: F401  Inductor's way to call the ops
 from dit_kernels.direct import DirectCall
-from dit_kernels.ops import OPS
+from dit_kernels.families import OPS
 
 ops = torch.ops.dit_kernels
 B, S, H, HK, D, EPS = 2, 5, 4, 2, 16, 1e-5
@@ -104,7 +104,6 @@ def test_sizes_may_change_without_another_compilation() -> None:
             id="heads that end askew",
         ),
         pytest.param(lambda x, r: ops.norm_rope.eps_tensor(x, None, r, None, r[0, 0].abs()), id="eps as a tensor"),
-        pytest.param(lambda x, r: ops.silu_mul(x, x), id="4-D"),
     ],
 )
 def test_what_a_kernel_does_not_take_as_it_is_goes_through_the_dispatcher(unusual: Callable[..., Any]) -> None:
@@ -118,13 +117,13 @@ def test_a_direct_call_launches_with_the_addresses_and_numbers_of_its_operands()
     q, k, w, rotation = random(B, S, H, D), random(B, S, HK, D), random(D), freqs(1, S)
     results = random(B, S, H, D), random(B, S, HK, D)
     cases = {
-        "qk_norm_rope": ((q, k, w, None, rotation, None, EPS, EPS, *results), dict(q=q, k=k, rotation=rotation)),
-        "norm_rope": ((q, w, rotation, None, EPS, results[0]), dict(q=q, rotation=rotation)),
-        "silu_mul": ((q[0], q[1], results[0][0]), dict(a=q[0], b=q[1])),
+        "qk_norm_rope": (q, k, w, None, rotation, None, EPS, EPS, *results),
+        "norm_rope": (q, w, rotation, None, EPS, results[0]),
+        "silu_mul": (q[0], q[1], results[0][0]),
     }
     alone = (q, None, w, None, rotation, None, EPS, 0.0, results[0], None)
-    for name, (given, named) in cases.items():
-        numbers = OPS[name].family.launch_numbers(named)
+    for name, given in cases.items():
+        numbers = launch_numbers(OPS[name], given)
         arguments = alone if name == "norm_rope" else given
         assert tuple(OPS[name].arranged(given)) == arguments
         call = DirectCall(name)

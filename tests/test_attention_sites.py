@@ -31,6 +31,7 @@ from site_modules import native_norm
 from test_graph_pass import assert_computes, rewritten, traced
 from test_properties import assert_bit_equal
 
+from dit_kernels.warn import warn_once
 from fusion_pass import graph_pass
 
 
@@ -605,7 +606,7 @@ def test_gates_of_which_none_is_fused_are_warned_of_where_the_attention_is_fused
         y = module(q, k, table, sin)
         return y + q.transpose(1, 2).tanh() * (torch.nn.functional.rms_norm(y, y.shape[-1:]) - 1)
 
-    graph_pass._warn_once.cache_clear()
+    warn_once.cache_clear()
     with pytest.warns(UserWarning, match="norms and gates, and nothing of it was fused"):
         _, backend = run(model, *args)
     assert backend.report.counts() == {"qk_norm_rope": 1}

@@ -20,10 +20,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import fusion_pass
+from dit_kernels.warn import warn_once
 from fusion_pass import Backend, graph_pass
 from fusion_pass.backend import fusion_pass_backend
+from fusion_pass.dataflow import module_path
 from fusion_pass.graph_pass import FusionPass
-from fusion_pass.report import module_path
+from fusion_pass.kinds.modulated_norm import NormTanhMulAddNormScale
+from fusion_pass.kinds.norm import NormValue
 
 REFERENCE = Backend(kernels="reference")
 DUAL = "norm_tanh_mul_add_norm_scale"
@@ -43,7 +46,7 @@ def args() -> tuple[torch.Tensor, ...]:
 @pytest.fixture(autouse=True)
 def _fresh_process():
     """Each test starts as a new process would: warnings that are given once, counters, Inductor's caches."""
-    graph_pass._warn_once.cache_clear()
+    warn_once.cache_clear()
     counters.clear()
     with fresh_cache():
         yield
@@ -292,10 +295,10 @@ def test_a_setting_of_ours_among_inductors_options_is_a_value_error_that_says_wh
 def test_a_kernel_that_does_not_compile_costs_its_own_site_only(module, args, monkeypatch) -> None:
     real = graph_pass.eligibility.prepare
 
-    def failing(op, *positional, **named):
-        if op is torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale.default:
+    def failing(call):
+        if call.op.name == "norm_tanh_mul_add_norm_scale":
             raise RuntimeError("seeded")
-        real(op, *positional, **named)
+        real(call)
 
     monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)
     monkeypatch.setattr(graph_pass.eligibility, "prepare", failing)
@@ -316,8 +319,8 @@ STEPS = (
     "_copied",
     "_is_training",
     "Survey",
-    "sites.norm.find",
-    "sites.dual.find",
+    "NormValue.find",
+    "NormTanhMulAddNormScale.find",
     "prove",
     "eligibility.check",
     "rewrite",
@@ -335,9 +338,8 @@ def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(module
     plain = torch.compile(module)(*args)
     torch._dynamo.reset()
     owner, _, name = step.rpartition(".")
-    target = graph_pass
-    for part in owner.split(".") if owner else ():
-        target = getattr(target, part)
+    kinds = {"NormValue": NormValue, "NormTanhMulAddNormScale": NormTanhMulAddNormScale}
+    target = kinds.get(owner) or (getattr(graph_pass, owner) if owner else graph_pass)
     original = getattr(target, name)
 
     def failing(*positional, **named):
@@ -345,7 +347,7 @@ def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(module
         raise ZeroDivisionError("seeded")
 
     monkeypatch.setattr(target, name, failing)
-    if step == "stable_topological_sort":  # called only where a reader stands too early: make it so
+    if step == "stable_topological_sort":  # called only where a reader comes before the call
         monkeypatch.setattr(graph_pass, "reads_too_early", lambda call: True)
     if "eligibility" in step:
         monkeypatch.setattr(graph_pass.eligibility, "kernels_missing", lambda device: None)

@@ -197,13 +197,13 @@ def test_nothing_of_the_site_is_left_in_the_graph() -> None:
 def test_the_op_gets_the_strides_that_the_graph_has_through_a_real_inductor_compilation(monkeypatch) -> None:
     """Inductor must not copy a gate that is a view, nor hand the op another layout than the pass saw."""
     seen = []
-    definition = reference.gated
+    definition = reference.stage
 
     def recording(*args):
         seen.append(args)
         return definition(*args)
 
-    monkeypatch.setattr(reference, "gated", recording)
+    monkeypatch.setattr(reference, "stage", recording)
 
     def model(v, residual, projection):
         gate = projection.unsqueeze(1).chunk(4, dim=2)[3]
@@ -260,9 +260,9 @@ def test_a_whole_site_whose_modulation_is_slices_is_one_op_that_reads_them() -> 
 
 
 def test_one_norm_that_cannot_be_read_does_not_cost_the_others(monkeypatch) -> None:
-    from fusion_pass.sites import norm
+    from fusion_pass.kinds import norm
 
-    find = norm.find
+    find = norm.NORM.find
     calls = []
 
     def failing(anchor):
@@ -271,7 +271,7 @@ def test_one_norm_that_cannot_be_read_does_not_cost_the_others(monkeypatch) -> N
             raise ZeroDivisionError("seeded")
         return find(anchor)
 
-    monkeypatch.setattr(norm, "find", failing)
+    monkeypatch.setattr(norm.NORM, "find", failing, raising=False)
 
     def function(x, residual, gate):
         return gated(x, residual, gate), gated(residual, gate, x)

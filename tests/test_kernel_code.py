@@ -11,14 +11,15 @@ import torch
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
+from kernel_variants import variant, with_specs
 from ptx.device import ARCHS, compiled
 
-from dit_kernels.chain import Chain
+from dit_kernels.chain import GATED, SCALED, SECOND, NormChain, Stage
 from dit_kernels.compile import Variant
-from dit_kernels.cute.norm_gate import Operands
-from dit_kernels.cute.operand import Operand, Walk
+from dit_kernels.cute.spec import TensorSpec, Walk
 from dit_kernels.cute.tiling import machine, row_tiling
-from dit_kernels.rounding import FORMS, gated_steps, scaled_steps
+from dit_kernels.families.modulated_norm import FAMILY
+from dit_kernels.rounding import FORMS, stage_steps
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPILED = (*ARCHS, "sm_89")  # sm_89 runs what sm_80 does, from the same PTX
@@ -36,36 +37,26 @@ def dual(
 ) -> Variant:
     """The dual with every operand of one dtype, all as aligned as contiguous rows are; walk: of gate and scale."""
     b = dtype if bias else None
-    gated = gated_steps(form, norm, dtype, dtype, b, dtype, dtype, root=root)
-    scaled = scaled_steps(form, norm, gated.y, dtype, b, dtype, root=root)
+    first = stage_steps(form, norm, dtype, dtype, b, dtype, dtype, root=root)
+    second = stage_steps(form, norm, first.out, dtype, b, dtype, None, root=root)
     access = min(16, (d & -d) * dtype.itemsize)
-    row, column = Operand(dtype, "token", access), Operand(dtype, "column", 16)
-    modulation = Operand(dtype, walk, access)
-    operands = Operands(
-        x=row,
-        weight=column,
-        bias=column if bias else None,
-        gate=modulation,
-        residual=row,
-        weight2=column,
-        bias2=column if bias else None,
-        scale=modulation,
-        y=row,
-        z=row,
-    )
-    return Variant(Chain(norm, True, True, gated, scaled), d, operands)
+    row, column = TensorSpec(dtype, "token", access), TensorSpec(dtype, "column", 16)
+    modulation = TensorSpec(dtype, walk, access)
+    chain = NormChain((Stage(norm, "tanh", first, GATED), Stage(norm, "one_plus", second, SECOND)))
+    columns = dict(weight=column, bias=column if bias else None, weight2=column, bias2=column if bias else None)
+    return variant(FAMILY, chain, d, x=row, gate=modulation, residual=row, scale=modulation, y=row, z=row, **columns)
 
 
-def gated(variant: Variant) -> Variant:
+def gated(dual: Variant) -> Variant:
     """The first line of the dual alone."""
-    operands = replace(variant.operands, weight2=None, bias2=None, scale=None, z=None)
-    return replace(variant, chain=replace(variant.chain, scaled=None), operands=operands)
+    one = replace(dual, chain=NormChain(dual.chain.stages[:1]))
+    return with_specs(one, weight2=None, bias2=None, scale=None, z=None)
 
 
-def scaled(variant: Variant) -> Variant:
+def scaled(dual: Variant) -> Variant:
     """The second line of the dual alone."""
-    operands = replace(variant.operands, weight2=None, bias2=None, gate=None, residual=None, y=None)
-    return replace(variant, chain=replace(variant.chain, gated=None), operands=operands)
+    one = replace(dual, chain=NormChain((replace(dual.chain.stages[1], names=SCALED),)))
+    return with_specs(one, weight2=None, bias2=None, gate=None, residual=None, y=None)
 
 
 VARIANTS = {
@@ -192,8 +183,9 @@ def test_a_sum_over_the_row_costs_one_barrier() -> None:
 
 def test_a_misaligned_operand_narrows_its_own_accesses_only() -> None:
     aligned = VARIANTS["bf16"]
-    operands = replace(aligned.operands, gate=replace(aligned.operands.gate, access=2))
-    ptx, _ = code("sm_80", replace(aligned, operands=operands))
+    gate = aligned.named["gate"]
+    assert gate is not None
+    ptx, _ = code("sm_80", with_specs(aligned, gate=replace(gate, access=2)))
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == 7
     assert len(re.findall(r"ld\.global\S*\.[bu]16", ptx)) == 8
 
@@ -240,7 +232,7 @@ def test_no_product_contracts_with_the_sum_that_eager_does_after_it() -> None:
 @pytest.mark.parametrize("widths", [(2, 2), (4, 4), (2, 4)])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_tiling_covers_every_element_of_a_row_once(d: int, widths: tuple[int, int], arch: str) -> None:
-    tiling = row_tiling("gated", d, widths, (2, 2), arch)
+    tiling = row_tiling((2, 1), d, widths, (2, 2), arch)
     assert d % tiling.vector == 0
     covered = tiling.threads * tiling.vectors * tiling.vector
     assert covered >= d

@@ -16,9 +16,10 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fusion_pass
 from dit_kernels import ops, tickets
-from dit_kernels.calls import norm_gate
-from dit_kernels.calls.norm_gate import FAMILY
+from dit_kernels.arguments import laid
 from dit_kernels.direct import DirectCall
+from dit_kernels.families import OPS, modulated_norm
+from dit_kernels.families.family import Op
 from fusion_pass import Backend, lowering
 
 D, EPS = 32, 1e-5
@@ -76,6 +77,7 @@ def test_every_op_is_called_directly_into_buffers_that_inductor_allocates() -> N
         "gated": (lambda x, w, g, r: GATED(x, w, None, g, r, EPS), (x, w, gate, residual)),
         "scaled": (lambda x, w, s: SCALED(x, w, None, s, EPS), (x, w, scale)),
         "bare": (lambda x, r: GATED(x, None, None, None, r, EPS, tanh=False), (x, residual)),
+        "4-D": (lambda x, w, r: GATED(x[None], w, None, None, r[None], EPS), (x, w, residual)),
     }
     for function, args in calls.values():
         got, code = compiled(function, *args)
@@ -114,7 +116,6 @@ def test_sizes_may_change_without_another_compilation() -> None:
     "unusual",
     [
         pytest.param(lambda x, w, r: GATED(x[..., ::2], w[::2], None, None, r[..., ::2], EPS), id="columns apart"),
-        pytest.param(lambda x, w, r: GATED(x[None], w, None, None, r[None], EPS), id="4-D"),
         pytest.param(
             lambda x, w, r: GATED(x.view(-1)[:300].view(2, 5, 30), w[:30], None, None, r[..., :30], EPS),
             id="rows that end askew",
@@ -242,11 +243,9 @@ def launch(*args: Any) -> None:
 def gpu() -> Iterator[None]:
     """CPU tensors are taken for those of a GPU whose kernels are all `launch`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "has_kernel", lambda call: True)
-        patch.setattr(ops, "run_into", lambda call, results: None)
-        patch.setattr(ops, "kernel_of", lambda call, results: launch)
-        patch.setattr(norm_gate, "processors", lambda device: PROCESSORS)
-        patch.setattr(tickets, "address", lambda device, stream, batches: COUNTERS)
+        patch.setattr(ops, "run_into", lambda call, results: (launch, ()) if results[0].numel() else None)
+        patch.setattr(modulated_norm, "processors", lambda device: PROCESSORS)
+        patch.setattr(tickets.COUNTERS, "address", lambda device, stream, batches: COUNTERS)
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
         yield
 
@@ -255,8 +254,11 @@ def addresses(*given: Any) -> tuple[Any, ...]:
     return tuple(t.data_ptr() if isinstance(t, Tensor) else t for t in given)
 
 
-def launch_numbers(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[int, ...]:
-    return FAMILY.launch_numbers({"x": x, "residual": residual, "gate": gate, "scale": scale})
+def launch_numbers(op: Op, given: tuple[Any, ...]) -> tuple[int, ...]:
+    """The numbers that the kernel is launched with, for the op's arguments."""
+    pairs = zip(op.inputs, given, strict=False)
+    layouts = {a.name: laid(a, t, given[0].shape)[0] for a, t in pairs if isinstance(t, Tensor)}
+    return op.family.launch_numbers(layouts)
 
 
 def launched(call: DirectCall, given: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...] | None:
@@ -278,7 +280,13 @@ def test_a_direct_call_launches_with_the_addresses_and_numbers_of_its_operands(d
     x, residual = (random(b, s, 2 * D if wide else D)[..., :D] for _ in range(2))
     gate, scale = broadcast(), broadcast()
     tensors = (x, random(D), None, gate, residual, EPS, random(D), None, scale, EPS, random(b, s, D), random(b, s, D))
-    numbers = launch_numbers(x, residual, gate, scale)
+    numbers = launch_numbers(OPS["norm_tanh_mul_add_norm_scale"], tensors)
+    strides = [
+        0 if size == 1 else by
+        for t in (x, gate, residual, scale)
+        for size, by in zip(t.shape[:2], t.stride()[:2], strict=True)
+    ]
+    assert numbers == (b, s, *strides)
     call = DirectCall("norm_tanh_mul_add_norm_scale")
     with gpu():
         assert launched(call, tensors, numbers) is None  # the first time everything is looked at
@@ -290,7 +298,7 @@ def test_a_direct_call_launches_with_the_addresses_and_numbers_of_its_operands(d
 def test_a_direct_call_leaves_an_operand_that_is_not_aligned_to_the_checks(askew: int) -> None:
     x, w, gate, residual, w2, scale = operands(2, 5)
     tensors: list[Any] = [x, w, None, gate, residual, EPS, w2, None, scale, EPS, random(2, 5, D), random(2, 5, D)]
-    numbers = launch_numbers(x, residual, gate, scale)
+    numbers = launch_numbers(OPS["norm_tanh_mul_add_norm_scale"], tuple(tensors))
     call = DirectCall("norm_tanh_mul_add_norm_scale")
     with gpu():
         call.checked(*tensors)
@@ -309,5 +317,5 @@ def test_a_direct_call_launches_nothing_for_no_rows() -> None:
     call = DirectCall("norm_tanh_mul_add_norm_scale")
     with gpu():
         call.checked(*tensors)
-        _, _, *strides = launch_numbers(x, residual, gate, scale)
+        _, _, *strides = launch_numbers(OPS["norm_tanh_mul_add_norm_scale"], tensors)
         assert launched(call, tensors, (2, 0, *strides)) is None

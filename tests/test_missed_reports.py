@@ -29,8 +29,10 @@ from site_modules import (
 from torch import Tensor, nn
 
 import fusion_pass
-from fusion_pass import Backend, graph_pass
-from fusion_pass.report import Reason, ReportedSite
+from dit_kernels.warn import warn_once
+from fusion_pass import Backend
+from fusion_pass.refusal import Reason
+from fusion_pass.report import ReportedSite
 
 # --- every reason -----------------------------------------------------------------------------------------------------
 
@@ -321,7 +323,7 @@ def test_explain_prints_a_missed_norm_with_module_reason_and_line() -> None:
 
 
 def test_a_matched_site_that_is_not_fused_warns_once() -> None:
-    graph_pass._warn_once.cache_clear()
+    warn_once.cache_clear()
     args = tensors((2, 4, 16), (2, 4, 16), (2, 1, 16), (2, 1, 16))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

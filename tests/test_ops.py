@@ -71,6 +71,10 @@ def test_opcheck_passes_with_gradients_with_eps_as_a_tensor_and_with_every_keywo
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_formula(name: str, root: str, rounding: str, norm: str) -> None:
     op = getattr(ops, name)
+    if norm == "layer" and root != "rsqrt":
+        with pytest.raises(ValueError, match=r"root is .*, expected 'rsqrt' with norm='layer'"):
+            op(*arguments(name, torch.float32, (B, 1, D)), norm=norm, root=root)
+        return
     args = [
         a.double().requires_grad_() if isinstance(a, torch.Tensor) else a
         for a in arguments(name, torch.float32, (B, 1, D))
@@ -281,6 +285,13 @@ BAD = {
     "y_dtype": lambda: ops.norm_tanh_mul_add(X, W, None, None, X, 1e-5, y_dtype=torch.int8),
     "norm_dtype": lambda: ops.norm_scale(X, W, None, None, 1e-5, norm_dtype=torch.bool),
     "eps": lambda: ops.norm_scale(X, W, None, None, torch.zeros(2)),
+    "eps, which is NaN,": lambda: ops.norm_scale(X, W, None, None, float("nan")),
+    "eps, which is negative,": lambda: ops.norm_scale(X, W, None, None, -1e-5),
+    "eps, which is None,": lambda: ops.norm_scale(X, W, None, None, None),
+    "eps2, which is None,": lambda: ops.norm_tanh_mul_add_norm_scale(X, W, None, None, X, 1e-5, W, None, None, None),
+    "eps2, which is None beside a tensor,": lambda: ops.norm_tanh_mul_add_norm_scale(
+        X, W, None, None, X, torch.tensor(1e-5), W, None, None, None
+    ),
     "eps2": lambda: ops.norm_tanh_mul_add_norm_scale.eps_tensor(
         X, W, None, None, X, torch.tensor(1e-5), W, None, None, torch.tensor(1)
     ),
@@ -289,8 +300,15 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_a_bad_argument_raises_a_value_error_that_names_it_and_what_was_expected(argument: str) -> None:
-    with pytest.raises(ValueError, match=rf"\b{argument} is .*, expected "):
+    with pytest.raises(ValueError, match=rf"\b{argument.split(',', maxsplit=1)[0]} is .*, expected \S"):
         BAD[argument]()
+
+
+def test_an_eps_of_one_element_and_more_dimensions_is_a_number() -> None:
+    x = tensor(B, S, D)
+    for shape in ((), (1,), (1, 1, 1, 1)):
+        eps = torch.full(shape, 1e-3, dtype=torch.float64)
+        assert torch.equal(ops.norm_scale(x, None, None, None, eps), ops.norm_scale(x, None, None, None, 1e-3))
 
 
 def test_empty_tensors_give_empty_results() -> None:

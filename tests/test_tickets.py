@@ -10,15 +10,13 @@ from unittest import mock
 import pytest
 import torch
 
-from dit_kernels import tickets
-from dit_kernels.tickets import BLOCK, CAPTURED, LINE
+from dit_kernels.tickets import BLOCK, CAPTURED, LINE, Counters
 
 
 @pytest.fixture(autouse=True)
 def capturing() -> Iterator[mock.Mock]:
-    """Nothing is known yet, and what would be on a GPU is on the CPU. Gives the question for a capture."""
+    """Counters that would be on a GPU are on the CPU. Gives the mock that says whether a capture runs."""
     with (
-        mock.patch.multiple(tickets, _of_stream={}, _free={}, _largest={}, _low=set(), _blocks=[]),
         mock.patch.object(torch, "device", return_value="cpu"),
         mock.patch.object(torch.cuda, "current_stream"),
         mock.patch.object(torch._C, "_cuda_isCurrentStreamCapturing", create=True, return_value=False) as capturing,
@@ -26,38 +24,43 @@ def capturing() -> Iterator[mock.Mock]:
         yield capturing
 
 
+@pytest.fixture
+def tickets() -> Counters:
+    return Counters()
+
+
 def spans(starts: list[int], sizes: list[int]) -> list[set[int]]:
     return [set(range(start, start + 4 * size, 4)) for start, size in zip(starts, sizes, strict=True)]
 
 
-def test_launches_of_one_stream_share_counters_and_those_of_others_do_not() -> None:
+def test_launches_of_one_stream_share_counters_and_those_of_others_do_not(tickets: Counters) -> None:
     first = tickets.address(0, 7, 2)
     assert tickets.address(0, 7, 1) == first
     assert len({first, tickets.address(0, 8, 1), tickets.address(1, 7, 1)}) == 3
 
 
-def test_more_batch_items_get_more_counters() -> None:
+def test_more_batch_items_get_more_counters(tickets: Counters) -> None:
     small = tickets.address(0, 7, 1)
     large = tickets.address(0, 7, BLOCK + 1)
     assert large != small
     assert tickets.address(0, 7, 1) == large
-    assert large in [block.data_ptr() for block in tickets._blocks if block.numel() > BLOCK]
+    assert large in [block.data_ptr() for block in tickets.blocks if block.numel() > BLOCK]
 
 
-def test_each_captured_launch_has_counters_of_its_own(capturing: mock.Mock) -> None:
+def test_each_captured_launch_has_counters_of_its_own(capturing: mock.Mock, tickets: Counters) -> None:
     sizes = [1, 1, 1, LINE + 1, 2, 1]
     starts = [tickets.address(0, 7, sizes[0])]
     capturing.return_value = True
     starts += [tickets.address(0, 7, size) for size in sizes[1:]]
     taken = set.union(*spans(starts, sizes))
     assert len(taken) == sum(sizes)
-    (block,) = tickets._blocks
+    (block,) = tickets.blocks
     assert taken <= set(range(block.data_ptr(), block.data_ptr() + 4 * block.numel()))
     assert all((start - starts[0]) % (4 * LINE) == 0 for start in starts)  # no two in one line
 
 
 def test_nothing_is_allocated_by_the_thread_that_launches_but_in_a_capture_that_finds_nothing(
-    capturing: mock.Mock,
+    capturing: mock.Mock, tickets: Counters
 ) -> None:
     threads: list[threading.Thread] = []
     zeros = torch.zeros
@@ -74,11 +77,11 @@ def test_nothing_is_allocated_by_the_thread_that_launches_but_in_a_capture_that_
         capturing.return_value = True
         tickets.address(1, 7, 40)
     assert threads[2:] == [threading.current_thread()]
-    assert tickets._blocks[-1].numel() == 2 * LINE
+    assert tickets.blocks[-1].numel() == 2 * LINE
 
 
 def test_a_block_that_is_half_used_by_captures_is_replaced_by_the_next_launch_outside_of_one(
-    capturing: mock.Mock,
+    capturing: mock.Mock, tickets: Counters
 ) -> None:
     tickets.address(0, 7, 1)
     capturing.return_value = True
@@ -87,20 +90,20 @@ def test_a_block_that_is_half_used_by_captures_is_replaced_by_the_next_launch_ou
     own = tickets.address(0, 7, 1)
     capturing.return_value = True
     after = tickets.address(0, 7, BLOCK)
-    assert own == tickets._of_stream[0, 7][0]
-    assert len(tickets._blocks) == 2
-    assert tickets._blocks[0].data_ptr() < before < tickets._blocks[0].data_ptr() + 4 * BLOCK
-    assert after == tickets._blocks[1].data_ptr()
+    assert own == tickets.of_stream[0, 7][0]
+    assert len(tickets.blocks) == 2
+    assert tickets.blocks[0].data_ptr() < before < tickets.blocks[0].data_ptr() + 4 * BLOCK
+    assert after == tickets.blocks[1].data_ptr()
 
 
-def test_all_counters_are_zero() -> None:
+def test_all_counters_are_zero(tickets: Counters) -> None:
     tickets.address(0, 7, 1)
-    assert not any(block.any() for block in tickets._blocks)
+    assert not any(block.any() for block in tickets.blocks)
 
 
 @pytest.mark.parametrize("batches", (1, LINE + 1, BLOCK))
 def test_a_graph_can_capture_hundreds_of_launches_whatever_their_batch_items(
-    capturing: mock.Mock, batches: int
+    capturing: mock.Mock, batches: int, tickets: Counters
 ) -> None:
     tickets.address(0, 7, 1)
     warmed = tickets.address(0, 7, batches)
@@ -124,7 +127,7 @@ class Slow(dict):
         return found
 
 
-def test_threads_that_launch_at_once_on_streams_of_their_own_get_counters_of_their_own() -> None:
+def test_threads_that_launch_at_once_on_streams_of_their_own_get_counters_of_their_own(tickets: Counters) -> None:
     threads, rounds, got = 4, 5, set()
     together = threading.Barrier(threads)
 
@@ -133,7 +136,7 @@ def test_threads_that_launch_at_once_on_streams_of_their_own_get_counters_of_the
             together.wait()
             got.add(tickets.address(0, turn * threads + thread, 1))
 
-    with mock.patch.object(tickets, "_free", Slow()):
+    with mock.patch.object(tickets, "free", Slow()):
         running = [threading.Thread(target=launch, args=(i,)) for i in range(threads)]
         for thread in running:
             thread.start()

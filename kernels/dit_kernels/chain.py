@@ -1,43 +1,76 @@
-"""What one call computes, apart from the sizes: the part of an op's arguments that a kernel is compiled for."""
+"""The chain of a call: what the call computes, apart from the sizes. A kernel is compiled for one chain."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dit_kernels.rounding import GatedSteps, RotatedSteps, ScaledSteps, SiluSteps
+import torch
+
+from dit_kernels.rounding import RotatedSteps, SiluSteps, StageSteps
 
 
 @dataclass(frozen=True)
-class Chain:
-    """`y = residual + tanh(gate) * norm(x)`, `z = norm(x) * (1 + scale)`, or both, the second norm reading y.
+class StageNames:
+    """An op's names for the arguments of a stage, and for the options that change how the stage is computed.
 
-    `gated` holds the dtypes of the steps of y and is None for norm_scale; `scaled` those of z and is None for
-    norm_tanh_mul_add. With both, the chain is the dual.
+    term: None if the stage adds nothing. activation: what the op applies to the factor unless the option `switch` is
+    off: "tanh", or "one_plus" (1 + factor).
     """
 
-    norm: str  # "rms" or "layer"
-    tanh: bool  # the gate is still to be activated
-    add_one: bool  # the scale is still to get its 1
-    gated: GatedSteps | None
-    scaled: ScaledSteps | None
+    weight: str
+    bias: str
+    factor: str
+    term: str | None
+    eps: str
+    out: str
+    activation: str
+    switch: str
+    norm_dtype: str
 
     @property
-    def op(self) -> str:
-        return "scaled" if self.gated is None else "gated" if self.scaled is None else "dual"
+    def out_dtype(self) -> str:
+        return f"{self.out}_dtype"
+
+
+# GATED: y = residual + tanh(gate) * norm(x). SCALED: z = norm(x) * (1 + scale). SECOND: z = norm(y) * (1 + scale).
+GATED = StageNames("weight", "bias", "gate", "residual", "eps", "y", "tanh", "tanh", "norm_dtype")
+SCALED = StageNames("weight", "bias", "scale", None, "eps", "z", "one_plus", "add_one", "norm_dtype")
+SECOND = StageNames("weight2", "bias2", "scale", None, "eps2", "z", "one_plus", "add_one", "norm_dtype2")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """out = term + act(factor) * norm(v). factor and term may be absent."""
+
+    norm: str  # "rms" or "layer"
+    activation: str | None  # what is applied to the factor, as in StageNames; None: nothing
+    steps: StageSteps
+    names: StageNames
+
+    def held_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a kernel keeps a parameter for many rows. A factor is kept after its activation."""
+        return self.steps.factor if name == self.names.factor and self.activation is not None else dtype
+
+
+@dataclass(frozen=True)
+class NormChain:
+    """One or more stages. The first stage reads x; each later stage reads the stored result of the stage before it."""
+
+    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
 class RotatedChain:
-    """`rotate(norm(q))`, and the same of k with the same rotation; with one of them only, that is q."""
+    """rotate(norm(q)), and rotate(norm(k)) with the same rotation. With only one of them, it is q, and k is None."""
 
-    interleaved: bool  # pairs are neighbours; else the halves of a head
-    one_a_pair: bool  # there is one cosine and one sine for both of a pair; of a complex rotation always
+    interleaved: bool  # True: a pair is two neighbouring elements; False: elements i and i + Dh / 2
+    one_a_pair: bool  # both elements of a pair share one cosine and one sine, as with complex numbers
     q: RotatedSteps
     k: RotatedSteps | None
 
 
 @dataclass(frozen=True)
 class SiluChain:
-    """`silu(a) * b`."""
+    """silu(a) * b."""
 
     steps: SiluSteps

@@ -1,6 +1,6 @@
-"""An op as compiled code calls it: past PyTorch's dispatcher, with nothing to find out, into results that it is given.
+"""How compiled code calls an op: without PyTorch's dispatcher and without checks, into given results.
 
-A call through the dispatcher costs the host more than the GPU works on a short sequence: see benchmarks/NOTES.md.
+A call through the dispatcher takes the host longer than the GPU works on a short sequence: see benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -13,45 +13,48 @@ import torch
 from torch import Tensor
 
 from dit_kernels import ops
+from dit_kernels.families import OPS
+from dit_kernels.plans import ALIGNMENT
 
 
 class DirectCall:
-    """One call of an op in compiled code, which is to say
+    """One call of an op in compiled code. The compiled code runs
 
         call((addresses, eps and None of the kernel's arguments), numbers) or call.checked(*operands, *results)
 
-    op: the name of the op, whose `arguments` (dit_kernels.ops.OPS) name operands and results, and whose family's name
-    those of the kernel; options: its keyword arguments. From one time to the next, addresses, eps, and sizes and
-    strides but those of 1 may change; dtypes, the last dimension and numbers of heads may not.
+    op: the name of the op. `arguments` of the op (dit_kernels.families.OPS) name the operands and results; `arguments`
+    of its family name the arguments of the kernel. options: the op's keyword arguments. Addresses, eps, sizes and
+    strides may change between calls, but a size of 1 stays 1. Dtypes, the last dimension and numbers of heads may not
+    change.
     """
 
     def __init__(self, op: str, **options: Any) -> None:
         self.op, self.options = op, options
-        self.of_launch = ops.OPS[op].family.of_launch
-        self.function: Any = None  # the kernel, for operands that are aligned
+        self.of_launch = OPS[op].family.of_launch
+        self.function: Any = None  # the kernel for aligned operands
         self.device = -1
-        self.tensors: Any = None  # gives those of the kernel's arguments that are tensors
+        self.tensors: Any = None  # picks the tensors among the kernel's arguments
 
     def __call__(self, given: tuple[Any, ...], numbers: tuple[int, ...]) -> bool:
-        """Launches the kernel, which writes the results, and is true; false where that is not known to be right.
+        """Launches the kernel, which writes the results, and returns True. Returns False, without a launch, if the
+        launch is not known to be right.
 
-        numbers: the family's launch numbers of the operands, of which every stride is a multiple of 16 bytes. Results
-        are contiguous. The device of the operands is the current one.
+        numbers: the family's launch numbers of the operands, where every stride is a multiple of 16 bytes. Results are
+        contiguous. The device of the operands is the current device.
         """
-        if self.function is None or not numbers[0] * numbers[1] or reduce(or_, self.tensors(given)) % ops.ALIGNMENT:
+        if self.function is None or not numbers[0] * numbers[1] or reduce(or_, self.tensors(given)) % ALIGNMENT:
             return False
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         self.function(*given, *numbers, *self.of_launch(self.device, stream, numbers[0]), stream)
         return True
 
     def checked(self, *given: Any) -> None:
-        """The same call with everything looked at; keeps the kernel for calls with operands that are aligned."""
-        op = ops.OPS[self.op]
-        results = given[len(given) - sum(name in op.family.results for name in op.arguments) :]
-        call = op.make_call(*given[: len(given) - len(results)], **self.options)
-        ops.run_into(call, results)
-        aligned = not any(t.data_ptr() % ops.ALIGNMENT for t in given if isinstance(t, Tensor))
-        if ops.has_kernel(call) and aligned and any(result.numel() for result in results):
+        """Runs the same call with all checks. Keeps the kernel for later calls if the operands are aligned."""
+        op = OPS[self.op]
+        results = given[len(op.inputs) :]
+        call = op.call(*given[: len(op.inputs)], **self.options)
+        ran = ops.run_into(call, results)
+        if ran is not None and not any(t.data_ptr() % ALIGNMENT for t in given if isinstance(t, Tensor)):
             self.device = results[0].get_device()
             self.tensors = itemgetter(*(i for i, t in enumerate(op.arranged(given)) if isinstance(t, Tensor)))
-            self.function = ops.kernel_of(call, results)  # last: another thread may be in __call__
+            self.function = ran[0]  # set last, since another thread may be in __call__

@@ -1,8 +1,8 @@
-"""Every op in plain PyTorch: the definition.
+"""The definition of every op, in plain PyTorch.
 
-It performs the PyTorch operations that the models perform, in their order and dtypes, so that it is bit-equal to a
-model's own eager code wherever that code is a chain of ATen operations. Ops run it on CPU and wherever autograd needs a
-gradient; the CUDA kernels are tested against it.
+It runs the PyTorch operations that the models run, in their order and dtypes. So it is bit-equal to a model's own eager
+code wherever that code is a chain of ATen operations. Ops run their definition on the CPU, and on any device if
+autograd needs a gradient. The CUDA kernels are tested against it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels.chain import Chain
-from dit_kernels.rounding import GatedSteps, NormSteps, RotatedSteps, ScaledSteps, SiluSteps, compute_dtype
+from dit_kernels.chain import Stage
+from dit_kernels.rounding import NormSteps, RotatedSteps, SiluSteps, compute_dtype
 
 
 def norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, kind: str, steps: NormSteps
 ) -> Tensor:
-    """norm(x) over the last dimension, in dtype `steps.out`. x: [..., D]; weight, bias: [D] or None; eps may be 0-d."""
+    """norm(x) over the last dimension, in dtype `steps.out`.
+
+    x: [..., D]; weight, bias: [D] or None; eps: a number or a 0-d tensor.
+    """
     if kind == "layer":
         return _layer_norm(x, weight, bias, eps, steps)
     wide = x.to(steps.stat)
@@ -37,9 +40,10 @@ def _over_root(x: Tensor, v: Tensor, root: str) -> Tensor:
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | Tensor, steps: NormSteps) -> Tensor:
-    """F.layer_norm itself where it takes these dtypes; else the same in the compute dtype, with the one cast after.
+    """F.layer_norm itself if it takes these dtypes. Otherwise F.layer_norm in the compute dtype, followed by one cast.
 
-    On a CPU it takes a 16-bit x with an fp32 weight and bias, and computes that otherwise than the cast would.
+    On a CPU, F.layer_norm also takes a 16-bit x with an fp32 weight and bias. Its result then differs from that with
+    casts.
     """
     rows = {p.dtype for p in (weight, bias) if p is not None}
     mixed = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and rows == {torch.float32}
@@ -51,36 +55,23 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     return F.layer_norm(x, x.shape[-1:], weight, bias, float(eps)).to(steps.out)
 
 
-def gated(
-    x: Tensor,
+def stage(
+    v: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor,
+    factor: Tensor | None,
+    term: Tensor | None,
     eps: float | Tensor,
-    chain: Chain,
+    stage: Stage,
 ) -> Tensor:
-    """y = residual + tanh(gate) * norm(x). x, residual: [..., D]; gate broadcasts to x."""
-    assert chain.gated is not None
-    steps: GatedSteps = chain.gated
-    p = norm(x, weight, bias, eps, chain.norm, steps.norm)
-    if gate is not None:
-        t = gate.to(steps.gate)
-        p = (t.tanh() if chain.tanh else t) * p
-    return (residual + p.to(steps.product)).to(steps.y)
-
-
-def scaled(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, eps: float | Tensor, chain: Chain
-) -> Tensor:
-    """z = norm(x) * (1 + scale). x: [..., D]; scale broadcasts to x."""
-    assert chain.scaled is not None
-    steps: ScaledSteps = chain.scaled
-    n = norm(x, weight, bias, eps, chain.norm, steps.norm)
-    if scale is not None:
-        s = scale.to(steps.scale)
-        n = n * (1 + s if chain.add_one else s)
-    return n.to(steps.product).to(steps.z)
+    """term + act(factor) * norm(v). v and term: [..., D]; factor broadcasts to v."""
+    steps = stage.steps
+    n = norm(v, weight, bias, eps, stage.norm, steps.norm)
+    if factor is not None:
+        f = factor.to(steps.factor)
+        n = (f.tanh() if stage.activation == "tanh" else 1 + f if stage.activation == "one_plus" else f) * n
+    n = n.to(steps.product)
+    return (n if term is None else term + n).to(steps.out)
 
 
 def rotated(
@@ -92,11 +83,14 @@ def rotated(
     steps: RotatedSteps,
     interleaved: bool,
 ) -> Tensor:
-    """rotate(norm(x)), the norm over the last dimension. x: [B, S, H, Dh].
+    """rotate(norm(x)), with the norm over the last dimension. x: [B, S, H, Dh].
 
-    rotation: complex [B|1, S, 1, Dh / 2], which multiplies the neighbouring pairs as complex numbers, as in Z-Image and
-    Lumina 2. Or, with `sin`, the cosines, both [B|1, S, 1, Dh] or [.., Dh / 2]: n * cos + turned(n) * sin, with the
-    quarter turn of neighbouring pairs, or of the halves of a head, as in Llama and Ideogram 4.
+    Without `sin`, rotation is complex, [B|1, S, 1, Dh / 2]. It multiplies pairs of neighbouring elements as complex
+    numbers, as in Z-Image and Lumina 2.
+
+    With `sin`, rotation holds the cosines; both are [B|1, S, 1, Dh] or [B|1, S, 1, Dh / 2]. The result is
+    n * cos + turned(n) * sin, where turned(n) is a quarter turn of each pair. A pair is two neighbouring elements
+    (`interleaved`), or one element from each half of a head, as in Llama and Ideogram 4.
     """
     n = norm(x, weight, None, eps, "rms", steps.norm)
     if sin is None:
@@ -116,7 +110,7 @@ def _for_both_of_a_pair(t: Tensor, d: int, interleaved: bool) -> Tensor:
 
 
 def _quarter_turn(n: Tensor, interleaved: bool) -> Tensor:
-    """(a, b) -> (-b, a) of every pair."""
+    """Turns every pair: (a, b) -> (-b, a)."""
     if interleaved:
         a, b = n.reshape(*n.shape[:-1], n.shape[-1] // 2, 2).unbind(-1)
         return torch.stack((-b, a), -1).flatten(3)

@@ -1,30 +1,34 @@
-"""The rounding contract, said once.
+"""The rounding contract, in one place.
 
-Every fused op is the same arithmetic, `residual + tanh(gate) * norm(x)` and `norm(y) * (1 + scale)`; what tells one
-model's code from another's is where intermediate values are rounded to the storage dtype. This module turns the name of
-a rounding form and the dtypes of the operands into the dtype of every single step. The fake implementations read the
-result dtypes off it, the PyTorch definition casts by it, and the CUDA kernels take it as their compile-time constants,
-so that there is one place where a rounding can be right or wrong.
+Models compute the same arithmetic, e.g. `residual + tanh(gate) * norm(x)` and `norm(y) * (1 + scale)`. They differ in
+where they round intermediate values to the storage dtype. This module turns the name of a rounding form and the dtypes
+of the operands into the dtype of every single step. The fake implementations take the result dtypes from it, the
+PyTorch definition casts by it, and the CUDA kernels use it as compile-time constants. So there is one place where a
+rounding can be right or wrong.
 
-R(.) rounds to the dtype of a step; arithmetic is fp32 (fp64 where x is fp64); rstd = rsqrt(mean(x^2) + eps).
+R(.) rounds to the dtype of a step. Arithmetic is fp32 (fp64 if x is fp64). rstd = rsqrt(mean(x^2) + eps).
 
 | form             | norm n =                 | found in                                                       |
 |------------------|--------------------------|----------------------------------------------------------------|
 | cast_then_weight | R(R(x*rstd)*w)           | diffusers' RMSNorm (Z-Image, Lumina 2), Llama order            |
 | weight_then_cast | R(x*rstd*w)              | torch.nn.RMSNorm, F.rms_norm, ComfyUI                          |
 | native           | every step rounded       | Z-Image's own repository: x^2, mean, +eps, rsqrt, *x, *w       |
-| gate_in_fp32     | x*rstd, not rounded      | Mochi: the product with the gate is rounded, once              |
-| fp32             | nothing rounded inside   | on request: one rounding at each output                        |
+| gate_in_fp32     | x*rstd, not rounded      | Mochi: rounds once, after the product with the gate            |
+| fp32             | nothing rounded inside   | only on request: rounds each output once                       |
 
-rstd is spelled in three ways, which differ in the last bit of fp32: rsqrt(v); "reciprocal", R(1 / R(sqrt(v))), times x
-as well; and "quotient", x / R(sqrt(v)). `root` says which; in `fp32` all are rsqrt.
+With v = mean(x^2) + eps, models compute the norm in three ways, which differ in the last bit of fp32. "rsqrt" is
+x * rsqrt(v), "reciprocal" is x * R(1 / R(sqrt(v))), and "quotient" is x / R(sqrt(v)). `root` names the way. The form
+`fp32` always uses rsqrt.
 
 After the norm: t = R(tanh(gate)), p = R(t*n), y = R(residual + p), s = R(1 + scale), z = R(norm(y)*s). The second norm
-reads the y that is stored. A layer norm is F.layer_norm itself, but in `weight_then_cast`, where the model casts x up,
-calls F.layer_norm and casts back (diffusers' FP32LayerNorm), and in `gate_in_fp32` and `fp32`, where it is not cast.
+reads the stored y.
 
-Of a norm that is rotated (RoPE): with complex numbers R(n * rotation), the product in fp32, or fp64 with a complex128
-rotation; with real ones R(R(n * cos) + R(turned(n) * sin)). Of SwiGLU: R(R(silu(a)) * b).
+A layer norm is F.layer_norm of x itself, with two exceptions. In `weight_then_cast` the model casts x up, calls
+F.layer_norm and casts the result back (diffusers' FP32LayerNorm). In `gate_in_fp32` and `fp32` the result is not cast
+back.
+
+A norm with a rotation (RoPE) is R(n * rotation) with complex numbers. The product is fp32, or fp64 with a complex128
+rotation. With cosines and sines it is R(R(n * cos) + R(turned(n) * sin)). SwiGLU is R(R(silu(a)) * b).
 """
 
 from __future__ import annotations
@@ -43,35 +47,25 @@ ROOTS: tuple[str, ...] = ("rsqrt", "reciprocal", "quotient")
 
 @dataclass(frozen=True)
 class NormSteps:
-    """The dtype that each step of a norm is rounded to; the compute dtype (fp32) means that a step is not rounded."""
+    """The dtype that each step of a norm is rounded to. The compute dtype (fp32) means that a step is not rounded."""
 
-    stat: torch.dtype  # x^2, mean(x^2), mean + eps and its root; of a layer norm, what F.layer_norm is called on
+    stat: torch.dtype  # x^2, mean(x^2), mean + eps and its root; for a layer norm, the input of F.layer_norm
     normed: torch.dtype  # x * rstd
     weighted: torch.dtype  # * weight
     biased: torch.dtype  # + bias
-    out: torch.dtype  # the norm as the chain around it reads it
-    root: str = "rsqrt"  # how an rms norm spells its rstd: one of ROOTS
+    out: torch.dtype  # the result of the norm, as the rest of the chain reads it
+    root: str = "rsqrt"  # how an rms norm computes its rstd: one of ROOTS
 
 
 @dataclass(frozen=True)
-class GatedSteps:
-    """The dtype of each step of `y = residual + tanh(gate) * norm(x)`."""
+class StageSteps:
+    """The dtype of each step of `term + act(factor) * norm(v)`. Without a term, `sum` equals `product`."""
 
     norm: NormSteps
-    gate: torch.dtype  # tanh(gate)
-    product: torch.dtype  # tanh(gate) * n
-    sum: torch.dtype  # residual + product
-    y: torch.dtype  # y as it is stored
-
-
-@dataclass(frozen=True)
-class ScaledSteps:
-    """The dtype of each step of `z = norm(x) * (1 + scale)`."""
-
-    norm: NormSteps
-    scale: torch.dtype  # 1 + scale
-    product: torch.dtype  # n * (1 + scale)
-    z: torch.dtype  # z as it is stored
+    factor: torch.dtype  # tanh(gate), 1 + scale
+    product: torch.dtype  # act(factor) * n
+    sum: torch.dtype  # term + product
+    out: torch.dtype  # the stored result
 
 
 @dataclass(frozen=True)
@@ -79,22 +73,22 @@ class RotatedSteps:
     """The dtype of each step of `rotate(norm(x))`."""
 
     norm: NormSteps
-    product: torch.dtype  # n * cos and turned(n) * sin; of complex numbers, the real dtype that they are multiplied in
-    rotated: torch.dtype  # the sum of the two
-    out: torch.dtype  # as it is stored
+    product: torch.dtype  # n * cos and turned(n) * sin; with a complex rotation, the real dtype of the multiplication
+    rotated: torch.dtype  # the sum of the two products
+    out: torch.dtype  # the stored result
 
 
 @dataclass(frozen=True)
 class SiluSteps:
     """The dtype of each step of `silu(a) * b`."""
 
-    silu: torch.dtype  # silu(a), which is fp32 inside
+    silu: torch.dtype  # silu(a), computed in fp32
     product: torch.dtype
-    out: torch.dtype  # as it is stored
+    out: torch.dtype  # the stored result
 
 
 def compute_dtype(x: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: fp32, or fp64 for an fp64 x (only the PyTorch definition takes that)."""
+    """The dtype of the arithmetic: fp32, or fp64 for an fp64 x. Only the PyTorch definition takes an fp64 x."""
     return torch.float64 if x == torch.float64 else torch.float32
 
 
@@ -113,9 +107,9 @@ def norm_steps(
 ) -> NormSteps:
     """The steps of one norm.
 
-    `norm_dtype` is what the normalised value is cast to: before the weight in `cast_then_weight`, at the end in
-    `weight_then_cast` and for layer norms. None is what diffusers does in the first case (the weight's dtype, or x's
-    where there is no weight) and what PyTorch does in the others (x's dtype).
+    `norm_dtype` is the dtype that the normalised value is cast to. The cast comes before the weight in
+    `cast_then_weight`, and at the end in `weight_then_cast` and in layer norms. None follows diffusers in the first
+    case (the weight's dtype, or x's without a weight) and PyTorch in the others (x's dtype).
     """
     wide = compute_dtype(x)
     root = "rsqrt" if norm == "layer" or form == "fp32" else root
@@ -132,52 +126,33 @@ def norm_steps(
     return NormSteps(stat, normed, weighted, biased, biased, root)
 
 
-def gated_steps(
+def stage_steps(
     form: str,
     norm: str,
     x: torch.dtype,
     weight: torch.dtype | None,
     bias: torch.dtype | None,
-    gate: torch.dtype | None,
-    residual: torch.dtype,
-    y_dtype: torch.dtype | None = None,
+    factor: torch.dtype | None,
+    term: torch.dtype | None,
+    out_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     root: str = "rsqrt",
-) -> GatedSteps:
-    """The steps of `residual + tanh(gate) * norm(x)`; `gate` is None where there is no gate, or where it is 0-d (a 0-d
-    operand does not promote). Without `y_dtype`, y has the dtype that PyTorch's promotion gives the chain."""
-    if form == "fp32":
-        wide = compute_dtype(x)
-        default = gated_steps("cast_then_weight", norm, x, weight, bias, gate, residual, None, norm_dtype).y
-        return GatedSteps(norm_steps(form, norm, x, weight, bias), wide, wide, wide, y_dtype or default)
-    steps = norm_steps(form, norm, x, weight, bias, norm_dtype, root)
-    product = norm_dtype or x if form == "gate_in_fp32" else _promote(steps.out, gate)
-    total = _promote(product, residual)
-    return GatedSteps(steps, gate or steps.out, product, total, y_dtype or total)
+) -> StageSteps:
+    """The steps of `term + act(factor) * norm(x)`.
 
-
-def scaled_steps(
-    form: str,
-    norm: str,
-    x: torch.dtype,
-    weight: torch.dtype | None,
-    bias: torch.dtype | None,
-    scale: torch.dtype | None,
-    z_dtype: torch.dtype | None = None,
-    norm_dtype: torch.dtype | None = None,
-    root: str = "rsqrt",
-) -> ScaledSteps:
-    """The steps of `norm(x) * (1 + scale)`; `scale` and the default of `z_dtype` as `gate` and `y_dtype` above."""
+    factor: None if there is none, or if it is 0-d, since a 0-d operand does not promote. term: None if there is none.
+    Without `out_dtype`, the result has the dtype that PyTorch's type promotion gives the chain.
+    """
     steps = norm_steps(form, norm, x, weight, bias, norm_dtype, root)
+    wide = compute_dtype(x)
     if form == "fp32":
-        wide = compute_dtype(x)
-        default = scaled_steps("cast_then_weight", norm, x, weight, bias, scale, None, norm_dtype).z
-        return ScaledSteps(steps, wide, wide, z_dtype or default)
-    if form == "gate_in_fp32":
-        wide = compute_dtype(x)
-        return ScaledSteps(steps, wide, wide, z_dtype or norm_dtype or x)
-    product = _promote(steps.out, scale)
-    return ScaledSteps(steps, scale or steps.out, product, z_dtype or product)
+        default = stage_steps("cast_then_weight", norm, x, weight, bias, factor, term, None, norm_dtype).out
+        return StageSteps(steps, wide, wide, wide, out_dtype or default)
+    if form == "gate_in_fp32" and term is None:
+        return StageSteps(steps, wide, wide, wide, out_dtype or norm_dtype or x)
+    product = norm_dtype or x if form == "gate_in_fp32" else _promote(steps.out, factor)
+    total = _promote(product, term)
+    return StageSteps(steps, factor or steps.out, product, total, out_dtype or total)
 
 
 def rotated_steps(
@@ -190,11 +165,11 @@ def rotated_steps(
     out_dtype: torch.dtype | None = None,
     root: str = "rsqrt",
 ) -> RotatedSteps:
-    """The steps of `rotate(norm(x))`, the norm an rms norm; `rotation` is complex, or the dtype of cos and sin.
+    """The steps of `rotate(norm(x))` with an rms norm. rotation: a complex dtype, or the dtype of cos and sin.
 
-    `rope_dtype` is what a complex product is cast to, by default the dtype of the norm, as in `x_out.type_as(x)`; and
-    what real products and their sum are rounded to, by default what PyTorch's promotion gives. Without `out_dtype`, the
-    result has that dtype, too.
+    With a complex rotation, the product is cast to `rope_dtype`. The default is the dtype of the norm, as in
+    `x_out.type_as(x)`. With cosines and sines, the products and their sum are rounded to `rope_dtype`. The default is
+    the dtype that PyTorch's type promotion gives. Without `out_dtype`, the result has the same dtype.
     """
     norm = norm_steps(form, "rms", x, weight, None, norm_dtype, root)
     if form == "fp32":
@@ -215,7 +190,7 @@ def silu_steps(
     silu_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> SiluSteps:
-    """The steps of `silu(a) * b`: `silu_dtype` is a's by default, `out_dtype` what PyTorch's promotion gives."""
+    """The steps of `silu(a) * b`. Defaults: `silu_dtype` is a's dtype, `out_dtype` follows PyTorch's type promotion."""
     silu = silu_dtype or a
     product = _promote(silu, b)
     if form == "fp32":

@@ -1,4 +1,7 @@
-"""Everything in this folder is marked `gpu`, and skipped, with the reason, where the kernels cannot run."""
+"""Everything in this folder is marked `gpu`, and skipped, with the reason, where the kernels cannot run.
+
+Also here: fixtures about plans, which are what lets a call like one before skip its checks.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,18 @@ import importlib.metadata
 import importlib.util
 import json
 import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+
+from dit_kernels.families.family import Call, Op
+from dit_kernels.plans import Plans
 
 
 def why_no_kernels() -> str | None:
@@ -78,3 +87,26 @@ def _commit() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checked_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the ops whose arguments were checked, one for each check. A call that a plan runs adds none."""
+    names: list[str] = []
+    checked = Op.call
+
+    def noted(op: Op, *args: Any, **options: Any) -> Call:
+        names.append(op.name)
+        return checked(op, *args, **options)
+
+    monkeypatch.setattr(Op, "call", noted)
+    return names
+
+
+@pytest.fixture
+def as_if_first() -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which each call is checked and keeps a plan, whatever plans there are already."""
+    return lambda: mock.patch.multiple(Plans, run=lambda *_: None, knows=lambda *_: False)

@@ -5,6 +5,8 @@ The bounds are those of `attention_kernel_bounds`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +19,7 @@ from attention_kernel_bounds import heads_first, last_dimension_strided, misalig
 from kernel_bounds import BF16, EPS, FP16, FP32, Device
 from torch import Tensor
 
-from dit_kernels import ops
+from dit_kernels.families import OPS
 from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
 
 COMPLEX64, COMPLEX128 = torch.complex64, torch.complex128
@@ -148,7 +150,7 @@ def test_widths_and_dtypes_that_no_kernel_is_made_for_run_the_definition(options
     o = heads(2, 20, 6, 2, options["d"])
     options = {name: value for name, value in options.items() if name != "d"}
     results = call("qk_norm_rope", *o.arguments(), **options)
-    expected = ops.OPS["qk_norm_rope"].make_call(*o.arguments(), **options).definition()
+    expected = OPS["qk_norm_rope"].call(*o.arguments(), **options).definition()
     assert all(map(torch.equal, results, expected))
 
 
@@ -161,10 +163,10 @@ def test_one_kernel_serves_every_batch_and_length() -> None:
     from dit_kernels import compile
 
     check_heads(heads(2, 8, 6, 2, 128))
-    compiled = len(compile._functions)
+    compiled = len(compile.KERNELS.functions)
     for batch, tokens in ((1, 1), (4, 77), (4, 1), (2, 1023)):
         check_heads(heads(batch, tokens, 6, 2, 128))
-    assert len(compile._functions) == compiled
+    assert len(compile.KERNELS.functions) == compiled
 
 
 def test_heads_of_more_than_2_to_the_31_elements_are_addressed_right() -> None:
@@ -233,22 +235,25 @@ def everything() -> dict[str, tuple[Any, ...]]:
     }
 
 
-OPS = ("qk_norm_rope", "norm_rope", "silu_mul")
+NAMES = ("qk_norm_rope", "norm_rope", "silu_mul")
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_a_call_like_one_before_computes_what_the_first_did(op: str) -> None:
+@pytest.mark.parametrize("op", NAMES)
+def test_a_call_like_one_before_computes_what_the_first_did(
+    op: str, checked_calls: list[str], as_if_first: Callable[[], AbstractContextManager[Any]]
+) -> None:
     arguments = everything()[op]
-    ops._plans.clear()
-    first = call(op, *arguments)
-    assert ops._plans
+    with as_if_first():
+        first = call(op, *arguments)
+    assert checked_calls == [op]
     again = call(op, *arguments)
+    assert checked_calls == [op]  # a plan ran the second call
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one, other)
         assert one.data_ptr() != other.data_ptr()
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", NAMES)
 def test_a_cuda_graph_replays_a_call_on_new_data(op: str) -> None:
     arguments = everything()[op]
     call(op, *arguments)  # compiles
@@ -262,7 +267,7 @@ def test_a_cuda_graph_replays_a_call_on_new_data(op: str) -> None:
     assert all(map(torch.equal, results, call(op, *arguments)))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", NAMES)
 def test_a_call_runs_on_the_current_stream(op: str) -> None:
     arguments = everything()[op]
     expected = call(op, *arguments)
@@ -275,7 +280,7 @@ def test_a_call_runs_on_the_current_stream(op: str) -> None:
     assert all(map(torch.equal, results, expected))
 
 
-@pytest.mark.parametrize("op", OPS[:2])
+@pytest.mark.parametrize("op", NAMES[:2])
 def test_eps_as_a_tensor_is_eps_as_a_number(op: str) -> None:
     arguments = everything()[op]
     as_tensors = [torch.tensor(a) if isinstance(a, float) else a for a in arguments]

@@ -32,7 +32,7 @@ from fusion_pass import Backend, lowering  # noqa: F401  Inductor's way to call 
 MAY_DIFFER = {torch.bfloat16: 5e-4, torch.float16: 5e-3}
 # What a matmul makes of the results, by the sum of their magnitudes: one step of it, and of one of them in ten.
 SUM_MAY_DIFFER = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 2e-6}
-# Each example compiles for seconds: what fails is told as it was found, not after minutes of making it smaller.
+# Each example compiles for seconds: a failing one is reported as it was found, not after minutes of making it smaller.
 AS_FOUND = settings(deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 
@@ -110,7 +110,7 @@ def test_a_compiled_swiglu_follows_eager_and_runs_on_a_kernel(spec: SiluSpec, se
 
 
 @pytest.mark.parametrize("table", (torch.complex64, torch.complex128))
-def test_nothing_stands_between_a_projection_and_its_attention_but_one_kernel(table: torch.dtype) -> None:
+def test_only_one_kernel_runs_between_a_projection_and_its_attention(table: torch.dtype) -> None:
     spec = RopeSpec(width=64, tokens=128, heads=4, kv_heads=4, packed=True, table=table)
     module, args = RopeModule(spec).cuda().eval().requires_grad_(False), moved(rope_inputs(spec))
     compiled = torch.compile(module, backend=Backend(strict=True))
@@ -196,7 +196,7 @@ def test_opcheck_passes_on_the_gpu(dtype: torch.dtype, shape: tuple[int, ...]) -
 
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls that were looked at as a whole, since nothing was known of their operands yet."""
+    """The ops of the direct calls that checked their operands, one for each check, because they knew no kernel yet."""
     seen: list[str] = []
     checked = DirectCall.checked
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -234,10 +236,10 @@ def test_one_kernel_serves_every_batch_and_length() -> None:
     from dit_kernels import compile
 
     check(DUAL, operands(1, 8, 3072))
-    compiled = len(compile._functions)
+    compiled = len(compile.KERNELS.functions)
     for batch, tokens in ((1, 1), (4, 77), (4, 1), (2, 1023)):
         check(DUAL, operands(batch, tokens, 3072))
-    assert len(compile._functions) == compiled
+    assert len(compile.KERNELS.functions) == compiled
 
 
 def test_leading_dimensions_may_be_any_number() -> None:
@@ -258,14 +260,19 @@ def test_leading_dimensions_may_be_any_number() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_call_like_one_before_computes_what_the_first_did(op: str) -> None:
+def test_a_call_like_one_before_computes_what_the_first_did(
+    op: str, checked_calls: list[str], as_if_first: Callable[[], AbstractContextManager[Any]]
+) -> None:
     o = operands(2, 37, 3840)
     o.gate = random(3840)  # is viewed as [1, 1, D] on the way
-    first = run(op, o)
-    assert ops._plans
+    with as_if_first():
+        first = run(op, o)
+    assert checked_calls == [op]
     again = run(op, o)
-    ops._plans.clear()
-    checked = run(op, o)
+    assert checked_calls == [op]  # a plan ran the second call
+    with as_if_first():
+        checked = run(op, o)
+    assert checked_calls == [op, op]
     for results in zip(first, again, checked, strict=True):
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
         assert results[0].data_ptr() != results[1].data_ptr()
@@ -406,7 +413,7 @@ def test_more_batch_items_than_multiprocessors_hold_ctas_are_all_computed() -> N
 def test_a_capture_with_no_counters_left_zeroes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     o = operands(1, 4000, 3840)
     expected = run(DUAL, o)
-    monkeypatch.setattr(tickets, "_free", {})
+    monkeypatch.setattr(tickets.COUNTERS, "free", {})
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = run(DUAL, o)
@@ -443,28 +450,28 @@ def test_what_is_prepared_on_fake_tensors_is_what_a_call_launches() -> None:
     o = operands(2, 24, 3880)  # a width that no other test has
     with FakeTensorMode() as mode:
         fakes = Operands(*(t if t is None else mode.from_tensor(t) for t in vars(o).values()))
-        ops.prepare(torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale.default, *fakes.arguments(DUAL))
-    compiled = set(compile._functions)
+        op = torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale.default
+        ops.prepare(ops.checked_call(op, *fakes.arguments(DUAL)))
+    compiled = set(compile.KERNELS.functions)
     assert any(variant.d == 3880 for _, variant in compiled)
     check(DUAL, o)
-    assert set(compile._functions) == compiled
+    assert set(compile.KERNELS.functions) == compiled
 
 
-def test_kernels_from_the_disk_compute_what_fresh_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_from_the_disk_compute_what_fresh_ones_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_if_first: Callable[[], AbstractContextManager[Any]]
+) -> None:
     from dit_kernels import compile
-
-    def forget() -> None:
-        compile._kernels.clear()
-        compile._functions.clear()
-        ops._plans.clear()
 
     o, compiled = operands(1, 64, 3840), []
     real = compile.compile_variant
     monkeypatch.setenv("DIT_KERNELS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compile, "compile_variant", lambda *given: compiled.append(given) or real(*given))
-    forget()
-    expected = run(DUAL, o)
-    forget()
-    for result, other in zip(run(DUAL, o), expected, strict=True):
+    with as_if_first():  # a plan would run the kernel that it knows
+        monkeypatch.setattr(compile, "KERNELS", compile.KernelTable())
+        expected = run(DUAL, o)
+        monkeypatch.setattr(compile, "KERNELS", compile.KernelTable())
+        results = run(DUAL, o)
+    for result, other in zip(results, expected, strict=True):
         assert torch.equal(result, other)
     assert len(compiled) == 1

@@ -113,7 +113,7 @@ def test_every_residual_add_attention_and_swiglu_of_the_full_model_is_fused(repo
     assert report.graphs == 1
 
 
-def test_every_fused_site_says_where_it_stands_and_how_it_rounds(report: Any) -> None:
+def test_every_fused_site_names_its_module_its_source_line_and_its_rounding(report: Any) -> None:
     for site in report.fused:
         assert site.module
         assert "transformer_z_image.py:" in site.source or "normalization.py:" in site.source

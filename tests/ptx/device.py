@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from dit_kernels import compile, ops, tickets
-from dit_kernels.calls import norm_gate
+from dit_kernels.arguments import Layout
 from dit_kernels.compile import Variant, compile_variant
+from dit_kernels.families import modulated_norm
+from dit_kernels.families.family import Call
 from ptx.host import Launch, host_function, launch
 from ptx.machine import Machine
 from ptx.memory import GlobalMemory
@@ -49,27 +51,31 @@ def compiled(arch: str, variant: Variant) -> Compiled:
         return Compiled(variant, kernel.__ptx__, kernel.__cubin__, tuple(host_function(str(kernel.ir_module))))
 
 
-def run(kernel: Compiled, *operands: Any) -> Launch:
-    """Runs a kernel on the operands of `compile.bound` and the numbers after them; results are written in place."""
-    family = compile._KERNELS[type(kernel.variant.chain)].family
-    named = dict(zip(family.arguments, operands, strict=False))
+def run(kernel: Compiled, call: Call, results: tuple[Tensor, ...], numbers: tuple[int, ...]) -> Launch:
+    """Runs the kernel of a call, launched with these numbers; results are written in place."""
+    family = kernel.variant.family
     program = parse(kernel.ptx)
     memory = GlobalMemory()
-    arguments = [
-        _add(memory, name, t, name in family.results) if isinstance(t, Tensor) else t
-        for name, t in named.items()
-        if t is not None
-    ]
-    with mock.patch.object(tickets, "address", lambda device, stream, batches: memory.add_counters(batches)):
-        of_launch = family.of_launch(0, 0, operands[0].shape[0])
+    operands = call.operands(results)
+    tensors = iter(operands.memory)  # in the order of the layouts
+    arguments, written = [], {}
+    for argument in family.arguments:
+        value = operands.values[argument.name]
+        if isinstance(value, Layout):
+            t = next(tensors)
+            view = t.as_strided(value.shape, value.strides)
+            value = _add(memory, argument.name, view, argument.written)
+            written |= {argument.name: t} if argument.written else {}
+        if value is not None:
+            arguments.append(value)
+    with mock.patch.object(tickets.COUNTERS, "address", lambda device, stream, batches: memory.add_counters(batches)):
+        of_launch = family.of_launch(0, 0, numbers[0])
     memory.freeze()
-    what = launch(kernel.host, program, [*arguments, *operands[len(named) :], *of_launch])
+    what = launch(kernel.host, program, [*arguments, *numbers, *of_launch])
     assert what.threads == program.threads
     Machine(program, what.grid, what.shared_bytes, memory, what.parameters).run()
-    for name in family.results:
-        if isinstance(named[name], Tensor):
-            content = torch.frombuffer(bytearray(memory.content(name)), dtype=named[name].dtype)
-            named[name].copy_(content.view(named[name].shape))
+    for name, t in written.items():
+        t.copy_(torch.frombuffer(bytearray(memory.content(name)), dtype=t.dtype).view(t.shape))
     return what
 
 
@@ -88,17 +94,11 @@ def _add(memory: GlobalMemory, name: str, t: Tensor, result: bool) -> int:
 
 @contextmanager
 def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] = compiled) -> Iterator[None]:
-    """Makes `compile.bound` find kernels for `arch` and for CPU tensors, and the interpreter run them."""
-
-    def function(arch: str, variant: Variant) -> Callable[..., Launch]:
-        found = kernel(arch, variant)
-        return partial(run, found)
-
+    """Makes `compile.bound` find kernels for `arch` and for CPU tensors, for `call` to run in the interpreter."""
     with (
-        mock.patch.object(compile, "_kernels", {}),
-        mock.patch.object(compile, "_function", function),
+        mock.patch.object(compile.KERNELS, "get", kernel),
         mock.patch.object(compile, "_arch", return_value=arch),
-        mock.patch.object(norm_gate, "processors", return_value=processors),
+        mock.patch.object(modulated_norm, "processors", return_value=processors),
     ):
         yield
 
@@ -107,7 +107,6 @@ def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, .
     """What torch.ops.dit_kernels.<op> does on a GPU, within `gpu`."""
     checked = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
     results = checked.empty_results()
-    operands = checked.operands(results)
-    function, numbers = compile.bound(checked.chain, *operands)
-    function(*operands, *numbers)
+    kernel, numbers = compile.bound(checked.op.family, checked.chain, checked.operands(results))
+    run(kernel, checked, results, numbers)
     return results

@@ -1,6 +1,6 @@
 """Runs a kernel: all threads of all CTAs of a small grid at once, each instruction a NumPy operation over the lanes.
 
-Lanes that stand at different instructions are run in turn, those with the lowest one first, so that a branch joins
+Lanes that are at different instructions run in turn, those with the lowest one first, so that a branch joins
 again where its ways meet. A lane that waits, at a barrier or for an mbarrier, is passed over until it may go on; if
 nobody can go on, that is a deadlock.
 """

@@ -149,7 +149,7 @@ class GlobalMemory:
                 self._writer[offset // GRANULE : (offset + len(content)) // GRANULE] = HOST
 
     def content(self, name: str) -> bytes:
-        """What stands in the one segment of a buffer."""
+        """The bytes of the one segment of a buffer."""
         owner = next(i for i, buffer in enumerate(self.buffers) if buffer.name == name)
         (segment,) = np.flatnonzero(self._owners == owner)
         start = self._offsets[segment]

@@ -1,4 +1,4 @@
-"""PTX text as instructions. What stands in an instruction is for `machine` to understand, or to refuse."""
+"""PTX text as instructions. `machine` understands the operands of an instruction, or refuses them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Instruction:
     negated: bool
     opcode: str
     operands: tuple[str, ...]
-    scope: tuple[int, ...]  # the braces it stands in: names declared there are its own
+    scope: tuple[int, ...]  # the braces it is in: names declared there are its own
 
     def __str__(self) -> str:
         return f"line {self.line}, `{self.text}`"

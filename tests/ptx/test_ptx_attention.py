@@ -16,7 +16,7 @@ from kernel_bounds import random
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
-from dit_kernels.cute import norm_rope, silu_mul
+from dit_kernels.cute import activation, norm_rope
 from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
 from ptx import numbers
 from ptx.device import ARCHS, compiled, gpu
@@ -108,7 +108,7 @@ def test_heads_stay_within_the_bounds_whichever_way_approximations_err(kind: str
 
 def test_a_batch_wider_than_the_grid_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_rope, "MAX_GRID_Y", 2)
-    monkeypatch.setattr(silu_mul, "MAX_GRID_Y", 2)
+    monkeypatch.setattr(activation, "MAX_GRID_Y", 2)
     with gpu("sm_90a", 1, compiled.__wrapped__):
         check_heads(heads(5, 2, 2, 1, 64))
         check_silu(random(5, 2, 64), random(5, 2, 64, seed=1))
@@ -220,8 +220,8 @@ VALUE, FAULT = (AssertionError, "off by|differ"), (Fault, "out of bounds|nothing
         (norm_rope, "_normed", _norm_not_rounded, KINDS["Z-Image"], VALUE),
         (norm_rope, "warp_sum", _sum_of_half_of_the_lanes, COMPLEX_HEADS, VALUE),
         (norm_rope._Heads, "_inside", _true, ODD_HEADS, FAULT),
-        (norm_rope._Place, "has_token", _true, FEW_HEADS, FAULT),
-        (norm_rope._Place, "vectors", _a_token_on, COMPLEX_HEADS, FAULT),
+        (norm_rope.HeadPlace, "has_token", _true, FEW_HEADS, FAULT),
+        (norm_rope.HeadPlace, "vectors", _a_token_on, COMPLEX_HEADS, FAULT),
     ),
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -249,10 +249,10 @@ def _gate_for_value(original, a, b, steps):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("wrong", (_silu_rounded_late, _gate_for_value), ids=lambda wrong: wrong.__name__.strip("_"))
 def test_a_mistake_in_silu_mul_is_found(wrong: Any) -> None:
-    original = silu_mul._silu_mul
+    original = activation._silu_mul
     with (
         gpu("sm_90a", 1, compiled.__wrapped__),
-        mock.patch.object(silu_mul, "_silu_mul", lambda *a: wrong(original, *a)),
+        mock.patch.object(activation, "_silu_mul", lambda *a: wrong(original, *a)),
         pytest.raises(AssertionError, match=r"off by|differ"),
     ):
         check_silu(random(1, 5, 1000), random(1, 5, 1000, seed=1))

@@ -18,8 +18,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from dit_kernels import compile
-from dit_kernels.cute import arith, norm_gate, reduce
+from dit_kernels.cute import modulated_norm, reduce, spec, stage
 from ptx import device
 from ptx.device import ARCHS, compiled, gpu
 from ptx.judging import check
@@ -29,7 +28,17 @@ WHERE = r"thread \d+ of CTA \(\d+, \d+, \d+\), line \d+, `"
 VALUE = r"{}\[\d+, \d+, \d+\] is \S+, by the definition \S+: (off by \S+ steps|\d+ of \d+ differ)"
 
 
-def run(owner: Any, name: str, wrong: Callable[..., Any], arch: str, op: str = bounds.DUAL, **sizes: int) -> None:
+def run(
+    owner: Any,
+    name: str,
+    wrong: Callable[..., Any],
+    arch: str,
+    op: str = bounds.DUAL,
+    o: bounds.Operands | None = None,
+    eps: float = bounds.EPS,
+    eps2: float = bounds.EPS2,
+    **sizes: int,
+) -> None:
     """Compiles with `wrong(original, ...)` for a function of the kernels, and judges."""
     original = getattr(owner, name)
 
@@ -37,50 +46,81 @@ def run(owner: Any, name: str, wrong: Callable[..., Any], arch: str, op: str = b
         return wrong(original, *arguments, **options)
 
     with mock.patch.object(owner, name, replaced), gpu(arch, 1, compiled.__wrapped__):
-        check(op, bounds.operands(**{"batch": 2, "tokens": 5, "d": 2304, **sizes}))
+        check(op, o or bounds.operands(**{"batch": 2, "tokens": 5, "d": 2304, **sizes}), eps, eps2)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_patch_that_changes_nothing_is_no_mistake(arch: str) -> None:
-    run(norm_gate, "_gated", lambda original, *a: original(*a), arch)
+    run(modulated_norm, "write", lambda original, *a: original(*a), arch)
 
 
 # --- wrong values ---------------------------------------------------------------------------------------------------
 
 
+def run_with_strides_swapped(swapped: str, arch: str, tokens: int, per_token: bool) -> None:
+    """Swaps the strides of batch and token of this operand. per_token: gate and scale have a row for each token."""
+
+    def tensor(original, kernel, batches, tokens, name, pointer, strides):  # type: ignore[no-untyped-def]
+        return original(kernel, batches, tokens, name, pointer, strides[::-1] if name == swapped else strides)
+
+    o = bounds.operands(2, tokens, 2304)
+    if per_token:
+        o = replace(o, gate=random(2, tokens, 2304, seed=1), scale=random(2, tokens, 2304, seed=2))
+    run(modulated_norm.ModulatedNormKernel, "tensor", tensor, arch, o=o)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-def test_strides_of_batch_and_token_swapped_are_found(arch: str) -> None:
-    def of_x(original, kernel, batches, tokens, name, pointer, by_batch=0, by_token=0):  # type: ignore[no-untyped-def]
-        strides = (by_token, by_batch) if name == "x" else (by_batch, by_token)
-        return original(kernel, batches, tokens, name, pointer, *strides)
-
-    with pytest.raises(AssertionError, match=VALUE.format("y")):
-        run(norm_gate.NormGate, "tensor", of_x, arch, tokens=2)
-    with pytest.raises(Fault, match=WHERE + ".*out of bounds"):
-        run(norm_gate.NormGate, "tensor", of_x, arch, tokens=3)
-
-
-def weights_swapped(original, parameters, kernel, place, gate, scale, weight, bias, weight2, bias2):  # type: ignore[no-untyped-def]
-    original(parameters, kernel, place, gate, scale, weight2, bias, weight, bias2)
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize(("name", "result"), (("x", "y"), ("residual", "y"), ("gate", "y"), ("scale", "z")))
+def test_strides_of_batch_and_token_swapped_are_found(arch: str, name: str, result: str, per_token: bool) -> None:
+    with pytest.raises(AssertionError, match=VALUE.format(result)):
+        run_with_strides_swapped(name, arch, 2, per_token)
+    if per_token or name in ("x", "residual"):  # one row for a batch item has a stride of 0 for tokens
+        with pytest.raises(Fault, match=WHERE + ".*out of bounds"):
+            run_with_strides_swapped(name, arch, 3, per_token)
 
 
-def scale_of_another_batch_item(original, parameters, kernel, place, gate, scale, *others):  # type: ignore[no-untyped-def]
-    original(parameters, kernel, place, gate, scale, *others)
-    elsewhere = replace(place, batch=1 - place.batch)
-    parameters.scale = norm_gate._Modulation.of(scale, kernel.operands.scale, elsewhere, kernel.tiling.ahead)
-    parameters.scale.activate = parameters._add_one
+def weights_swapped(original, parameters, *others):  # type: ignore[no-untyped-def]
+    original(parameters, *others)
+    (weight, bias), (weight2, bias2) = parameters.columns
+    parameters.columns = [(weight2, bias), (weight, bias2)]
 
 
-def residual_read_from_x(original, kernel, place, values, residuals, *others):  # type: ignore[no-untyped-def]
-    original(kernel, place, values, values, *others)
+def weight_of_the_first_norm_in_both(original, parameters, *others):  # type: ignore[no-untyped-def]
+    original(parameters, *others)
+    parameters.columns[1] = parameters.columns[0]
 
 
-def product_not_rounded(original, n, gate, residual, steps):  # type: ignore[no-untyped-def]
-    return original(n, gate, residual, replace(steps, product=torch.float32))
+def gate_and_scale_swapped(original, parameters, *others):  # type: ignore[no-untyped-def]
+    original(parameters, *others)
+    parameters.factors.reverse()
 
 
-def product_of_z_without_its_scale(original, n, scale, steps):  # type: ignore[no-untyped-def]
-    return original(n, None, steps)
+def scale_of_another_batch_item(original, parameters, kernel, operands, place):  # type: ignore[no-untyped-def]
+    original(parameters, kernel, operands, place)
+    elsewhere, scaled = replace(place, batch=1 - place.batch), kernel.chain.stages[1]
+    parameters.factors[1] = stage.factor_of(scaled, operands, kernel.specs, elsewhere, kernel.tiling.ahead)
+
+
+def tanh_left_out(original, of, *others):  # type: ignore[no-untyped-def]
+    return original(replace(of, activation=None) if of.activation == "tanh" else of, *others)
+
+
+def one_left_out(original, of, *others):  # type: ignore[no-untyped-def]
+    return original(replace(of, activation=None) if of.activation == "one_plus" else of, *others)
+
+
+def residual_read_from_x(original, kernel, place, rows, *others):  # type: ignore[no-untyped-def]
+    original(kernel, place, {**rows, "residual": rows["x"]}, *others)
+
+
+def product_not_rounded(original, of, *others):  # type: ignore[no-untyped-def]
+    wrong = replace(of, steps=replace(of.steps, product=torch.float32))
+    return original(wrong if of.names.out == "y" else of, *others)
+
+
+def product_of_z_without_its_scale(original, of, norm, values, factor, *others):  # type: ignore[no-untyped-def]
+    return original(of, norm, values, factor if of.names.out == "y" else lambda i: None, *others)
 
 
 def norm_not_rounded(original, x, mean, rstd, weight, bias, steps):  # type: ignore[no-untyped-def]
@@ -91,27 +131,21 @@ def sum_without_the_first_vector(original, place, i, value):  # type: ignore[no-
     return Float32(cutlass.select_(place.thread == 0, Float32(0.0), original(place, i, value)))
 
 
-def tanh_left_out(original, parameters, gate):  # type: ignore[no-untyped-def]
-    return gate
-
-
-def one_left_out(original, parameters, scale):  # type: ignore[no-untyped-def]
-    return scale
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
     ("owner", "name", "wrong", "result"),
     (
-        (norm_gate._Parameters, "__init__", weights_swapped, "y"),
-        (norm_gate._Parameters, "__init__", scale_of_another_batch_item, "z"),
-        (norm_gate._Parameters, "_tanh", tanh_left_out, "y"),
-        (norm_gate._Parameters, "_add_one", one_left_out, "z"),
-        (norm_gate.NormGate, "run", residual_read_from_x, "y"),
-        (norm_gate, "_gated", product_not_rounded, "y"),
-        (norm_gate, "_scaled", product_of_z_without_its_scale, "z"),
-        (norm_gate, "normed", norm_not_rounded, "y"),
-        (norm_gate._Place, "counted", sum_without_the_first_vector, "y"),
+        (modulated_norm._Parameters, "__init__", weights_swapped, "y"),
+        (modulated_norm._Parameters, "__init__", weight_of_the_first_norm_in_both, "z"),
+        (modulated_norm._Parameters, "__init__", gate_and_scale_swapped, "y"),
+        (modulated_norm._Parameters, "__init__", scale_of_another_batch_item, "z"),
+        (modulated_norm, "factor_of", tanh_left_out, "y"),
+        (modulated_norm, "factor_of", one_left_out, "z"),
+        (modulated_norm.ModulatedNormKernel, "run", residual_read_from_x, "y"),
+        (modulated_norm, "write", product_not_rounded, "y"),
+        (modulated_norm, "write", product_of_z_without_its_scale, "z"),
+        (stage, "normed", norm_not_rounded, "y"),
+        (stage.RowPlace, "counted", sum_without_the_first_vector, "y"),
     ),
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -122,29 +156,42 @@ def test_a_mistake_that_changes_values_is_found(arch: str, owner: Any, name: str
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_second_norm_of_y_before_it_is_rounded_is_found(arch: str) -> None:
-    def gated(original, n, gate, residual, steps):  # type: ignore[no-untyped-def]
-        return arith.total(residual, arith.widen(arith.product(n, gate, steps.product)), torch.float32)
+    def write(original, of, *others):  # type: ignore[no-untyped-def]
+        unrounded = replace(of, steps=replace(of.steps, sum=torch.float32, out=torch.float32))
+        return original(unrounded if of.names.out == "y" else of, *others)
 
     def store(writer, i, value):  # type: ignore[no-untyped-def]
         place, stored = writer.place, value.to(writer.row.element_type)
-        norm_gate.store(stored, writer.in_memory(i), place.inside(i))
-        writer.fragments.append(norm_gate._packed(value, torch.float32))
+        stage.store(stored, writer.in_memory(i), place.inside(i))
+        writer.fragments.append(stage._packed(value, torch.float32))
         return writer.fragments[-1]
 
-    wrong = mock.patch.object(norm_gate._Writer, "store", store)
+    wrong = mock.patch.object(stage.Writer, "store", store)
     with wrong, pytest.raises(AssertionError, match=VALUE.format("z")):
-        run(norm_gate, "_gated", gated, arch)
+        run(modulated_norm, "write", write, arch)
+
+
+def run_with_eps(first: str, second: str, arch: str) -> None:
+    """The two norms take these two operands as their eps, which should be "eps" and "eps2"."""
+
+    def chain(original, kernel, place, rows, parameters, operands, partials):  # type: ignore[no-untyped-def]
+        operands = {**operands, "eps": operands[first], "eps2": operands[second]}
+        original(kernel, place, rows, parameters, operands, partials)
+
+    run(modulated_norm.ModulatedNormKernel, "run", chain, arch, eps=1e-5, eps2=1e-1, batch=1, tokens=2)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_eps_and_eps2_swapped_are_found(arch: str) -> None:
-    def swapped(kernel, place, values, residuals, parameters, eps, eps2, *others):  # type: ignore[no-untyped-def]
-        run_chain(kernel, place, values, residuals, parameters, eps2, eps, *others)
+    with pytest.raises(AssertionError, match=VALUE.format("y")):
+        run_with_eps("eps2", "eps", arch)
 
-    run_chain = norm_gate.NormGate.run
-    wrong = mock.patch.object(norm_gate.NormGate, "run", swapped)
-    with wrong, gpu(arch, 1, compiled.__wrapped__), pytest.raises(AssertionError, match=VALUE.format("y")):
-        check(bounds.DUAL, bounds.operands(1, 2, 2304), eps=1e-5, eps2=1e-1)
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("eps", "result"), (("eps", "z"), ("eps2", "y")))
+def test_one_eps_for_both_norms_is_found(arch: str, eps: str, result: str) -> None:
+    with pytest.raises(AssertionError, match=VALUE.format(result)):
+        run_with_eps(eps, eps, arch)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -157,7 +204,7 @@ def test_rows_drawn_one_too_few_or_too_many_are_found(arch: str, more: int, mess
         original(self, counters, batch, walkers, given, drawn + more)
 
     with pytest.raises(Fault, match=message):
-        run(norm_gate._Tickets, "__init__", tickets, arch, batch=1, tokens=14)
+        run(modulated_norm._Tickets, "__init__", tickets, arch, batch=1, tokens=14)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -166,7 +213,7 @@ def test_a_row_that_is_drawn_twice_is_found(arch: str) -> None:
         return original(tickets, ticket // 2 * 2)
 
     with pytest.raises(Fault, match=WHERE + r".*writes y\[0, \d+, \d+\] a second time"):
-        run(norm_gate._Tickets, "row_of", row_of, arch, batch=1, tokens=14)
+        run(modulated_norm._Tickets, "row_of", row_of, arch, batch=1, tokens=14)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -175,7 +222,7 @@ def test_tickets_of_another_batch_item_are_found(arch: str) -> None:
         original(self, counters, Int32(0), *others)
 
     with pytest.raises(Fault, match=WHERE + "|left counters|never written"):
-        run(norm_gate._Tickets, "__init__", tickets, arch, batch=2, tokens=14)
+        run(modulated_norm._Tickets, "__init__", tickets, arch, batch=2, tokens=14)
 
 
 @pytest.mark.parametrize("arch", ARCHS[1:])
@@ -184,15 +231,15 @@ def test_a_copy_of_a_row_behind_the_last_is_found(arch: str) -> None:
         original(rings, arrived, token_at, batch, cutlass.select_(token < 0, Int32(5), token), stage)
 
     with pytest.raises(Fault, match=WHERE + "cp.async.bulk.*out of bounds"):
-        run(norm_gate, "_fetch", fetch, arch, batch=1)
+        run(modulated_norm, "_fetch", fetch, arch, batch=1)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_operands_less_aligned_than_the_kernel_expects_are_found(arch: str) -> None:
     o = bounds.operands(1, 2, 2304)
-    storage = random(2 * 2304 + 1, seed=1)
+    storage, spec_of = random(2 * 2304 + 1, seed=1), spec.spec_of
     with (
-        mock.patch.object(compile, "_access", return_value=16),
+        mock.patch.object(spec, "spec_of", lambda *a: replace(spec_of(*a), access=16)),
         gpu(arch, 1),
         pytest.raises(Fault, match=WHERE + r".*(misaligned|multiples of 16)"),
     ):
@@ -218,18 +265,19 @@ def sum_with_warp_idx_in_a_branch(value: Float32, partials: cute.Tensor) -> Floa
 @pytest.mark.parametrize("arch", ARCHS)
 def test_warp_idx_under_a_branch_of_one_lane_is_found(arch: str) -> None:
     with pytest.raises(Fault, match=WHERE + "shfl.sync.*waits for all of its warp, of which 31 threads are elsewhere"):
-        run(norm_gate, "cta_sum", lambda _, *a: sum_with_warp_idx_in_a_branch(*a), arch)
+        run(stage, "cta_sum", lambda _, *a: sum_with_warp_idx_in_a_branch(*a), arch)
 
 
 @pytest.mark.parametrize("op", ("norm_scale", "norm_tanh_mul_add"))
 def test_sums_of_two_rows_in_one_buffer_are_found_where_one_barrier_is_between(op: str) -> None:
-    def partials(original, kernel, stages):  # type: ignore[no-untyped-def]
+    def partials(original, kernel, buffers):  # type: ignore[no-untyped-def]
         one, warps = original(kernel, 1), kernel.tiling.warps
-        layout = cute.make_layout((warps, 2, 2, stages), stride=(1, warps, 2 * warps, 0))
+        layout = cute.make_layout((warps, 2, 2, buffers), stride=(1, warps, 2 * warps, 0))
         return cute.make_tensor(one.iterator, layout)
 
+    # On sm_80: rows that bulk copies bring have one more barrier.
     with pytest.raises(Fault, match=WHERE + "(ld|st).shared.*of shared memory, which.*no barrier between"):
-        run(norm_gate.NormGate, "partials", partials, "sm_80", op)  # rows that bulk copies bring have one more barrier
+        run(modulated_norm.ModulatedNormKernel, "partials", partials, "sm_80", op)
 
 
 @pytest.mark.parametrize("arch", ARCHS[1:])
@@ -247,7 +295,7 @@ def test_a_wait_for_another_stage_is_found(arch: str) -> None:
         original(rings, arrived, token_at, batch, token, 1 - stage)
 
     with pytest.raises(Fault, match=WHERE + "(ld.shared.*nothing w|mbarrier.*)"):
-        run(norm_gate, "_fetch", fetch, arch, batch=1, tokens=14)
+        run(modulated_norm, "_fetch", fetch, arch, batch=1, tokens=14)
 
 
 # --- the launch -----------------------------------------------------------------------------------------------------

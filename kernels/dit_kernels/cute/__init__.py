@@ -1,1 +1,1 @@
-"""CuTeDSL device code. Only `dit_kernels.compile` imports this package: it needs cutlass."""
+"""CuTeDSL device code, which needs cutlass, and tilings and specs, which do not."""

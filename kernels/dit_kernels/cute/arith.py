@@ -1,13 +1,13 @@
-"""Arithmetic on the vectors of a row: each step in fp32, and rounded to the dtype that the step has.
+"""Arithmetic on the vectors of a row. Each step is computed in fp32 and rounded to the dtype of the step.
 
-A vector is a cute.TensorSSA in the dtype that it was rounded to; a single element, of a gate say, is a Float32. Sums
-and products of two 16-bit vectors of one dtype are done in that dtype, two elements an instruction. That is the same
-number: the product of two 16-bit floats is exact in fp32, and fp32 has so many more digits than they have (twice as
-many and two) that a sum rounded to fp32 first and then to 16 bits is the sum rounded once (Figueroa, When is double
-rounding innocuous?, 1995).
+A vector is a cute.TensorSSA in the dtype that it was rounded to. A single element, e.g. of a gate, is a Float32. Sums
+and products of two 16-bit vectors of the same dtype are computed in that dtype, two elements per instruction. The
+numbers are the same. The product of two 16-bit floats is exact in fp32. For sums, fp32 has at least twice as many
+digits as a 16-bit float, plus two. So a sum that is rounded first to fp32 and then to 16 bits equals the sum rounded
+once (Figueroa, When is double rounding innocuous?, 1995).
 
-Nothing here contracts: eager rounds every product, so none may become part of an fma with the sum after it. Hence the
-instructions with their rounding spelled out, which neither LLVM nor ptxas touches.
+Nothing here may be contracted. Eager rounds every product, so no product may become part of an fma with the following
+sum. Therefore the instructions state their rounding: neither LLVM nor ptxas contracts such instructions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cutlass.cutlass_dsl import dsl_user_op
 
 CUTE_DTYPES = {torch.bfloat16: BFloat16, torch.float16: Float16, torch.float32: Float32}
 
-# fma is the one packed instruction that sm_80 has in bf16, too: a * b - 0 and a * 1 + b are the product and the sum.
+# fma is the only packed instruction that sm_80 also has for bf16. So a product is a * b - 0, and a sum is a * 1 + b.
 _PAIRS = {BFloat16: cute.arch.fma_packed_bf16x2, Float16: cute.arch.fma_packed_f16x2}
 _ONES = {BFloat16: 0x3F803F80, Float16: 0x3C003C00}
 _MINUS_ZEROS = -0x7FFF8000  # 0x80008000
@@ -36,18 +36,18 @@ def _sum_of_pairs(a: Int32, b: Int32, dtype) -> Int32:
 
 @dsl_user_op
 def add(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
-    """a + b, whatever a is: LLVM contracts a product and a plain sum."""
+    """a + b, never contracted. LLVM would contract a plain sum with a product `a`."""
     instruction = "add.rn.f32 {$w0}, {$r0}, {$r1};"
     return inline_ptx(instruction, write_only_types=[Float32], read_only_args=[a, b], loc=loc, ip=ip)
 
 
 def widen(value):
-    """In fp32."""
+    """The value in fp32."""
     if isinstance(value, Float32) or value.dtype is Float32:
         return value
     if value.dtype is not BFloat16 or cute.size(value.shape) % 2:
         return value.to(Float32)
-    # Two instructions a pair: LLVM's conversion takes three.
+    # Two instructions per pair; LLVM's conversion takes three.
     words = _words(value)
     bits = cute.make_rmem_tensor(value.shape, Int32)
     for i in range(cute.size(words)):
@@ -57,7 +57,7 @@ def widen(value):
 
 
 def rounded(value, dtype: torch.dtype):
-    """R(value). A single element stays a Float32."""
+    """R(value): the value rounded to `dtype`. A single element stays a Float32."""
     target = CUTE_DTYPES[dtype]
     if isinstance(value, Float32):
         return value if target is Float32 else Float32(target(value))
@@ -74,13 +74,14 @@ def product(a, b, dtype: torch.dtype):
 
 
 def total(a, b, dtype: torch.dtype):
-    """R(a + b)."""
+    """R(a + b). b is a vector; a is a vector or a single element."""
     if _are_pairs(a, b, dtype):
         return _by_pairs(_sum_of_pairs, a, b)
-    left, right = elements_of(widen(a)), elements_of(widen(b))
-    result = cute.make_rmem_tensor(a.shape, Float32)
+    single = isinstance(a, Float32)
+    left, right = a if single else elements_of(widen(a)), elements_of(widen(b))
+    result = cute.make_rmem_tensor(b.shape, Float32)
     for i in range(cute.size(result)):
-        result[i] = add(left[i], right[i])
+        result[i] = add(left if single else left[i], right[i])
     return rounded(result.load(), dtype)
 
 
@@ -100,7 +101,7 @@ def _by_pairs(instruction, a, b):
 
 
 def elements_of(value) -> cute.Tensor:
-    """A vector as registers that are read and written one by one."""
+    """A vector as registers that can be read and written one by one."""
     elements = cute.make_rmem_tensor(value.shape, value.dtype)
     elements.store(value)
     return elements

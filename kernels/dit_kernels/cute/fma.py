@@ -1,4 +1,4 @@
-"""a * b + c rounded once, where it is meant: elsewhere nothing may contract."""
+"""a * b + c, rounded once. For the places that want an fma; nothing else may be contracted."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""How the heads of a token are laid over the threads of a CTA: configuration as data, apart from the device code.
+"""How the heads of a token are distributed over the threads of a CTA: configuration as data, without device code.
 
-A head of Dh elements is one part, or two where its halves are rotated against each other: then each thread has the same
-places of both. A part is cut into vectors; a group of `lanes` neighbouring threads, a power of two that divides a warp,
-takes one head at a time, lane l the vectors l, l + lanes, ... of each part, so that a sum over a head is some shuffles
-within the group. The groups of a token take the heads g, g + groups, ... of q, then of k: all heads that a thread works
-on are of one token, whose rotation it reads once.
+A head of Dh elements is one part, or two parts if its halves are rotated against each other. Each thread then has the
+same places of both halves. A part is cut into vectors. A group of `lanes` neighbouring threads takes one head at a
+time. `lanes` is a power of two that divides a warp. Lane l takes the vectors l, l + lanes, ... of each part, so a sum
+over a head takes a few shuffles within the group. Group g of a token takes the heads g, g + groups, ... of q, then
+those of k. So all heads of a thread belong to one token, and the thread reads the token's rotation once.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 
 from dit_kernels.cute.tiling import ACCESS_BYTES, WARP
 
-LOADED_REGISTERS = 24  # of a thread, for heads on their way: six accesses of 16 bytes
+LOADED_REGISTERS = 24  # per thread, for heads that are being loaded: six accesses of 16 bytes
 MAX_THREADS = 512
-FEWEST_THREADS = 128  # of a CTA; a token with less to do shares one
+FEWEST_THREADS = 128  # per CTA; a token that needs fewer shares a CTA
 
 
 @dataclass(frozen=True)
 class HeadTiling:
-    """One CTA's walk over the heads of some tokens."""
+    """How one CTA works on the heads of some tokens."""
 
-    vector: int  # elements of one access
-    lanes: int  # of a group, which works on one head
-    vectors: int  # of each part, that a lane has
-    parts: int  # of a head: 1, or its 2 halves
-    groups: int  # of a token
-    tokens: int  # of a CTA
+    vector: int  # elements per access
+    lanes: int  # threads per group, which works on one head at a time
+    vectors: int  # per lane and part
+    parts: int  # per head: 1, or its 2 halves
+    groups: int  # per token
+    tokens: int  # per CTA
     ahead: int  # heads that a thread loads before it works on the first
 
     @property
@@ -36,7 +36,7 @@ class HeadTiling:
 
 
 def head_tiling(d: int, heads: tuple[int, int], width: int, parts: int) -> HeadTiling:
-    """The tiling for heads of `d` elements, of which a token has (H, Hk); width: bytes of an element."""
+    """The tiling for heads of `d` elements. heads: (H, Hk) of a token; width: bytes per element."""
     part = d // parts
     vector = min(part & -part, ACCESS_BYTES // width)
     lanes = min(_power_of_two(part // vector), WARP)
@@ -57,5 +57,5 @@ def head_tiling(d: int, heads: tuple[int, int], width: int, parts: int) -> HeadT
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()

@@ -1,7 +1,7 @@
-"""A norm, of one vector: what it adds to a sum over the row, and what the sum makes of it.
+"""A norm, for one vector: what the vector adds to a sum over the row, and its normalised value.
 
-Plain Python: these run while a kernel is traced. Values are those of `arith`; mean is None in an rms norm, and any
-parameter may be.
+Plain Python: these functions run while a kernel is traced. Values are those of `arith`. mean is None in an rms norm.
+Any parameter may be None.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def square(x, mean, stat: torch.dtype):
 
 
 def rstd_of(mean_square: Float32, eps: Float32, root: str, stat: torch.dtype) -> Float32:
-    """What x is multiplied by, or, as a quotient, divided by."""
+    """The number that x is multiplied by, or divided by if root is "quotient"."""
     v = rounded(add(rounded(mean_square, stat), eps), stat)
     if root == "rsqrt":
         return rounded(cute.math.rsqrt(v), stat)
@@ -39,7 +39,7 @@ def normed(x, mean, rstd, weight, bias, steps: NormSteps):
     if weight is not None:
         n = product(n, weight, steps.weighted)
     if bias is not None:
-        # A layer norm is one kernel in eager, too, and contracts.
+        # In eager, too, a layer norm is one kernel, which contracts.
         contracts = mean is not None and steps.biased == torch.float32
         n = widen(n) + widen(bias) if contracts else total(n, bias, steps.biased)
     return rounded(n, steps.out)

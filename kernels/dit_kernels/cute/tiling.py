@@ -1,7 +1,7 @@
-"""How one row is laid over the threads of a CTA: configuration as data, apart from the device code.
+"""How one row is distributed over the threads of a CTA: configuration as data, without device code.
 
-A row of D elements is cut into vectors of `vector` elements; thread t of a CTA of `threads` takes the vectors
-t, t + threads, t + 2*threads, ... so that neighbouring threads touch neighbouring 16-byte pieces.
+A row of D elements is cut into vectors of `vector` elements. Thread t of a CTA of `threads` takes the vectors
+t, t + threads, t + 2*threads, ..., so that neighbouring threads access neighbouring 16-byte pieces.
 """
 
 from __future__ import annotations
@@ -11,66 +11,72 @@ from dataclasses import dataclass
 
 WARP = 32
 ACCESS_BYTES = 16  # the widest load or store of one thread
-MAX_GRID_Y = 32768  # of CTAs; the hardware's limit is 65535
-MAX_THREADS = 512  # 128 registers a thread: room to hold a row and every parameter without a spill
-MAX_THREADS_OF_ONE_VECTOR = 640  # of a thread that has one vector of the row only, and so needs fewer
-MAX_CTAS = 16  # on a multiprocessor: fewer for narrow rows than it could hold, so that each walks some rows
-ROW_REGISTERS = 16  # registers a thread may spend on its part of one row operand; wider rows are read again instead
-LOADED_REGISTERS = 40  # registers a thread may spend on operands loaded ahead of the first reduction
-HELD_REGISTERS = 36  # the same of a staged kernel, whose rows wait in shared memory
-# Where each row has a gate and a scale of its own: vectors of a thread, if they leave no tail. Microseconds at D=3840,
-# S=1056 and 4128, with 1 and with 3: dual 14.3, 47.2 and 14.9, 46.8 (form fp32 47.6 and 55.8 at 4128, fp16 47.4 and
-# 51.0); gated 10.1, 31.6 and 10.7, 32.5; scaled 8.1, 25.3 and 8.4, 24.1.
-VECTORS_OF_A_ROW = {"dual": 1, "gated": 1, "scaled": 3}
-# Registers for operands loaded ahead, there. Microseconds at S=2112, loaded ahead and not: dual D=12288 98.9 and 84.4,
-# D=16384 125.3 and 110.5; gated 56.1 and 56.9, 69.9 and 73.1 (copies 74.5, 98.8, 50.5, 66.7).
-LOADED_REGISTERS_OF_A_ROW = {"dual": 40, "gated": 80, "scaled": 80}
-
-# What follows was measured on an H200 in bf16, D=3840, in microseconds (benchmarks/NOTES.md has the rest).
+MAX_GRID_Y = 32768  # CTAs; the hardware's limit is 65535
+MAX_THREADS = 512  # leaves 128 registers per thread, enough to hold a row and every parameter without a spill
+MAX_THREADS_OF_ONE_VECTOR = 640  # if a thread has only one vector of the row, and so needs fewer registers
+MAX_CTAS = 16  # per multiprocessor. It could hold more for narrow rows, but each CTA should walk over several rows
+ROW_REGISTERS = 16  # registers per thread for its part of one row operand; wider rows are read again instead
+LOADED_REGISTERS = 40  # registers per thread for operands that are loaded before the first reduction
+HELD_REGISTERS = 36  # the same for a staged kernel, whose rows wait in shared memory
+# The keys below are the numbers of rows of a token that a kernel reads and writes: (2, 2) is
+# norm_tanh_mul_add_norm_scale, (2, 1) norm_tanh_mul_add, (1, 1) norm_scale.
 #
-# Threads of walking CTAs on one multiprocessor, by op: those of a CTA, CTAs, and the stages of each.
+# Vectors per thread if each row has different factors, used if they leave no tail. Microseconds at D=3840, S=1056 and
+# 4128, with 1 and with 3 vectors: (2, 2) 14.3, 47.2 and 14.9, 46.8 (form fp32 47.6 and 55.8 at 4128, fp16 47.4 and
+# 51.0); (2, 1) 10.1, 31.6 and 10.7, 32.5; (1, 1) 8.1, 25.3 and 8.4, 24.1.
+VECTORS_OF_A_ROW = {(2, 2): 1, (2, 1): 1, (1, 1): 3}
+# Registers per thread for operands loaded ahead, in the same case. Microseconds at S=2112, loaded ahead and not:
+# (2, 2) D=12288 98.9 and 84.4, D=16384 125.3 and 110.5; (2, 1) 56.1 and 56.9, 69.9 and 73.1 (plain copies take 74.5,
+# 98.8, 50.5, 66.7).
+LOADED_REGISTERS_OF_A_ROW = {(2, 2): 40, (2, 1): 80, (1, 1): 80}
+
+# The following was measured on an H200 in bf16, D=3840, in microseconds (benchmarks/NOTES.md has the rest).
+#
+# Threads per multiprocessor if CTAs walk over rows. A line names the threads of a CTA, the CTAs per multiprocessor, and
+# the rows of each CTA in shared memory.
 #   S                               1056    4128   16416
-#   dual     copy                   9.69   31.83   119.3
+#   (2, 2)   copy                   9.69   31.83   119.3
 #            480 threads x 3, 2    10.69   33.12   122.8
 #            480 x 2, 3            10.84   32.91   121.9
 #            160 x 4, 2            10.86   34.02
-#   gated    copy                   7.75   24.39   90.90
+#   (2, 1)   copy                   7.75   24.39   90.90
 #            480 x 4, 2             8.51   24.95   89.28
 #            160 x 6, 2             8.09   24.97   89.62
 #            160 x 8, 2             9.25   25.37   89.79
-#   scaled   copy                   5.81   16.96   61.07
+#   (1, 1)   copy                   5.81   16.96   61.07
 #            480 x 4, 2             6.63   17.60   63.48
 #            160 x 6, 3             6.08   17.44   62.95
 #            160 x 8, 2             6.14   17.34   63.17
-WALKING_THREADS = {"dual": 1152, "gated": 1024, "scaled": 1280}
-WALKING_REGISTERS = 24  # of a thread, for parameters, up to which it takes a further vector of the row
+WALKING_THREADS = {(2, 2): 1152, (2, 1): 1024, (1, 1): 1280}
+WALKING_REGISTERS = 24  # per thread, for parameters; a thread takes another vector of the row within this limit
 WALKING_VECTORS = 3
 
-# Without bulk copies the next row comes into registers: threads on one multiprocessor, by a thread's registers for it.
+# Without bulk copies, the next row is loaded into registers. Pairs of: registers per thread for loaded operands, up to
+# which the second number holds; threads per multiprocessor.
 UNSTAGED_THREADS = ((12, 1536), (24, 1024), (LOADED_REGISTERS, 768))
 
-REGISTERS = 65536  # of one multiprocessor
-OTHER_SHARED_BYTES = 1536  # of one CTA: what the system takes, barriers and partial sums
+REGISTERS = 65536  # per multiprocessor
+OTHER_SHARED_BYTES = 1536  # per CTA: reserved by the system, mbarriers and partial sums
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """CTAs that walk rows."""
+    """How many CTAs walk over rows, and with how many stages."""
 
-    ctas: int  # on a multiprocessor
-    stages: int  # rows of a CTA in shared memory, under way or worked on; 0: the next row comes into registers
+    ctas: int  # per multiprocessor
+    stages: int  # rows of a CTA in shared memory, being copied or worked on; 0: the next row is loaded into registers
 
 
 @dataclass(frozen=True)
 class RowTiling:
-    """One CTA's walk over one row."""
+    """How one CTA works on one row."""
 
     threads: int  # a multiple of a warp
-    vector: int  # elements of one vector; divides D, so that a vector lies wholly in the row or wholly outside
-    vectors: int  # vectors of one thread
-    tail: bool  # threads * vectors * vector > D: vectors carry a predicate
-    resident: bool  # the row stays in registers; otherwise each pass over it reads it again
-    ahead: bool  # parameters are loaded with the row: all of a walk, of one row those of the first norm
+    vector: int  # elements per vector; divides D, so that a vector is wholly inside or wholly outside the row
+    vectors: int  # vectors per thread
+    tail: bool  # threads * vectors * vector > D, so accesses have a predicate
+    resident: bool  # the row stays in registers; otherwise each pass reads it again
+    ahead: bool  # parameters are loaded with the row: all of them in a walk, those of the first norm for one row
     schedule: Schedule | None  # None: a CTA takes one row
 
     @property
@@ -80,10 +86,10 @@ class RowTiling:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a tiling depends on of an architecture."""
+    """The properties of an architecture that a tiling depends on."""
 
-    shared_bytes: int  # of one multiprocessor, that bulk copies can fill; sm_80 and sm_89 have no bulk copies
-    more_registers: int  # that ptxas gives a thread of a staged kernel there than on sm_90
+    shared_bytes: int  # per multiprocessor, for bulk copies; 0 on sm_80 and sm_89, which have none
+    more_registers: int  # per thread of a staged kernel, that ptxas uses beyond those on sm_90
 
 
 def machine(arch: str) -> Machine:
@@ -96,7 +102,7 @@ def machine(arch: str) -> Machine:
 
 
 def row_tiling(
-    op: str,
+    rows: tuple[int, int],
     d: int,
     row_widths: Sequence[int],
     parameter_widths: Sequence[int],
@@ -106,10 +112,10 @@ def row_tiling(
 ) -> RowTiling:
     """The tiling for rows of `d` elements.
 
-    op: "dual", "gated" or "scaled". row_widths: bytes of an element of each tensor read per row (x, residual);
-    parameter_widths: of each other operand that is read as vectors and loaded with the row, as it is kept. The vector
-    is as wide as the narrowest row operand needs for a 16-byte access. walks: no parameter differs from row to row;
-    aligned: rows start and end at multiples of 16 bytes, as bulk copies need them.
+    rows: rows of a token that are read, and that are written. row_widths: bytes per element of each tensor that is read
+    per row (x, residual). parameter_widths: bytes per element, as it is kept, of each other operand that is read as
+    vectors and loaded with the row. A vector is as wide as the narrowest row operand needs for a 16-byte access. walks:
+    no parameter differs from row to row. aligned: rows start and end at multiples of 16 bytes, as bulk copies require.
     """
     vector = _vector_elements(d, min(row_widths))
     registers = _registers(vector, max(row_widths))
@@ -120,8 +126,8 @@ def row_tiling(
     resident = -(-total // MAX_THREADS) * registers <= ROW_REGISTERS
     most = ROW_REGISTERS // registers if resident else total
     fewest = 1 if total <= (MAX_THREADS_OF_ONE_VECTOR if bulk else MAX_THREADS) else -(-total // MAX_THREADS)
-    if resident and not walks and total % (VECTORS_OF_A_ROW[op] * WARP) == 0:
-        fewest = min(max(fewest, VECTORS_OF_A_ROW[op]), most)
+    if resident and not walks and total % (VECTORS_OF_A_ROW[rows] * WARP) == 0:
+        fewest = min(max(fewest, VECTORS_OF_A_ROW[rows]), most)
     threads, vectors = _split(total, most, fewest)
     if resident and bulk:
         few = min(WALKING_VECTORS, WALKING_REGISTERS // max(parameter_registers, 1), most)
@@ -133,11 +139,11 @@ def row_tiling(
     if walks and resident:
         if bulk and held <= HELD_REGISTERS:
             used = 15 + held + held // 2 + 8 * tail + on.more_registers
-            most_ctas = min(WALKING_THREADS[op] // threads, REGISTERS // (threads * used))
+            most_ctas = min(WALKING_THREADS[rows] // threads, REGISTERS // (threads * used))
             schedule = _staged(most_ctas, d * sum(row_widths), on.shared_bytes)
         elif loaded <= LOADED_REGISTERS:
             schedule = _unstaged(threads, loaded)
-    most_loaded = LOADED_REGISTERS if walks else LOADED_REGISTERS_OF_A_ROW[op]
+    most_loaded = LOADED_REGISTERS if walks else LOADED_REGISTERS_OF_A_ROW[rows]
     ahead = resident and (loaded <= most_loaded or schedule is not None)
     return RowTiling(threads, vector, vectors, tail, resident, ahead, schedule)
 
@@ -156,7 +162,7 @@ def _staged(most_ctas: int, row_bytes: int, shared_bytes: int) -> Schedule | Non
 
 
 def _vector_elements(d: int, width: int) -> int:
-    """The largest power of two that divides d and whose elements of `width` bytes fit one access."""
+    """The most elements of `width` bytes that fit one access: a power of two that divides d."""
     return min(d & -d, ACCESS_BYTES // width)
 
 
@@ -165,15 +171,38 @@ def _registers(vector: int, width: int) -> int:
 
 
 def _fullest(total: int, choices: Iterable[int]) -> tuple[int, int] | None:
-    """(threads, vectors of one) for `total` vectors: the fewest outside the row, and of equals the most a thread."""
+    """(threads, vectors per thread) for `total` vectors: the fewest outside the row, then the most per thread."""
     tilings = [(-(-total // (vectors * WARP)) * WARP, vectors) for vectors in choices]
     return min(tilings, key=lambda tiling: (tiling[0] * tiling[1], -tiling[1]), default=None)
 
 
 def _split(total: int, most: int, fewest: int) -> tuple[int, int]:
-    """(threads, vectors of one) for `total` vectors: the fewest a thread that leave no tail, if not twice as many."""
+    """(threads, vectors per thread) for `total` vectors: the fewest per thread without a tail, up to twice `fewest`.
+
+    If there are none, `fewest` vectors per thread with a tail.
+    """
     for vectors in range(fewest, min(most, 2 * fewest) + 1):
         if total % (vectors * WARP) == 0:
             return total // vectors, vectors
     threads = -(-total // (fewest * WARP)) * WARP
     return threads, fewest
+
+
+# --- rows without a sum over the row --------------------------------------------------------------------------------
+
+ELEMENT_THREADS = 256
+ELEMENT_VECTORS = 2  # per thread and operand: four accesses of 16 bytes in flight
+
+
+@dataclass(frozen=True)
+class VectorTiling:
+    """How one CTA works on its part of a batch item's vectors."""
+
+    threads: int
+    vector: int  # elements; divides D
+    vectors: int  # per thread
+
+
+def vector_tiling(d: int, width: int) -> VectorTiling:
+    """The tiling for rows of `d` elements. width: bytes per element of the narrowest operand."""
+    return VectorTiling(ELEMENT_THREADS, _vector_elements(d, width), ELEMENT_VECTORS)

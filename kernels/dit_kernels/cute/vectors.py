@@ -1,7 +1,8 @@
-"""Vectors between memory and registers: as many elements as a thread moves at once, in their storage dtype.
+"""Vectors between memory and registers: the elements that a thread moves at once, in their storage dtype.
 
-place: a function that gives the vector in memory. It is called where the access is, so that under a predicate the
-address costs no registers before. inside: is the vector in the row? Known while tracing (True), or the predicate.
+place: a function that returns the vector in memory. It is called at the access, so that under a predicate the address
+takes no registers earlier. inside: is the vector in the row? True if this is known while tracing, otherwise a
+predicate.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from cutlass import Boolean, Int64, const_expr
 
 @cute.jit
 def vector_at(pointer: cute.Pointer, offset: Int64, vector: cutlass.Constexpr, access: cutlass.Constexpr):
-    """`vector` elements in global memory, from `offset` on; access: bytes that pointer and offset are multiples of."""
+    """`vector` elements in global memory, from `offset` on. Pointer and offset are multiples of `access` bytes."""
     size = const_expr(pointer.dtype.width // 8)
     aligned = const_expr(min(access, vector * size))
     address = pointer.toint() + offset * size
@@ -25,7 +26,7 @@ def vector_at(pointer: cute.Pointer, offset: Int64, vector: cutlass.Constexpr, a
 def load(
     place: cutlass.Constexpr, vector: cutlass.Constexpr, dtype: cutlass.Constexpr, inside: Boolean | bool
 ) -> cute.Tensor:
-    """A vector, in registers; zeros where not `inside`."""
+    """Loads a vector into new registers: zeros if not `inside`."""
     fragment = cute.make_rmem_tensor(vector, dtype)
     if const_expr(inside is not True):
         fragment.fill(0)
@@ -35,7 +36,7 @@ def load(
 
 @cute.jit
 def load_into(fragment: cute.Tensor, place: cutlass.Constexpr, inside: Boolean | bool):
-    """The same into registers that there are; they stay as they are where not `inside`."""
+    """Loads a vector into existing registers, which are unchanged if not `inside`."""
     if const_expr(inside is True):
         cute.autovec_copy(place(), fragment)
     else:
@@ -45,7 +46,7 @@ def load_into(fragment: cute.Tensor, place: cutlass.Constexpr, inside: Boolean |
 
 @cute.jit
 def store(value: cute.TensorSSA, place: cutlass.Constexpr, inside: Boolean | bool) -> cute.Tensor:
-    """Stores a vector where `inside`; what was stored, in registers."""
+    """Stores a vector if `inside`. Returns the stored vector, in registers."""
     fragment = cute.make_rmem_tensor(value.shape, value.dtype)
     fragment.store(value)
     if const_expr(inside is True):

@@ -1,8 +1,8 @@
-"""silu(x), as a value: c / (1 + exp(-c)), c being x or x cast to fp32, and one cast of it at most.
+"""silu(x) as a value: c / (1 + exp(-c)), where c is x or x cast to fp32; and at most one cast of the quotient.
 
-PyTorch decomposes F.silu so. A model's own x / (1 + exp(-x)) and x * sigmoid(x) are recognised, too; they round
-otherwise: each step to x's dtype, and in fp32 the exponential is not that of F.silu. The origin of the nodes, which
-tracing notes, tells.
+PyTorch decomposes F.silu in this way. A model's own x / (1 + exp(-x)) and x * sigmoid(x) are recognised, too. They
+round differently: each step is rounded to x's dtype, and in fp32 the exponential is not that of F.silu. The metadata of
+the nodes, where tracing notes the operator that they come from, shows which one it is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from fusion_pass.dataflow import (
     other_operands,
     sole_user,
 )
-
-NAME = "silu"
-ANCHORS = (aten.exp.default, aten.sigmoid.default)
-ALONE = None  # an activation like others
+from fusion_pass.kinds.kind import Value
 
 
 @dataclass(frozen=True)
@@ -38,15 +35,32 @@ class Silu:
     interior: tuple[Node, ...]  # every node from the exponential, or the sigmoid, to `out`
 
 
-def find(anchor: Node) -> Silu | None:
-    """The silu whose exponential, or whose sigmoid, is `anchor`; None where it is none."""
-    return _quotient(anchor) if is_call(anchor, aten.exp.default) else _product(anchor)
+class SiluValue(Value[Silu]):
+    """silu(x).
+
+    The user's code, then its graph in bf16:
+
+        F.silu(x)
+
+        c = convert(x, f32); e = exp(neg(c)); div(c, add(e, 1)); convert(., bf16)
+    """
+
+    name = "silu"
+    anchors = (aten.exp.default, aten.sigmoid.default)
+    is_modulated = False
+    unfused = None  # an activation like any other
+
+    def find(self, anchor: Node) -> Silu | None:
+        """The silu whose exponential or sigmoid is `anchor`; None if there is none."""
+        return _quotient(anchor) if is_call(anchor, aten.exp.default) else _product(anchor)
+
+    def measured(self, anchor: Node) -> Node:
+        """The tensor that is activated; the anchor itself if no silu is found."""
+        silu = self.find(anchor)
+        return anchor if silu is None else silu.x
 
 
-def measured(anchor: Node) -> Node:
-    """The tensor that is activated, as far as it can be told; else the anchor."""
-    silu = find(anchor)
-    return anchor if silu is None else silu.x
+SILU = SiluValue()
 
 
 def _quotient(exp: Node) -> Silu | None:

@@ -4,9 +4,9 @@
     real:     out = cast?(x * cos + turned(x) * sin)         turned: every pair (a, b) becomes (-b, a)
               out = every pair (a, b) becomes (a * cos - b * sin, a * sin + b * cos), with one cos and sin for a pair
 
-A pair is two neighbours, or the same element of either half of the last dimension; complex numbers are neighbours.
-Everything is read off the dataflow, whatever the order of operands: halves and neighbours as slices, split, unbind or
-select, casts up before or behind them.
+A pair is two neighbours, or two elements with the same index in the two halves of the last dimension. Complex numbers
+are neighbours. All of this is read from the dataflow, in any order of operands. Halves and neighbours are taken by
+slices, split, unbind or select, with casts up before or after them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from dit_kernels.arguments import known_equal
 from fusion_pass.dataflow import (
     PARTS,
     VIEWS,
@@ -34,17 +35,16 @@ from fusion_pass.dataflow import (
     is_swap,
     is_widening,
     keeps_rows,
-    known_equal,
     other_operands,
     sole_user,
     stored_casts,
     value,
 )
-from fusion_pass.report import Reason
+from fusion_pass.kinds.kind import Survey, Value
+from fusion_pass.refusal import Reason
 
-NAME = "rope"
 ANCHORS = (aten.view_as_complex.default, aten.cat.default)
-ALONE = Reason.UNNORMED
+ROTATED_NORMS = "norm_rope"  # the name of the notes that map a rotated tensor to the anchor of its norm
 
 _RESHAPES = (aten.reshape.default, aten.view.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
@@ -52,12 +52,12 @@ _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 @dataclass(frozen=True)
 class Rotation:
-    """out = x rotated, over the last dimension.
+    """out = x, with the pairs of its last dimension rotated.
 
-    `by` is complex, or the cosines where `sin` is given; halved: with one number for a pair. `out` are nodes of one
-    value: the sum, or the equal casts that read it, or that read it with heads and tokens swapped (`swapped_behind`);
-    `product` is the real dtype of the products and of their sum, None where these differ, or are rounded otherwise than
-    the op does.
+    by: the complex rotation, or the cosines if `sin` is given. halved: is there one number for each pair? outs: nodes
+    of one value: the sum, or the equal casts of it. swapped_after: do these casts read the sum with heads and tokens
+    swapped? product: the real dtype of the products and of their sum; None if these dtypes differ, or if the op rounds
+    differently.
     """
 
     anchor: Node
@@ -67,27 +67,58 @@ class Rotation:
     interleaved: bool
     halved: bool
     product: torch.dtype | None
-    out: tuple[Node, ...]
-    swapped_behind: bool
-    interior: tuple[Node, ...]  # every node behind x and before `out`
+    outs: tuple[Node, ...]
+    swapped_after: bool
+    interior: tuple[Node, ...]  # every node after x and before `outs`
+
+    @property
+    def out(self) -> Node:
+        return self.outs[0]
 
 
-def find(anchor: Node) -> Rotation | None:
-    """The rotation whose complex numbers, or whose turned pairs, `anchor` makes; None where it is none."""
-    return _complex(anchor) if is_call(anchor, aten.view_as_complex.default) else _real(anchor)
+class RotationValue(Value[Rotation]):
+    """A rotation of pairs. It is part of the site of the norm that it rotates. Without a norm it is reported by itself.
+
+    The user's code, then its graph in bf16:
+
+        torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * freqs).flatten(3)
+
+        convert(x, f32); reshape(., [B, S, H, Dh / 2, 2]); view_as_complex; mul(., freqs); view_as_real; reshape
+    """
+
+    name = "rope"
+    anchors = ANCHORS
+    is_modulated = False
+    unfused = Reason.UNNORMED
+
+    def find(self, anchor: Node) -> Rotation | None:
+        """The rotation whose complex numbers or turned pairs `anchor` makes; None if there is none."""
+        return _complex(anchor) if is_call(anchor, aten.view_as_complex.default) else _real(anchor)
+
+    def measured(self, anchor: Node) -> Node:
+        """The tensor that is rotated; the anchor itself if no rotation is found."""
+        rotation = self.find(anchor)
+        return anchor if rotation is None else rotation.x
+
+    def is_reported_elsewhere(self, found: Rotation, survey: Survey) -> bool:
+        """A rotation of a norm is reported with the norm."""
+        return found.x in survey.notes(ROTATED_NORMS)
+
+
+ROTATION = RotationValue()
 
 
 def of(x: Node) -> Rotation | None:
     """The rotation that reads x, a copy or a view of it, or x with heads and tokens swapped; None if there is none."""
-    for rotation in map(find, _anchors_behind(x)):
+    for rotation in map(ROTATION.find, _anchors_after(x)):
         if rotation is not None and between(x, rotation.x) is not None:
             return rotation
     return None
 
 
 def between(x: Node, rotated: Node) -> tuple[Node, ...] | None:
-    """What makes x what is rotated, from behind: copies, swaps of heads and tokens, and views of x before these; None
-    where that is made of another value."""
+    """The nodes from x to the rotated tensor, the last one first: views of x, then copies and swaps of heads and
+    tokens. None if the rotated tensor is not made of x in this way."""
     nodes: list[Node] = []
     while rotated is not x and (is_swap(rotated) or is_call(rotated, aten.clone.default)):
         nodes.append(rotated)
@@ -98,14 +129,9 @@ def between(x: Node, rotated: Node) -> tuple[Node, ...] | None:
     return tuple(nodes) if rotated is x else None
 
 
-def measured(anchor: Node) -> Node:
-    """The tensor that is rotated, as far as it can be told; else the anchor."""
-    rotation = find(anchor)
-    return anchor if rotation is None else rotation.x
-
-
-def _anchors_behind(x: Node) -> Iterator[Node]:
-    """Past parts of x, casts, and the product and the sum of halves that are rotated apart."""
+def _anchors_after(x: Node) -> Iterator[Node]:
+    """The anchors that read x, directly or through parts of x, casts, and the product and the sum of halves that are
+    rotated separately."""
     parts = (*VIEWS, *PARTS, aten.neg.default, aten.clone.default)
     arithmetic = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
     seen: set[Node] = set()
@@ -141,10 +167,11 @@ def _complex(anchor: Node) -> Rotation | None:
     flat = sole_user(real)
     if flat is None or not is_call(flat, *_RESHAPES) or not have_same_shape(flat, x) or not _are_pairs(pairs, x, -1):
         return None
-    out, swapped_behind, inside = _results(flat, [*nodes, real])
-    # PyTorch's product of complex numbers contracts one of two products into the sum: on the left, it is the other one.
+    out, swapped_after, inside = _results(flat, [*nodes, real])
+    # PyTorch's complex product contracts one of its two products into the sum. If x is on the right instead of the
+    # left, this is the other product.
     rounded = dtype(real) if product.args[0] is anchor else None
-    return Rotation(anchor, x, by, None, True, True, rounded, out, swapped_behind, inside)
+    return Rotation(anchor, x, by, None, True, True, rounded, out, swapped_after, inside)
 
 
 def _is_complex(node: Node) -> bool:
@@ -180,7 +207,7 @@ class _Turn:
 
 
 def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | None:
-    """x * cos + turned * sin, where `product` is the right one."""
+    """The rotation x * cos + turned * sin, where `product` is turned * sin."""
     turned = next(arg for arg in product.args if before_widening(arg) is turn.out)
     nodes = [*turn.nodes, product]
     straight = next(other_operands(total, product))
@@ -194,13 +221,13 @@ def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | No
         return None
     cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (product, straight, total)}
-    out, swapped_behind, inside = _results(total, [*nodes, straight])
+    out, swapped_after, inside = _results(total, [*nodes, straight])
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, product_dtype, out, swapped_behind, inside)
+    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, product_dtype, out, swapped_after, inside)
 
 
 def _pairwise(cat: Node) -> Rotation | None:
-    """Both of a pair computed apart, from halves, and put together by `cat`."""
+    """The rotation that computes the two elements of each pair separately, from halves, and joins them by `cat`."""
     nodes: list[Node] = []
     joined = _joined(cat, nodes)
     if joined is None:
@@ -224,32 +251,34 @@ def _pairwise(cat: Node) -> Rotation | None:
     dtypes = {dtype(node) for node in (difference, total, *difference.args, *total.args)}
     rounded = is_narrowing(left) or is_narrowing(right)
     if rounded and dtype(left) != dtype(right):
-        dtypes |= {dtype(left), dtype(right)}  # each with a rounding of its own: there is no such form
-    # What is cast before it is put together is not rounded again behind.
-    out, swapped_behind, inside = _results(flat, [*nodes, difference, total], casts=not rounded)
+        dtypes |= {dtype(left), dtype(right)}  # the two are rounded to different dtypes: no form does this
+    # If the parts are cast before they are joined, the joined tensor is not rounded again.
+    out, swapped_after, inside = _results(flat, [*nodes, difference, total], casts=not rounded)
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return Rotation(cat, x, cos, sin, interleaved, True, product_dtype, out, swapped_behind, inside)
+    return Rotation(cat, x, cos, sin, interleaved, True, product_dtype, out, swapped_after, inside)
 
 
 def _results(total: Node, nodes: list[Node], casts: bool = True) -> tuple[tuple[Node, ...], bool, tuple[Node, ...]]:
-    """What a rotation gives: the nodes that are the result, which is `total` or the casts that read it or its heads and
-    tokens swapped; whether they stand behind such a swap; and what stands before them, `nodes` first."""
+    """The result of a rotation; whether it is after a swap; and the nodes before it, with `nodes` first.
+
+    The result is `total`, or the casts that read `total`, directly or with heads and tokens swapped.
+    """
     swap = sole_user(total)
     past = (total, swap) if swap is not None and is_swap(swap) else (total,)
     stored = ((stored_casts(node), node) for node in past if casts)
-    out, swapped_behind = next(((out, of is not total) for out, of in stored if out != (of,)), ((total,), False))
+    out, swapped_after = next(((out, of is not total) for out, of in stored if out != (of,)), ((total,), False))
     inside = (node for node in dict.fromkeys((*nodes, *past)) if all(node < result for result in out))
-    return out, swapped_behind, tuple(inside)
+    return out, swapped_after, tuple(inside)
 
 
 def _sum_of(part: Node, nodes: list[Node]) -> Node | None:
-    """The sum that is put together, or whose cast is."""
+    """The sum that is joined, or whose cast is joined."""
     nodes.append(part)
     return part.args[0] if is_narrowing(part) else part
 
 
 def _term(product: Any, nodes: list[Node]) -> tuple[tuple[Node, bool, int], Node] | None:
-    """Which half, and by what it is multiplied."""
+    """The half that a product reads, as `_half` describes it, and the table that multiplies this half."""
     for half, table in (product.args[:2], product.args[1::-1]) if is_call(product, aten.mul.Tensor) else ():
         tried: list[Node] = [product]
         found = _half(_narrowest(half, tried), tried)
@@ -260,7 +289,7 @@ def _term(product: Any, nodes: list[Node]) -> tuple[tuple[Node, bool, int], Node
 
 
 def _quarter_turn(cat: Node) -> _Turn | None:
-    """The turn that `cat` puts together: (-second half, first half), or (-odd, even) as a new last dimension."""
+    """The turn that `cat` makes: (-second half, first half), or (-odd, even) as a new last dimension."""
     nodes: list[Node] = []
     joined = _joined(cat, nodes)
     if joined is None:
@@ -277,8 +306,8 @@ def _quarter_turn(cat: Node) -> _Turn | None:
 
 
 def _joined(cat: Node, nodes: list[Node]) -> tuple[Node, Node, bool, Node] | None:
-    """(a, b, interleaved?, the whole) where `cat` puts halves a and b of a last dimension together; or neighbours a and
-    b in it, by a new last dimension and a reshape."""
+    """(a, b, interleaved?, the joined tensor) if `cat` joins the halves a and b of a last dimension, or interleaves a
+    and b by a new last dimension and a reshape; else None."""
     val = value(cat)
     parts = cat.args[0]
     dim = cat.args[1] if len(cat.args) > 1 else 0
@@ -295,7 +324,7 @@ def _joined(cat: Node, nodes: list[Node]) -> tuple[Node, Node, bool, Node] | Non
 
 
 def _below_unsqueeze(node: Any, nodes: list[Node]) -> Any:
-    """The node that a new last dimension is put behind."""
+    """The node before an unsqueeze(-1); the node itself if it is not an unsqueeze(-1)."""
     val = value(node) if is_call(node, aten.unsqueeze.default) else None
     if val is None or node.args[1] not in (-1, val.ndim - 1):
         return node
@@ -304,7 +333,8 @@ def _below_unsqueeze(node: Any, nodes: list[Node]) -> Any:
 
 
 def _half(node: Any, nodes: list[Node]) -> tuple[Node, bool, int] | None:
-    """(of what, of each pair of neighbours?, which one) where the node is one of two halves of a last dimension."""
+    """(the whole tensor, interleaved?, 0 or 1) if the node is the first or second half of a last dimension, or the
+    first or second element of each pair of neighbours; else None."""
     if is_call(node, aten.slice.Tensor):
         found = _slice(node)
     elif is_call(node, aten.select.int):
@@ -340,7 +370,7 @@ def _slice(node: Node) -> tuple[Node, bool, int] | None:
 
 
 def _of_pairs(pairs: Any, dim: Any, index: Any, nodes: list[Node]) -> tuple[Node, bool, int] | None:
-    """A column, or a row, of a last dimension that a reshape has parted into [half, 2], or [2, half]."""
+    """A column or row of a last dimension that a reshape has split into [half, 2] or [2, half]."""
     val = value(pairs) if is_call(pairs, *_RESHAPES) else None
     if val is None or not isinstance(dim, int):
         return None
@@ -367,7 +397,7 @@ def _of_split(split: Node, index: Any) -> tuple[Node, bool, int] | None:
 
 
 def _narrowest(node: Any, nodes: list[Node]) -> Any:
-    """What has the same value as the node before it was cast up, with the casts in `nodes`."""
+    """The node before a chain of casts up. Adds the casts to `nodes`."""
     while is_widening(node):
         nodes.append(node)
         node = node.args[0]
@@ -375,7 +405,7 @@ def _narrowest(node: Any, nodes: list[Node]) -> Any:
 
 
 def _past_casts(node: Node, nodes: list[Node]) -> Iterator[Node]:
-    """What reads a node, past casts up."""
+    """The readers of a node, directly or through casts up. Adds the casts to `nodes`."""
     for user in list(node.users):
         if is_widening(user):
             nodes.append(user)
@@ -385,7 +415,7 @@ def _past_casts(node: Node, nodes: list[Node]) -> Iterator[Node]:
 
 
 def _are_pairs(pairs: Node, of: Any, dim: int) -> bool:
-    """Is `pairs` the node `of`, its last dimension parted in two, of which dimension `dim` has size 2?"""
+    """Is `pairs` the node `of` with its last dimension split in two, of which dimension `dim` has size 2?"""
     parted, whole = value(pairs), value(of) if isinstance(of, Node) else None
     if parted is None or whole is None or parted.ndim != whole.ndim + 1:
         return False

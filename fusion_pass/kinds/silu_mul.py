@@ -1,4 +1,4 @@
-"""out = silu(a) * b: SwiGLU, a and b of one shape."""
+"""out = silu(a) * b (SwiGLU), where a and b have the same shape."""
 
 from __future__ import annotations
 
@@ -18,20 +18,38 @@ from fusion_pass.dataflow import (
     sole_user,
     stored_casts,
 )
-from fusion_pass.report import Reason, Refused
-from fusion_pass.sites.silu import Silu
-from fusion_pass.sites.site import Operands, Site, Survey, check_operands, operand_dtype
+from fusion_pass.kinds.kind import Kind, Survey
+from fusion_pass.kinds.silu import Silu
+from fusion_pass.refusal import Reason, Refused
+from fusion_pass.site import Form, Operands, Output, Site, check_operands, operand_dtype
 
 KIND = "silu_mul"
 
 
-def find(silu: Silu, survey: Survey) -> Site | None:
-    """The site whose silu this is, as far as its dataflow tells. Raises Refused."""
+class SiluMul(Kind[Silu]):
+    """out = silu(a) * b."""
+
+    name = KIND
+    is_modulated = False
+
+    def find(self, value: Silu, survey: Survey) -> Site | None:
+        """Finds the product of a silu and a tensor of its shape.
+
+        The user's code, then its graph in bf16:
+
+            F.silu(self.w1(x)) * self.w3(x)
+
+            c = convert(a, f32); e = exp(neg(c)); s = convert(div(c, add(e, 1)), bf16); mul(s, b)
+        """
+        return _site(value)
+
+
+def _site(silu: Silu) -> Site | None:
     terms = past_views(silu.out)
     term = terms[-1]
     product = next((user for user in term.users if _is_product(user, term)), None)
     if product is None:
-        return None  # a gate that broadcasts, a factor
+        return None  # the silu is a gate that broadcasts, or a factor
     out = stored_casts(product)
     if not any(is_stored(node) for node in out):
         raise Refused(Reason.INLINE, product, kind=KIND)
@@ -41,7 +59,7 @@ def find(silu: Silu, survey: Survey) -> Site | None:
         raise Refused(Reason.ESCAPES, term, kind=KIND)
     b = next(other_operands(product, term))
     if not have_same_shape(silu.x, term):
-        raise Refused(Reason.SHAPE, term, "a view stands between the silu and its product", KIND)
+        raise Refused(Reason.SHAPE, term, "a reshape is between the silu and its product", KIND)
     steps = SiluSteps(*(_dtype(node) for node in (silu.out, product, out[0])))
     b = next((node for node in (before_widening(b), b) if _fits(steps, silu.x, node)), None)
     if b is None:
@@ -51,22 +69,22 @@ def find(silu: Silu, survey: Survey) -> Site | None:
     return Site(
         kind=KIND,
         operands=operands,
-        options={"rounding": "model", "silu_dtype": steps.silu},
-        outputs=(out,),
-        dtypes={"out_dtype": steps.out},
+        options={"silu_dtype": steps.silu, "out_dtype": steps.out},
+        form=Form("model", {}),
+        outputs=(Output(out),),
         interior=tuple(dict.fromkeys((*silu.interior, *terms, *(() if out == (product,) else (product,))))),
         anchor=product,
     )
 
 
 def _is_product(node: Node, term: Node) -> bool:
-    """The product of a term and something else of its shape."""
+    """Is this the product of a term and another value of the same shape?"""
     b = next(other_operands(node, term), None) if is_call(node, aten.mul.Tensor) else None
     return b is not None and b is not term and have_same_shape(term, b)
 
 
 def _fits(steps: SiluSteps, a: Node, b: Node) -> bool:
-    """Are the steps of the op the steps of the graph?"""
+    """Are the steps of the op those of the graph?"""
     left, right = operand_dtype(a), operand_dtype(b)
     assert left is not None and right is not None
     return steps == silu_steps("model", left, right, steps.silu, steps.out)

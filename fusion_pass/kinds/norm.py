@@ -5,24 +5,31 @@
     layer:  rstd = rsqrt(var(c) + eps)                as PyTorch decomposes F.layer_norm
             out  = cast?((c - mean(c)) * rstd * weight + bias)
 
-Everything is read off the dataflow, whatever the order of operands: the square as pow, mul or square; the mean as such
-or as a sum over D; the root as rsqrt, or as pow(-0.5) where PyTorch computes that alike, or as a square root, whose
-reciprocal x is multiplied by, or which x is divided by, each with roundings of its own; eps as a constant or a 0-d
-tensor; keepdim or a later unsqueeze; between all these, views that keep the rows.
+All of this is read from the dataflow, in any order of operands:
 
-What dataflow cannot tell is whether F.layer_norm was called at all, and on a 16-bit x or on one that the model had cast
-up: PyTorch computes these otherwise on a CPU. The origin of the nodes, which tracing notes, tells.
+- The square is pow, mul or square.
+- The mean is a mean, or a sum divided by D.
+- x is multiplied by rsqrt, or by pow(-0.5) if PyTorch computes it as rsqrt; or x is multiplied by the reciprocal of a
+  square root; or x is divided by a square root. These three round differently.
+- eps is a constant or a 0-d tensor.
+- There is keepdim, or a later unsqueeze.
+- Views that keep the rows may be between all these.
+
+The dataflow does not show whether F.layer_norm was called, and whether it was called on a 16-bit x or on an x that the
+model had cast up. PyTorch computes these differently on a CPU. The metadata of the nodes, where tracing notes the
+operator that they come from, shows which one it is.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from dit_kernels.arguments import known_equal
 from dit_kernels.rounding import NormSteps
 from fusion_pass.dataflow import (
     HALVES,
@@ -38,7 +45,6 @@ from fusion_pass.dataflow import (
     is_pointwise,
     keeps_rows,
     keeps_sums,
-    known_equal,
     other_operands,
     same_shape,
     same_value,
@@ -48,15 +54,12 @@ from fusion_pass.dataflow import (
     under_views,
     value,
 )
-from fusion_pass.report import Reason, Refused
-from fusion_pass.sites import rotation
-from fusion_pass.sites.operand import Operand, View
+from fusion_pass.kinds.kind import Value
+from fusion_pass.refusal import Reason, Refused
+from fusion_pass.site import Operand, View
 
-NAME = "norm"
-ALONE = Reason.ALONE
 MEANS = (aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default)
 REDUCTIONS = (*MEANS, aten.var.correction, aten.var_mean.correction)
-ANCHORS = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,14 @@ class Norm:
     out: Node
     steps: NormSteps
     interior: tuple[Node, ...]  # every node that the norm alone needs, from the square to `out`
+    # The same norm, with a computed [D] that multiplies it, as in (1 + w) * n, as its weight. Else this [D] is a scale.
+    with_computed_weight: Norm | None = None
 
 
 @dataclass(frozen=True)
 class _Statistic:
-    """rstd = rsqrt(mean(measured * measured) + eps), or rsqrt(var(measured) + eps); of a quotient, its reciprocal."""
+    """rstd = rsqrt(mean(measured * measured) + eps), or rsqrt(var(measured) + eps). If x is divided by a square root,
+    `rstd` is that root."""
 
     kind: str
     measured: Node
@@ -87,23 +93,42 @@ class _Statistic:
     nodes: tuple[Node, ...]
 
 
-def find(anchor: Node) -> Norm | None:
-    """The norm whose reciprocal root is `anchor`, or None where it is no norm. Raises Refused."""
-    statistic = _statistic(anchor)
-    return None if statistic is None else _norm(statistic, anchor)
+class NormValue(Value[Norm]):
+    """A norm, found from its root.
+
+    The user's code, then its graph in bf16:
+
+        (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
+
+        c = convert(x, f32); pow(c, 2); mean(., [-1], True); add(., eps); r = rsqrt(.);
+        mul(x, r); convert(., bf16); mul(., weight)
+    """
+
+    name = "norm"
+    anchors = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
+    is_modulated = True
+    unfused = Reason.ALONE
+
+    def find(self, anchor: Node) -> Norm | None:
+        """The norm whose reciprocal root is `anchor`, or None if there is no norm. Raises Refused."""
+        statistic = _statistic(anchor)
+        return None if statistic is None else _norm(statistic, anchor)
+
+    def measured(self, anchor: Node) -> Node:
+        """The tensor whose rows the statistic of an anchor is computed from; the anchor itself if that tensor is not
+        found."""
+        node = anchor
+        while (val := value(node)) is None or val.ndim == 0 or known_equal(val.shape[-1], 1):
+            if not isinstance(node.args[0] if node.args else None, Node):
+                return anchor
+            node = node.args[0]
+        return through_widening(_square_root_of(node) or node)
 
 
-def measured(anchor: Node) -> Node:
-    """The tensor whose rows an anchor measures, as far as it can be told; else the anchor."""
-    node = anchor
-    while (val := value(node)) is None or val.ndim == 0 or known_equal(val.shape[-1], 1):
-        if not isinstance(node.args[0] if node.args else None, Node):
-            return anchor
-        node = node.args[0]
-    return through_widening(_square_root_of(node) or node)
+NORM = NormValue()
 
 
-# --- up from the root: what is measured ------------------------------------------------------------------------------
+# --- before the root: the statistic ----------------------------------------------------------------------------------
 
 
 def _statistic(anchor: Node) -> _Statistic | None:
@@ -131,7 +156,7 @@ def _statistic(anchor: Node) -> _Statistic | None:
 
 
 def _under_root(anchor: Node) -> Node | None:
-    """v where the anchor is v ** -0.5, or a square root of v that something is divided by."""
+    """v if the anchor is v ** -0.5, or a square root of v that something is divided by; else None."""
     under = anchor.args[0]
     if not isinstance(under, Node):
         return None
@@ -139,7 +164,7 @@ def _under_root(anchor: Node) -> Node | None:
         if _is_divided_by(anchor):
             return under
         if _is_inverse_of_squares(under):
-            raise Refused(Reason.ROOT, under, "the reciprocal is under it")
+            raise Refused(Reason.ROOT, under, "the reciprocal is taken before the root")
         return None
     is_reciprocal = is_call(anchor, aten.rsqrt.default) or anchor.args[1] == -0.5
     return under if is_reciprocal else None
@@ -150,7 +175,8 @@ def _is_square_root(node: Node) -> bool:
 
 
 def _is_divided_by(root: Node) -> bool:
-    """Does anything divide by a root, or by what scalars and views make of it?"""
+    """Is anything divided by a root, or by a view or a pointwise function of it that still has one number for each
+    row?"""
     pending = [root]
     for node in pending:
         for user in node.users:
@@ -168,18 +194,19 @@ def _divides(node: Node, root: Node) -> bool:
 
 
 def _is_reciprocal(node: Any) -> bool:
-    """1 / v, which PyTorch makes of v ** -1, too."""
+    """Is this 1 / v? PyTorch also computes v ** -1 as 1 / v."""
     return is_call(node, aten.reciprocal.default) or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -1)
 
 
 def _is_inverse_of_squares(node: Node) -> bool:
-    """A reciprocal, or a number times one, of what is computed from a sum of squares."""
+    """Is this a number times 1 / v, or 1 / v, where v is computed from a sum of squares?"""
     reduction = _reduction_under(node) if _is_reciprocal(node) or _is_reciprocal(_factor(node)[0]) else None
     return reduction is not None and _square_root_of(reduction.args[0]) is not None
 
 
 def _inverse(root: Node, nodes: list[Node]) -> tuple[Node, str]:
-    """The reciprocal of a square root, as far as one stands there, else the root, which x is then divided by."""
+    """(the reciprocal of a square root, "reciprocal"); without a reciprocal, (the root, "quotient"): x is divided by
+    the root."""
     user = sole_user(root)
     if user is not None and not _divides(user, root):
         raise Refused(Reason.ROOT, user)
@@ -194,7 +221,7 @@ def _inverse(root: Node, nodes: list[Node]) -> tuple[Node, str]:
 
 
 def _split_eps(variance: Node) -> tuple[Node, float | Node]:
-    """mean and eps of `mean + eps`, in either order; eps is 0 where nothing is added."""
+    """mean and eps of `mean + eps`, in either order; eps is 0 if nothing is added."""
     if not is_plain_add(variance):
         return variance, 0.0
     left, right = variance.args[:2]
@@ -215,7 +242,7 @@ def _check_eps(eps: float | Node) -> None:
 
 
 def _check_power(anchor: Node) -> None:
-    """In 16 bits a CPU computes v ** -0.5 otherwise than rsqrt(v), in the last bit; a GPU does not."""
+    """In 16 bits, v ** -0.5 and rsqrt(v) differ in the last bit on a CPU, but not on a GPU."""
     val = value(anchor)
     by_power = is_call(anchor, aten.pow.Tensor_Scalar) and anchor.args[1] == -0.5
     if by_power and (val is None or (val.dtype in HALVES and not val.is_cuda)):
@@ -223,14 +250,14 @@ def _check_power(anchor: Node) -> None:
 
 
 def eps_operand(eps: float | Node) -> float | Node:
-    """eps as the op takes it: a cast of it to fp32 is what the op does itself."""
+    """eps as the op takes it: without casts to fp32, which the op makes itself."""
     while isinstance(eps, Node) and is_cast(eps) and dtype(eps) == torch.float32:
         eps = eps.args[0]
     return eps
 
 
 def _is_last_unsqueeze(node: Node) -> bool:
-    """Does a node, whatever view it is, put a dimension of 1 behind those that were there?"""
+    """Does a node, by any view operator, add a dimension of 1 after the existing dimensions?"""
     before, after = (value(node.args[0]), value(node)) if is_call(node, *RESHAPES) else (None, None)
     if before is None or after is None or after.ndim != before.ndim + 1:
         return False
@@ -238,7 +265,7 @@ def _is_last_unsqueeze(node: Node) -> bool:
 
 
 def _drop_keepdim(node: Node, nodes: list[Node]) -> Node:
-    """The value under an unsqueeze(-1) that stands for keepdim=True."""
+    """The node before an unsqueeze(-1) that is written instead of keepdim=True. Adds the unsqueeze to `nodes`."""
     while _is_last_unsqueeze(node):
         nodes.append(node)
         node = node.args[0]
@@ -246,7 +273,7 @@ def _drop_keepdim(node: Node, nodes: list[Node]) -> Node:
 
 
 def _raise_keepdim(node: Node, nodes: list[Node]) -> Node:
-    """The same downwards: what the product with x reads."""
+    """The node after an unsqueeze(-1) that is written instead of keepdim=True: the product with x reads it."""
     _, *unsqueezed = _with_keepdim(node)
     nodes += unsqueezed
     return unsqueezed[-1] if unsqueezed else node
@@ -260,7 +287,7 @@ def _with_keepdim(node: Node) -> list[Node]:
 
 
 def _squared(mean: Node, nodes: list[Node]) -> Node | None:
-    """c where the node is mean(c * c) over the last dimension; None where it is nothing of the kind."""
+    """c if the node is mean(c * c) over the last dimension; None if it is another statistic. Raises Refused."""
     reduction = _drop_keepdim(_factor(mean)[0] or mean, nodes)
     if not is_call(reduction, aten.mean.dim, aten.sum.dim_IntList):
         return None
@@ -280,20 +307,21 @@ def _squared(mean: Node, nodes: list[Node]) -> Node | None:
 
 
 def _refuse_statistic(node: Any) -> None:
-    """Raises Refused where a node is computed by pointwise operations from a sum over a tensor: a norm of some kind."""
+    """Raises Refused if pointwise operations compute a node from a reduction over a tensor: this is a norm of some
+    kind."""
     reduction = _reduction_under(node)
     reduced, statistic = None if reduction is None else value(reduction.args[0]), value(node)
     if reduction is None or reduced is None or statistic is None:
         return
     if same_shape(statistic, reduced):
-        return  # what is computed for each element, if from a mean, is no statistic
+        return  # a value for each element is not a statistic, even if it is computed from a mean
     if not _over_last(reduction, reduced):
         raise Refused(Reason.DIMENSION, reduction)
     raise Refused(Reason.MEAN if is_call(reduction, *MEANS) else Reason.LAYER_NORM, reduction)
 
 
 def _reduction_under(node: Any) -> Node | None:
-    """The sum over a tensor that pointwise operations compute a node from; the nearest to their first operands."""
+    """The reduction over a tensor from which pointwise operations compute a node. First operands are searched first."""
     seen: set[Node] = set()
     pending = [node]
     while pending:
@@ -309,7 +337,7 @@ def _reduction_under(node: Any) -> Node | None:
 
 
 def _factor(node: Node) -> tuple[Node | None, float]:
-    """(v, f) where the node is v * f or v / (1 / f), f a number."""
+    """(v, f) if the node is v * f or v / (1 / f), where f is a number; else (None, 1)."""
     if not is_call(node, aten.mul.Tensor, aten.div.Tensor) or not isinstance(node.args[0], Node):
         return None, 1.0
     number = node.args[1]
@@ -321,8 +349,8 @@ def _factor(node: Node) -> tuple[Node | None, float]:
 def _divides_by_number(quotient: Node, total: Node, summed: torch.Tensor) -> bool:
     """Is the quotient total / D as torch.mean computes it?
 
-    On a CPU that is a division, on a GPU a product with 1 / D, which a division by a number is there, too. In 16 bits
-    torch.mean rounds once, and a sum and its quotient twice.
+    On a CPU, torch.mean divides by D. On a GPU, it multiplies by 1 / D, and so does a division by a number. In 16 bits,
+    torch.mean rounds once, while a sum and its quotient round twice.
     """
     d = summed.shape[-1]
     if not is_call(total, aten.sum.dim_IntList) or summed.dtype in HALVES or not isinstance(d, int) or d == 0:
@@ -332,7 +360,7 @@ def _divides_by_number(quotient: Node, total: Node, summed: torch.Tensor) -> boo
 
 
 def _over_last(reduction: Node, reduced: torch.Tensor) -> bool:
-    """Does it reduce the last dimension, and no other?"""
+    """Does it reduce the last dimension and no other?"""
     dims = reduction.args[1] if len(reduction.args) > 1 else None
     return isinstance(dims, list | tuple) and len(dims) == 1 and dims[0] in (-1, reduced.ndim - 1) and reduced.ndim > 0
 
@@ -346,7 +374,7 @@ def _square_root_of(square: Node) -> Node | None:
 
 
 def _layer_norm_moments(variance: Node, nodes: list[Node]) -> tuple[Node, Node] | None:
-    """(c, mean of c) where the node is the variance of c over the last dimension."""
+    """(c, mean of c) if the node is the variance of c over the last dimension; else None. Raises Refused."""
     both = variance.args[0] if is_call(variance, operator.getitem) and variance.args[1] == 0 else None
     if not isinstance(both, Node) or not is_call(both, aten.var_mean.correction):
         return None
@@ -362,7 +390,7 @@ def _layer_norm_moments(variance: Node, nodes: list[Node]) -> tuple[Node, Node] 
     return both.args[0], means[0]
 
 
-# --- down from the root: what is done with it ------------------------------------------------------------------------
+# --- after the root: the product, weight, bias and casts -------------------------------------------------------------
 
 
 def _norm(statistic: _Statistic, anchor: Node) -> Norm:
@@ -383,24 +411,26 @@ def _norm(statistic: _Statistic, anchor: Node) -> Norm:
         raise Refused(Reason.NOT_NORMALISED, product)
     x = through_widening(_before_copy(statistic))
     _check_shapes(statistic.measured, statistic.rstd, product)
-    return _affine(statistic, anchor, x, product, nodes)
+    norm, other = (_affine(statistic, anchor, x, product, [*nodes], computed) for computed in (False, True))
+    return norm if other.out is norm.out else replace(norm, with_computed_weight=other)
 
 
 def _centred(node: Any, mean: Node) -> Any:
-    """c where the node is c - mean."""
+    """c if the node is c - mean; else None."""
     is_difference = is_call(node, aten.sub.Tensor) and len(node.args) == 2 and node.kwargs.get("alpha", 1) == 1
     return node.args[0] if is_difference and node.args[1] is mean else None
 
 
 def _called_on(statistic: _Statistic, x: Node) -> torch.dtype | None:
-    """The dtype that the statistics are computed in; of a layer norm, that of what F.layer_norm was called on."""
+    """The dtype in which the statistics are computed; for F.layer_norm, the dtype of its input."""
     cast = _before_copy(statistic)
     of_layer_norm = statistic.kind == "layer" and cast is not x and _is_of_layer_norm(cast)
     return dtype(x if of_layer_norm else cast)
 
 
 def _before_copy(statistic: _Statistic) -> Node:
-    """F.layer_norm reads a contiguous copy of what is not; an RMSNorm may, if its rows are the same in it."""
+    """The measured tensor before a copy. F.layer_norm reads a contiguous copy of a tensor that is not contiguous. An
+    RMSNorm may read a copy, too, if the sums over its rows are the same."""
     node = statistic.measured
     copies = is_call(node, aten.clone.default) and (statistic.kind == "layer" or keeps_sums(node))
     return node.args[0] if copies else node
@@ -411,7 +441,8 @@ def _is_of_layer_norm(node: Node) -> bool:
 
 
 def _check_shapes(measured: Node, rstd: Node, product: Node) -> None:
-    """[..., D] * [..., 1] -> [..., D]: without keepdim, the same operations divide each row by another row's root."""
+    """Checks [..., D] * [..., 1] -> [..., D]. Without keepdim, the same operations divide each row by the root of
+    another row."""
     rows, root, normed = value(measured), value(rstd), value(product)
     if rows is None or root is None or normed is None or rows.ndim == 0:
         raise Refused(Reason.SHAPE, product)
@@ -421,8 +452,13 @@ def _check_shapes(measured: Node, rstd: Node, product: Node) -> None:
         raise Refused(Reason.DIMENSION, product)
 
 
-def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: list[Node]) -> Norm:
-    """Follows x * rstd through weight, bias and casts, as far as they belong to the norm."""
+def _affine(
+    statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: list[Node], computed_weight: bool
+) -> Norm:
+    """Follows x * rstd through weight, bias and casts, as far as they belong to the norm.
+
+    computed_weight: may a computed [D] be the weight, whatever follows it?
+    """
     weight = bias = None
     normed = weighted = biased = dtype(product)
     narrowed = False
@@ -433,47 +469,46 @@ def _affine(statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: 
             if weight is None and bias is None and statistic.kind == "rms":
                 normed = weighted = biased = dtype(user)
         elif statistic.kind == "layer" and not _is_of_layer_norm(user) and not keeps_rows(user):
-            break  # what the model multiplies or adds itself, it rounds itself
-        elif weight is None and bias is None and (row := _weight(user, out, x)) is not None:
+            break  # the model's own product or sum is rounded separately
+        elif weight is None and bias is None and (row := _weight(user, out, x, computed_weight)) is not None:
             weight, narrowed = row, False
             weighted = biased = dtype(user)
         elif bias is None and not (weight is not None and narrowed) and (row := _added_row(user, out, x)) is not None:
             bias, biased, narrowed = row, dtype(user), False
-        elif not keeps_rows(user):  # F.rms_norm makes its result contiguous
+        elif not keeps_rows(user):  # a copy is followed: F.rms_norm makes its result contiguous
             break
         out = user
         nodes.append(out)
-    while keeps_rows(out):  # what stands behind the norm is not its own
+    while keeps_rows(out):  # views and copies after the norm do not belong to it
         out = nodes.pop().args[0]
     stat, last = _called_on(statistic, x), dtype(out)
-    tensors = [node for node in statistic.nodes if value(node) is not None]  # not var_mean, which gives two
+    tensors = [node for node in statistic.nodes if value(node) is not None]  # not var_mean, which returns two tensors
     if len({dtype(node) for node in tensors}) != 1:
         raise Refused(Reason.ROUNDING, anchor)
     if stat is None or normed is None or weighted is None or biased is None or last is None:
         raise Refused(Reason.ROUNDING, anchor)
     steps = NormSteps(stat, normed, weighted, biased, last, statistic.root)
-    rows = (_as_row(weight), _as_row(bias))
+    rows = (_as_column(weight), _as_column(bias))
     return Norm(statistic.kind, anchor, x, *rows, statistic.eps, out, steps, tuple(nodes))
 
 
-def _as_row(row: Node | None) -> Node | Operand | None:
+def _as_column(row: Node | None) -> Node | Operand | None:
     """A parameter of [1, .., D] as [D]."""
     val = None if row is None else value(row)
     if row is None or val is None or val.ndim == 1:
         return row
-    return Operand(row, (View(aten.reshape.default, ([val.shape[-1]],)),), ())
+    return Operand(row, (View(aten.reshape.default, ([val.shape[-1]],)),))
 
 
-def _weight(user: Node, operand: Node, x: Node) -> Node | None:
-    """The row opposite `operand`. One that is computed (1 + w), or is not [D], is a gate or a scale, unless one, or a
-    rotation, follows."""
+def _weight(user: Node, operand: Node, x: Node, computed: bool) -> Node | None:
+    """The row that multiplies `operand`, if it is a weight. A row that is computed (1 + w), or is not [D], is a gate or
+    a scale, unless another product follows."""
     row = _row_operand(user, aten.mul.Tensor, operand, x)
-    if row is None or _is_own(row, user):
+    if row is None or computed or _is_own(row, user):
         return row
     while (follows := sole_user(user)) is not None and (is_cast(follows) or keeps_rows(follows)):
         user = follows
-    follows_product = follows is not None and is_call(follows, aten.mul.Tensor)
-    return row if follows_product or rotation.of(user) is not None else None
+    return row if follows is not None and is_call(follows, aten.mul.Tensor) else None
 
 
 def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
@@ -483,7 +518,7 @@ def _added_row(user: Node, operand: Node, x: Node) -> Node | None:
 
 
 def _row_operand(user: Node, target: Any, operand: Node, x: Node) -> Node | None:
-    """The [D] opposite `operand`, which may be written as [1, .., D]."""
+    """The other operand of `user`, if it is a [D], which may be written as [1, .., D]."""
     row = next(other_operands(user, operand), None) if is_call(user, target) else None
     val, like = value(row) if isinstance(row, Node) else None, value(x)
     if not isinstance(row, Node) or val is None or like is None or not val.ndim:
@@ -500,6 +535,7 @@ def _is_one_dimensional(row: Node) -> bool:
 
 
 def _is_own(row: Node, user: Node) -> bool:
-    """Is a row the norm's own? A [D] that the model is given, or its cast; all that F.layer_norm reads."""
+    """Does a row belong to the norm? It does if it is a [D] input of the graph or a cast of one, or if F.layer_norm
+    reads it."""
     given = _is_one_dimensional(row) and through_casts(row).op in ("placeholder", "get_attr")
     return given or _is_of_layer_norm(user)

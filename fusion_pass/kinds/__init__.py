@@ -1,0 +1,18 @@
+"""The kinds of site that the pass fuses, and the values that they grow from. A new kind or value gets a line here."""
+
+from __future__ import annotations
+
+from fusion_pass.kinds.kind import Entry, Registry
+from fusion_pass.kinds.modulated_norm import NormScale, NormTanhMulAdd, NormTanhMulAddNormScale
+from fusion_pass.kinds.norm import NORM
+from fusion_pass.kinds.norm_rope import NormRope
+from fusion_pass.kinds.qk_norm_rope import QKNormRope
+from fusion_pass.kinds.rotation import ROTATION
+from fusion_pass.kinds.silu import SILU
+from fusion_pass.kinds.silu_mul import SiluMul
+
+REGISTRY = Registry(
+    Entry(NORM, [QKNormRope(), NormRope(), NormTanhMulAddNormScale(), NormTanhMulAdd(), NormScale()]),
+    Entry(SILU, [SiluMul()]),
+    Entry(ROTATION),
+)

@@ -1,0 +1,145 @@
+"""The kinds of site that are stages of a norm: one stage with a term, one without, and one that reads the other."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from dit_kernels.chain import GATED, SCALED, SECOND, StageNames
+from fusion_pass.dataflow import have_same_shape, keeps_sums
+from fusion_pass.kinds import stage
+from fusion_pass.kinds.kind import Kind, Survey
+from fusion_pass.kinds.norm import NORM, Norm, eps_operand
+from fusion_pass.kinds.stage import StageInGraph
+from fusion_pass.refusal import Reason, Refused
+from fusion_pass.site import MODEL_FORMS, Form, Operands, Output, Site, check_operands
+
+
+class NormTanhMulAdd(Kind[Norm]):
+    """y = residual + tanh(gate) * norm(x); without a gate y = residual + norm(x)."""
+
+    name = stage.ADDED
+    is_modulated = True
+
+    def note(self, value: Norm, survey: Survey) -> None:
+        """Notes y and the anchor of its norm, so that the norm that reads y can find the site."""
+        upper = stage.grow(value)
+        if upper is not None and upper.term is not None:
+            notes = survey.notes(self.name)
+            if upper.factor is not None or upper.out[0] not in notes:
+                notes[upper.out[0]] = value.anchor
+
+    def find(self, value: Norm, survey: Survey) -> Site | None:
+        """Finds the residual add of a norm.
+
+        The user's code, then its graph in bf16:
+
+            x = x + gate_msa.tanh() * self.attention_norm2(attn_out)
+
+            t = tanh(gate); n = mul(convert(mul(a, rsqrt)), w); p = mul(t, n); y = add(x, p)
+        """
+        upper = stage.grow(value)
+        if upper is None or upper.term is None:
+            return None
+        # If two norms are added, one is the residual of the other. If one of them is gated, the site is that one's.
+        if upper.factor is None and survey.notes(self.name).get(upper.out[0], value.anchor) is not value.anchor:
+            return None
+        return _site(self.name, [(upper, GATED)])
+
+
+class NormScale(Kind[Norm]):
+    """z = norm(x) * (1 + scale)."""
+
+    name = stage.SCALED
+    is_modulated = True
+
+    def find(self, value: Norm, survey: Survey) -> Site | None:
+        """Finds the product of a norm with a scale.
+
+        The user's code, then its graph in bf16:
+
+            h = self.norm_final(x) * (1 + scale)
+
+            n = mul(convert(mul(x, rsqrt)), w); s = add(scale, 1); z = mul(n, s)
+        """
+        lower = stage.grow(value)
+        return None if lower is None or lower.term is not None else _site(self.name, [(lower, SCALED)])
+
+
+class NormTanhMulAddNormScale(Kind[Norm]):
+    """y = residual + tanh(gate) * norm(x) and z = norm(y) * (1 + scale). Gate and scale may be absent."""
+
+    name = "norm_tanh_mul_add_norm_scale"
+    is_modulated = True
+
+    def find(self, value: Norm, survey: Survey) -> Site | None:
+        """Finds the site whose second norm this is.
+
+        The user's code, then its graph in bf16:
+
+            x = x + gate_msa.tanh() * self.attention_norm2(attn_out)
+            f = self.feed_forward(self.ffn_norm1(x) * scale_mlp)
+
+            p = mul(t, n); y = add(x, p); c = convert(y, f32); ...; m = mul(convert(mul(y, rsqrt)), w2); z = mul(m, s)
+        """
+        y = value.x
+        while keeps_sums(y):
+            y = y.args[0]
+        anchor = survey.notes(NormTanhMulAdd.name).get(y)
+        first = None if anchor is None or anchor._erased else NORM.find(anchor)
+        upper = None if first is None else stage.grow(first)
+        if first is None or upper is None or upper.term is None or upper.out[0] is not y:
+            return None
+        lower = stage.grow(value)
+        lower = stage.bare(value) if lower is None or lower.term is not None else lower
+        if lower is None:
+            return None
+        if (first.kind, first.steps.root) != (value.kind, value.steps.root):
+            raise Refused(Reason.KINDS, value.anchor, kind=self.name)
+        if isinstance(eps_operand(first.eps), float) != isinstance(eps_operand(value.eps), float):
+            raise Refused(Reason.EPS, value.anchor, "one eps is a constant, the other a tensor", self.name)
+        return _site(self.name, [(upper, GATED), (lower, SECOND)])
+
+
+def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
+    """The site of one stage, or of two stages in sequence. Raises Refused if their operands or casts do not fit the
+    op."""
+    first = stages[0][0].norm
+    last = stages[-1][0].norm
+    operands: Operands = {"x": first.x}
+    options: dict[str, object] = {"norm": last.kind, "root": last.steps.root}
+    for part, names in stages:
+        operands |= {names.weight: part.norm.weight, names.bias: part.norm.bias, names.factor: part.factor}
+        operands |= {names.eps: eps_operand(part.norm.eps)} | ({} if names.term is None else {names.term: part.term})
+        options |= {names.switch: part.factor is not None and part.factor.activation is not None}
+        options |= {names.out_dtype: part.steps.out}
+    check_operands(operands, kind)
+    return Site(
+        kind=kind,
+        operands=operands,
+        options=options,
+        form=_form(kind, stages),
+        outputs=tuple(Output(part.out) for part, _ in stages),
+        interior=tuple(node for part, _ in stages for node in part.interior),
+        anchor=first.anchor,
+        like=_like(kind, [part for part, _ in stages]),
+        summed=() if first.kind == "layer" else ("x",),  # F.layer_norm sums a contiguous copy, as the op does
+        takes_any_layout=True,
+    )
+
+
+def _form(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Form:
+    """The first form whose steps are those of every stage. Raises Refused if there is none."""
+    for rounding in MODEL_FORMS:
+        fitting = {names.norm_dtype: part.norm_dtypes(rounding) for part, names in stages}
+        if all(fitting.values()):
+            return Form(rounding, {option: dtypes[0] for option, dtypes in fitting.items()})
+    raise Refused(Reason.ROUNDING, stages[-1][0].norm.anchor, kind=kind)
+
+
+def _like(kind: str, stages: list[StageInGraph]) -> Node:
+    """The node to whose shape all factors broadcast. A stage without a factor takes any shape."""
+    shaped = [part for part in stages if part.factor is not None] or stages
+    for part in shaped[1:]:
+        if part.factor is not None and not have_same_shape(shaped[0].like, part.like):
+            raise Refused(Reason.SHAPE, part.like, "the gate and the scale are applied in different shapes", kind)
+    return shaped[0].like

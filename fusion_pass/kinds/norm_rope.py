@@ -1,0 +1,284 @@
+"""out = rotate(norm(x)): an RMSNorm of each head, then RoPE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from dit_kernels.arguments import KERNEL_DTYPES, known_equal
+from dit_kernels.rounding import RotatedSteps, rotated_steps
+from fusion_pass.dataflow import (
+    aten,
+    dtype,
+    in_memory,
+    is_call,
+    is_only_joined,
+    is_stored,
+    is_swap,
+    value,
+)
+from fusion_pass.kinds import rotation
+from fusion_pass.kinds.kind import Kind, Survey
+from fusion_pass.kinds.norm import Norm, eps_operand
+from fusion_pass.kinds.rotation import Rotation
+from fusion_pass.refusal import Reason, Refused
+from fusion_pass.site import (
+    MODEL_FORMS,
+    SWAP,
+    Form,
+    Operand,
+    Operands,
+    Output,
+    Site,
+    View,
+    check_operands,
+    operand_dtype,
+)
+
+KIND = rotation.ROTATED_NORMS
+VECTOR = 16  # real numbers: a CPU's vectors cover a head of a multiple of this size without a remainder
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A norm and its rotation. swapped: the rotated tensor is [B, H, S, Dh]; the op takes [B, S, H, Dh].
+
+    heads: the view that reshapes the norm's input to one of these shapes, if the norm is computed on another shape.
+    """
+
+    norm: Norm
+    rotation: Rotation
+    swapped: bool
+    heads: View | None
+    steps: RotatedSteps
+
+    def fits(self, rounding: str, norm_dtype: torch.dtype | None) -> bool:
+        """Are the steps of this form the steps of the graph?"""
+        x, by = operand_dtype(self.norm.x), operand_dtype(self.rotation.by)
+        assert x is not None and by is not None
+        weight = operand_dtype(self.norm.weight)
+        return self.steps == rotated_steps(rounding, x, weight, by, norm_dtype, self.steps.rotated, self.steps.out)
+
+    @property
+    def swapped_results(self) -> bool:
+        return self.swapped != self.rotation.swapped_after
+
+    @property
+    def swapped_norm(self) -> bool:
+        """Is the norm computed on [B, H, S, Dh]?"""
+        return self.swapped != _are_swapped(self.norm.out, self.rotation.x)
+
+    def check_sums(self, site: Site, name: str) -> None:
+        """Raises Refused where a CPU's rounding depends on an order of heads and tokens that the op does not keep.
+
+        name: the name of the operand that is normed.
+        """
+        if self.swapped_norm and site.form.rounding == "native":
+            raise Refused(Reason.LAYOUT, site.anchor, "means in 16 bits, with heads before tokens", site.kind)
+        if self.rotation.sin is None:
+            # A CPU rounds a complex product differently in its vectors than in the remainder after them. The memory
+            # layout decides how many rows the CPU treats as one, and so which numbers are in the remainder.
+            x = self.rotation.x
+            val = x.meta["val"].transpose(1, 2) if self.swapped else x.meta["val"]
+            if val.shape[-1] % VECTOR and in_memory(val) != in_memory(site.read(name)):
+                raise Refused(Reason.LAYOUT, x, "how a CPU rounds a complex product depends on the layout", site.kind)
+
+    @property
+    def interior(self) -> tuple[Node, ...]:
+        between = rotation.between(self.norm.out, self.rotation.x) or ()
+        return (*self.norm.interior, *between, *self.rotation.interior)
+
+    def x(self) -> Node | Operand:
+        """The input of the norm, as the op reads it. Heads and tokens may be swapped between the norm and its
+        rotation."""
+        swap = (SWAP,) if self.swapped_norm else ()
+        if self.heads is not None:
+            return Operand(self.norm.x, (self.heads, *swap))
+        if not swap:
+            return self.norm.x
+        return self.norm.x.args[0] if is_swap(self.norm.x) else Operand(self.norm.x, swap)
+
+    def tables(self) -> dict[str, Node | Operand | None]:
+        """The operands of the rotation, as the op reads them."""
+        return {"rotation": self._table(self.rotation.by), "sin": self._table(self.rotation.sin)}
+
+    def _table(self, table: Node | None) -> Node | Operand | None:
+        val = None if table is None else value(table)
+        four = val is not None and val.ndim == 4
+        return Operand(table, (SWAP,)) if table is not None and four and self.swapped else table
+
+    def size(self) -> tuple[int | torch.SymInt, ...]:
+        """B, S, H, Dh."""
+        x = value(self.rotation.x)
+        assert x is not None
+        batch, tokens, heads, width = x.shape
+        return (batch, heads, tokens, width) if self.swapped else (batch, tokens, heads, width)
+
+
+class NormRope(Kind[Norm]):
+    """out = rotate(norm(x))."""
+
+    name = KIND
+    is_modulated = False
+
+    def note(self, value: Norm, survey: Survey) -> None:
+        """Notes which norms are rotated, so that q and k can find each other, and a rotation can find its norm."""
+        found = _rotation_of(value)
+        if found is not None:
+            survey.notes(self.name)[found[1].x] = value.anchor
+
+    def find(self, value: Norm, survey: Survey) -> Site | None:
+        """Finds the rotation of a norm of heads.
+
+        The user's code, then its graph in bf16:
+
+            q = apply_rotary_emb(self.norm_q(q), freqs)
+
+            n = mul(convert(mul(q, rsqrt)), w); c = view_as_complex(reshape(convert(n, f32), [B, S, H, Dh / 2, 2]));
+            out = convert(reshape(view_as_real(mul(c, freqs)), [B, S, H, Dh]), bf16)
+        """
+        rotated = grow(value)
+        return None if rotated is None else site_of(self.name, rotated.norm.anchor, {"x": rotated})
+
+
+def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
+    """The site of one rotated norm, or of q and k with the same rotation. Raises Refused if operands or casts do not
+    fit.
+
+    heads: the rotated norms, by the names of the op's arguments.
+    """
+    first = next(iter(heads.values()))
+    alone = len(heads) == 1
+    operands: Operands = {}
+    for name, rotated in heads.items():
+        prefix = "" if alone else f"{name}_"
+        norm = rotated.norm
+        operands |= {name: rotated.x(), f"{prefix}weight": norm.weight, f"{prefix}eps": eps_operand(norm.eps)}
+    operands |= first.tables()
+    check_operands(operands, kind)
+    others = list(heads.values())[1:]
+
+    def check_sums(site: Site) -> None:
+        for name, rotated in heads.items():
+            rotated.check_sums(site, name)
+
+    return Site(
+        kind=kind,
+        operands=operands,
+        options={
+            "interleaved": first.rotation.interleaved,
+            "rope_dtype": first.steps.rotated,
+            "out_dtype": first.steps.out,
+        },
+        form=_form(kind, refused_at, list(heads.values())),
+        outputs=tuple(Output(rotated.rotation.outs, rotated.swapped_results) for rotated in heads.values()),
+        interior=tuple(node for rotated in heads.values() for node in rotated.interior),
+        anchor=first.norm.anchor,
+        twins=tuple(t for other in others for t in (other.rotation.by, other.rotation.sin) if t is not None),
+        summed=tuple(heads),
+        check_sums=check_sums,
+    )
+
+
+def _form(kind: str, refused_at: Node, heads: list[Rotated]) -> Form:
+    """The first form whose steps are those of all heads. Raises Refused if there is none."""
+    normed = (dtype for rotated in heads for dtype in (rotated.norm.steps.normed, rotated.norm.steps.out))
+    candidates = (None, *dict.fromkeys(normed))
+    for rounding in MODEL_FORMS:
+        for norm_dtype in candidates:
+            if all(rotated.fits(rounding, norm_dtype) for rotated in heads):
+                return Form(rounding, {"norm_dtype": norm_dtype})
+    raise Refused(Reason.ROUNDING, refused_at, kind=kind)
+
+
+def _rotation_of(norm: Norm) -> tuple[Norm, Rotation] | None:
+    """A rotation that reads a norm, and that norm. A computed [D] that multiplies the norm before the rotation is its
+    weight."""
+    for read in (norm, norm.with_computed_weight):
+        found = None if read is None else rotation.of(read.out)
+        if read is not None and found is not None:
+            return read, found
+    return None
+
+
+def grow(norm: Norm) -> Rotated | None:
+    """A norm and the rotation that reads it, or None if there is no rotation. Raises Refused."""
+    pair = _rotation_of(norm)
+    if pair is None:
+        return None
+    norm, found = pair
+    if norm.kind != "rms" or norm.bias is not None:
+        raise Refused(Reason.UNNORMED, norm.anchor, kind=KIND)
+    if norm.steps.root != "rsqrt":
+        raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written as rsqrt", KIND)
+    x = value(found.x)
+    if x is None or x.ndim != 4:
+        raise Refused(Reason.HEADS, norm.x, kind=KIND)
+    heads = None
+    if not _has_shape_of(norm.x, found.x, _are_swapped(norm.out, found.x)):
+        heads = _heads(norm, found)
+        if heads is None:
+            raise Refused(Reason.HEADS, norm.x, kind=KIND)
+    width = x.shape[3] // 2 if found.halved else x.shape[3]
+    swapped = not _is_table(found.by, x, width, False)
+    for table in (found.by, found.sin):
+        if table is not None and not _is_table(table, x, width, swapped):
+            raise Refused(Reason.HEADS, table, kind=KIND)
+    if found.sin is not None and dtype(found.sin) != dtype(found.by):
+        raise Refused(Reason.DTYPE, found.sin, "cosines and sines have different dtypes", KIND)
+    if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.outs):
+        raise Refused(Reason.INLINE, found.out, kind=KIND)
+    return Rotated(norm, found, swapped, heads, _steps(norm, found))
+
+
+def _are_swapped(out: Node, rotated: Node) -> bool:
+    """Are heads and tokens swapped between a norm and its rotation?"""
+    return sum(map(is_swap, rotation.between(out, rotated) or ())) % 2 == 1
+
+
+def _heads(norm: Norm, turn: Rotation) -> View | None:
+    """The view after a norm that reshapes its rows to [B, S, H, Dh] or [B, H, S, Dh]; None if there is none."""
+    for node in rotation.between(norm.out, turn.x) or ():
+        val = value(node)
+        if is_call(node, aten.reshape.default, aten.view.default) and val is not None and val.ndim == 4:
+            return View(node.target, node.args[1:])
+        if not is_swap(node) and not is_call(node, aten.clone.default):
+            return None
+    return None
+
+
+def _has_shape_of(x: Node, rotated: Node, swapped: bool) -> bool:
+    """Is x of the shape of the rotated tensor? A norm may be computed on another shape of the same rows."""
+    before, after = value(x), value(rotated)
+    if before is None or after is None or before.ndim != 4:
+        return False
+    order = (0, 2, 1, 3) if swapped else (0, 1, 2, 3)
+    return all(known_equal(before.shape[dim], size) for dim, size in zip(order, after.shape, strict=True))
+
+
+def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:
+    """The steps of a norm and its rotation. A complex product is cast once. A real sum is rounded to the dtype of its
+    terms and then cast."""
+    product, out = turn.product, dtype(turn.out)
+    if product is None or out is None:
+        raise Refused(Reason.ROUNDING, turn.out, kind=KIND)
+    if out not in KERNEL_DTYPES:
+        raise Refused(Reason.DTYPE, turn.out, str(out), KIND)
+    return RotatedSteps(norm.steps, product, out if turn.sin is None else product, out)
+
+
+def _is_table(table: Node, x: torch.Tensor, columns: int, swapped: bool) -> bool:
+    """Does the table have one row of `columns` numbers for each token, either for all batch items or for each?
+
+    x is [B, S, H, Dh], or swapped [B, H, S, Dh]; the table broadcasts to it along the heads.
+    """
+    val = value(table)
+    if val is None or not 2 <= val.ndim <= 4 or val.is_conj() or val.is_neg():
+        return False
+    batch, *middle, width = (1, 1, *val.shape)[-4:]
+    heads, tokens = middle if swapped else reversed(middle)
+    of_batch = known_equal(batch, 1) or known_equal(batch, x.shape[0])
+    of_tokens = known_equal(tokens, x.shape[2 if swapped else 1]) and known_equal(heads, 1)
+    return of_batch and of_tokens and known_equal(width, columns)

@@ -1,0 +1,123 @@
+"""Replaces a proven site by a call of its op, with the views around the call."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fusion_pass.dataflow import RESHAPES, aten, is_call, prims, same_shape, value
+from fusion_pass.proof import find_size
+from fusion_pass.site import ORIGIN, SWAP, Operand, Output, Site
+
+# Operators whose nodes are erased with the site, if nothing else reads them.
+_PURE = (
+    prims.convert_element_type.default,
+    aten.clone.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.select.int,
+    *RESHAPES,
+)
+
+
+def rewrite(site: Site, graph: Graph) -> Node:
+    """Replaces a proven site by a call of its op. Returns the node of the call."""
+    with graph.inserting_before(_place(site)):
+        call = _insert_call(site, graph)
+        results = [call] if len(site.outputs) == 1 else _insert_getitems(site, graph, call)
+        results = [_viewed_back(graph, *pair, site) for pair in zip(results, site.outputs, strict=True)]
+    for output, result in zip(site.outputs, results, strict=True):
+        for node in output.nodes:
+            node.replace_all_uses_with(result)
+    _erase(site, graph)
+    return call
+
+
+def _place(site: Site) -> Node:
+    """The node of the site before which the call is inserted: the first node after everything that the op reads. As it
+    is inside the site, it is in the site's mutation region."""
+    inputs = [*site.inputs(), *site.sizes()]
+    return next(node for node in site.nodes() if all(read < node for read in inputs))
+
+
+def _insert_call(site: Site, graph: Graph) -> Node:
+    args: list[Any] = []
+    keywords = site.keywords()
+    for name in site.roles:
+        operand = site.operands[name]
+        if isinstance(operand, Operand):
+            operand = operand.insert(graph)
+        elif site.is_viewed(name):
+            operand = _viewed(graph, operand, site.shaped(), site)
+        args.append(operand)
+    call = graph.call_function(site.op(), tuple(args), keywords)
+    origin = site.outputs[0].nodes[0]
+    call.meta.update({k: v for k, v in origin.meta.items() if k in ORIGIN})
+    vals = tuple(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
+    call.meta["eager_input_vals"] = (vals, keywords)
+    results = tuple(_fresh(output, site) for output in site.outputs)
+    call.meta["val"] = results if len(results) > 1 else results[0]
+    return call
+
+
+def _fresh(output: Output, site: Site) -> torch.Tensor:
+    """A fake tensor for a result of the op: contiguous, with sizes that the graph already has."""
+    val = value(output.nodes[0])
+    assert val is not None
+    shape = val.transpose(1, 2).shape if output.swapped else val.shape
+    return val.new_empty(shape if site.like is None else site.like.meta["val"].shape)
+
+
+def _viewed_back(graph: Graph, result: Node, output: Output, site: Site) -> Node:
+    """A result of the op, in the shape of the nodes that it replaces."""
+    if output.swapped:
+        return SWAP.insert(result, graph)
+    return result if site.like is None else _viewed(graph, result, output.nodes[0], site)
+
+
+def _viewed(graph: Graph, node: Any, like: Node, site: Site) -> Node:
+    """`node`, reshaped to the shape of `like`."""
+    val, shape = value(node), value(like)
+    assert val is not None and shape is not None
+    if same_shape(val, shape):
+        return node
+    view = graph.call_function(aten.reshape.default, (node, [_size(graph, size, site) for size in shape.shape]))
+    view.meta = {k: v for k, v in like.meta.items() if k in ORIGIN}
+    view.meta["val"] = val.reshape(shape.shape)
+    return view
+
+
+def _size(graph: Graph, size: int | torch.SymInt, site: Site) -> int | Node:
+    found = find_size(size, site)
+    if found is None:
+        return -1  # reshape infers it, as all other sizes are known
+    if not isinstance(found, tuple):
+        return found
+    node = graph.call_function(aten.sym_size.int, found)
+    node.meta["val"] = size
+    return node
+
+
+def _insert_getitems(site: Site, graph: Graph, call: Node) -> list[Node]:
+    results = []
+    for index, output in enumerate(site.outputs):
+        item = graph.call_function(operator.getitem, (call, index))
+        item.meta = {k: v for k, v in output.nodes[0].meta.items() if k in ORIGIN}
+        item.meta["val"] = call.meta["val"][index]
+        results.append(item)
+    return results
+
+
+def _erase(site: Site, graph: Graph) -> None:
+    """Erases the site's nodes, and the casts, views and expansions of its operands that nothing else reads."""
+    pending = list(reversed(site.nodes()))
+    while pending:
+        node = pending.pop(0)
+        if node._erased or node.users:
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        pending += [n for n in inputs if not n.users and is_call(n, *_PURE)]

@@ -1,0 +1,56 @@
+"""Activations of rows: silu(a) * b (SwiGLU). a and b are [..., S, D] with any strides, e.g. halves of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from dit_kernels import reference
+from dit_kernels.arguments import ROW, Argument, Option, dtype_option
+from dit_kernels.chain import SiluChain
+from dit_kernels.cute.tiling import VectorTiling, vector_tiling
+from dit_kernels.families.family import Family, Named, Op, Shaped
+from dit_kernels.rounding import SILU_FORMS, silu_steps
+
+_steps = lru_cache(maxsize=None)(silu_steps)
+
+
+class Activation(Family):
+    """Computes a SiluChain, element by element."""
+
+    arguments = (
+        Argument("a", ROW, inlined=True),
+        Argument("b", ROW, inlined=True),
+        Argument("out", ROW, written=True),
+    )
+
+    def chain(self, op: Op, named: Named, options: Named) -> SiluChain:
+        a, b = named["a"].dtype, named["b"].dtype
+        return SiluChain(_steps(options["rounding"], a, b, options["silu_dtype"], options["out_dtype"]))
+
+    def results(self, chain: SiluChain, named: Named) -> tuple[Shaped, ...]:
+        return ((named["a"].shape, chain.steps.out),)
+
+    def definition(self, chain: SiluChain, named: Named) -> tuple[Tensor, ...]:
+        return (reference.silu_mul(named["a"], named["b"], chain.steps),)
+
+    def kernel(self) -> Callable[..., Any]:
+        from dit_kernels.cute.activation import SiluMulKernel
+
+        return SiluMulKernel
+
+    def tiling(self, chain: SiluChain, d: int, specs: Named, arch: str) -> VectorTiling:
+        return vector_tiling(d, min(specs[name].dtype.itemsize for name in ("a", "b")))
+
+
+OPS = (
+    Op(
+        "silu_mul",
+        Activation(),
+        ("a", "b", "out"),
+        (Option("rounding", "str", "model", SILU_FORMS), dtype_option("silu_dtype"), dtype_option("out_dtype")),
+    ),
+)

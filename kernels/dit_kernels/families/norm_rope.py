@@ -1,0 +1,168 @@
+"""The norm of query and key heads and their rotation (RoPE): rotate(norm(q)), for q and k together or for one of them.
+
+q is [B, S, H, Dh], k is [B, S, Hk, Dh]. The weights of their norms are [Dh] or None. The rotation is the same for every
+head. It is complex, [S, Dh/2]. Or, with `sin`, it holds the cosines, [S, Dh] or [S, Dh/2]. A rotation may also have a
+dimension of size B or 1 before S, for batch items, and one of size 1 after S, for heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from dit_kernels import reference
+from dit_kernels.arguments import (
+    COLUMN,
+    COMPLEX,
+    DTYPES,
+    EPS,
+    HEADS,
+    KERNEL_DTYPES,
+    TABLE,
+    Argument,
+    Option,
+    check_tensor,
+    differ,
+    dtype_option,
+    known_equal,
+    reject,
+)
+from dit_kernels.chain import RotatedChain
+from dit_kernels.cute.heads import HeadTiling, head_tiling
+from dit_kernels.families.family import Family, Named, Op, Shaped, step_dtypes
+from dit_kernels.rounding import FORMS, ROOTS, RotatedSteps, rotated_steps
+
+HEAD_GRAIN, WIDEST_HEAD = 8, 512  # kernels take multiples of HEAD_GRAIN up to WIDEST_HEAD
+
+_steps = lru_cache(maxsize=None)(rotated_steps)
+
+
+class NormRope(Family):
+    """Computes a RotatedChain over the heads of a token. For norm_rope, x is q, and k is absent."""
+
+    arguments = (
+        Argument("q", HEADS),
+        Argument("k", HEADS),
+        Argument("q_weight", COLUMN, optional=True),
+        Argument("k_weight", COLUMN, optional=True),
+        Argument("rotation", TABLE),
+        Argument("sin", TABLE, optional=True),
+        Argument("q_eps", EPS),
+        Argument("k_eps", EPS),
+        Argument("q_out", HEADS, written=True),
+        Argument("k_out", HEADS, written=True),
+    )
+
+    def check(self, op: Op, named: Named, options: Named) -> None:
+        """Raises ValueError for a rotation of the wrong size, or a complex one with `interleaved=False`.
+
+        A complex rotation has one number per pair. Cosines and sines have one per pair or one per element.
+        """
+        q, rotation, sin = named["q"], named["rotation"], named["sin"]
+        first = op.own_name("q")
+        check_tensor(op.name, "rotation", rotation, first, q, COMPLEX if sin is None else DTYPES)
+        d = q.shape[3]
+        widths = (d // 2,) if sin is None else (d, d // 2)
+        _check_width(op.name, "rotation", rotation, widths)
+        if sin is not None:
+            check_tensor(op.name, "sin", sin, first, q, (rotation.dtype,))
+            _check_width(op.name, "sin", sin, (rotation.shape[-1],))
+        elif not options["interleaved"]:
+            reject(op.name, "interleaved", False, "True with a complex rotation, whose pairs are neighbouring elements")
+
+    def chain(self, op: Op, named: Named, options: Named) -> RotatedChain:
+        one_a_pair = named["rotation"].shape[-1] == named["q"].shape[3] // 2
+        k = None if named.get("k") is None else _steps_of("k", named, options)
+        return RotatedChain(options["interleaved"], one_a_pair, _steps_of("q", named, options), k)
+
+    def results(self, chain: RotatedChain, named: Named) -> tuple[Shaped, ...]:
+        q = named["q"].shape, chain.q.out
+        return (q,) if chain.k is None else (q, (named["k"].shape, chain.k.out))
+
+    def definition(self, chain: RotatedChain, named: Named) -> tuple[Tensor, ...]:
+        rotation, sin = (_for_heads(named[name], named["q"]) for name in ("rotation", "sin"))
+        assert rotation is not None
+        return tuple(
+            reference.rotated(
+                named[x], named[f"{x}_weight"], rotation, sin, named[f"{x}_eps"], steps, chain.interleaved
+            )
+            for x, steps in (("q", chain.q), ("k", chain.k))
+            if steps is not None
+        )
+
+    def fits_kernel(self, chain: RotatedChain, named: Named) -> bool:
+        """Only a complex rotation and its product may be fp64. Dh is a multiple of HEAD_GRAIN up to WIDEST_HEAD."""
+        real = [t for argument in self.tensors if (t := named.get(argument.name)) is not None and not t.is_complex()]
+        dtypes = {t.dtype for t in real}
+        for steps in (chain.q, chain.k):
+            if steps is not None:
+                dtypes |= step_dtypes(replace(steps, product=steps.rotated) if named["sin"] is None else steps)
+        d = named["q"].shape[3]
+        return dtypes <= set(KERNEL_DTYPES) and d % HEAD_GRAIN == 0 and d <= WIDEST_HEAD
+
+    def kernel(self) -> Callable[..., Any]:
+        from dit_kernels.cute.norm_rope import NormRopeKernel
+
+        return NormRopeKernel
+
+    def tiling(self, chain: RotatedChain, d: int, specs: Named, arch: str) -> HeadTiling:
+        q, k = specs["q"], specs["k"]
+        width = min(spec.dtype.itemsize for spec in (q, k) if spec is not None)
+        return head_tiling(d, (q.heads, 0 if k is None else k.heads), width, 1 if chain.interleaved else 2)
+
+
+def _check_width(op: str, name: str, table: Tensor, widths: tuple[int, ...]) -> None:
+    if all(differ(table.shape[-1], width) for width in widths):
+        reject(op, f"{name}.shape", list(table.shape), f"a last dimension of {' or '.join(map(str, widths))}")
+
+
+def _steps_of(x: str, named: Named, options: Named) -> RotatedSteps:
+    """The steps of q or of k."""
+    weight = named[f"{x}_weight"]
+    return _steps(
+        options["rounding"],
+        named[x].dtype,
+        None if weight is None else weight.dtype,
+        named["rotation"].dtype,
+        options["norm_dtype"],
+        options["rope_dtype"],
+        options["out_dtype"],
+        options["root"],
+    )
+
+
+def _for_heads(table: Tensor | None, q: Tensor) -> Tensor | None:
+    """A table reshaped to [B|1, S, 1, n]."""
+    if table is None:
+        return None
+    shaped = TABLE.laid(table.shape, (1,) * table.ndim, q.shape, known_equal)
+    assert shaped is not None
+    batch, tokens, width = shaped[0]
+    return table.reshape(batch, tokens, 1, width)
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------
+
+FAMILY = NormRope()
+_OPTIONS = (
+    Option("interleaved", "bool", True),
+    Option("rounding", "str", "cast_then_weight", FORMS),
+    dtype_option("norm_dtype"),
+    dtype_option("rope_dtype"),
+    dtype_option("out_dtype"),
+    Option("root", "str", "rsqrt", ROOTS),
+)
+OPS = (
+    Op(
+        "norm_rope",
+        FAMILY,
+        ("q", "q_weight", "rotation", "sin", "q_eps", "q_out"),
+        _OPTIONS,
+        {"q": "x", "q_weight": "weight", "q_eps": "eps"},
+    ),
+    Op("qk_norm_rope", FAMILY, tuple(FAMILY.named), _OPTIONS),
+)
