@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -25,6 +28,9 @@ from dit_kernels.cute.spec import TensorSpec
 from dit_kernels.families.modulated_norm import FAMILY
 from dit_kernels.rounding import stage_steps
 
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has other owners, modes and kinds of files")
+root = pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can give a file away")
+
 ARCH = "sm_90a"
 BF16 = torch.bfloat16
 
@@ -37,6 +43,11 @@ def variant(d: int = 256) -> Variant:
 
 def load_or_compile(arch: str, variant: Variant) -> object:
     return kernel_cache.load_or_compile(arch, variant, lambda: kernels.compile_variant(arch, variant))
+
+
+def loads(*sizes: int) -> bool:
+    """Is there a kernel for each of these D in turn?"""
+    return all(callable(load_or_compile(ARCH, variant(d))) for d in sizes)
 
 
 @pytest.fixture
@@ -73,6 +84,7 @@ def test_a_kernel_is_compiled_once_and_then_loaded(directory: Path, compilations
     assert [entry.name for entry in entries(directory)] == [kernel_cache.entry_name(ARCH, variant())]
 
 
+@posix
 def test_directory_and_entries_belong_to_the_user_alone(directory: Path) -> None:
     load_or_compile(ARCH, variant())
     assert directory.stat().st_mode & 0o777 == 0o700
@@ -131,7 +143,7 @@ def test_an_entry_under_the_name_of_another_is_never_loaded(directory: Path, com
     assert compilations == ["sm_80", ARCH]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@root
 def test_an_entry_of_another_user_is_never_loaded(directory: Path, compilations: list[str]) -> None:
     load_or_compile(ARCH, variant())
     os.chown(entries(directory)[0], 12345, -1)
@@ -150,6 +162,7 @@ def test_an_entry_of_another_version_stays_and_is_not_loaded(
     assert len(entries(directory)) == 2
 
 
+@posix
 def test_a_directory_that_others_can_write_is_never_loaded_from(directory: Path, compilations: list[str]) -> None:
     load_or_compile(ARCH, variant())
     directory.chmod(0o777)
@@ -158,6 +171,7 @@ def test_a_directory_that_others_can_write_is_never_loaded_from(directory: Path,
     assert compilations == [ARCH, ARCH]
 
 
+@posix
 def test_an_entry_that_others_can_write_is_never_loaded(directory: Path, compilations: list[str]) -> None:
     load_or_compile(ARCH, variant())
     entries(directory)[0].chmod(0o666)
@@ -166,6 +180,7 @@ def test_an_entry_that_others_can_write_is_never_loaded(directory: Path, compila
     assert compilations == [ARCH, ARCH]
 
 
+@posix
 def test_a_directory_of_another_user_is_never_loaded_from(
     directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +250,7 @@ def test_the_name_of_an_entry_depends_on_arch_variant_versions_and_sources(monke
     assert names[0] == kernel_cache.entry_name(ARCH, variant())
 
 
+@posix
 def test_a_user_without_a_home_costs_one_warning_and_no_kernel(
     compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +261,283 @@ def test_a_user_without_a_home_costs_one_warning_and_no_kernel(
     with pytest.warns(RuntimeWarning, match="DIT_KERNELS_CACHE_DIR"):
         assert callable(load_or_compile(ARCH, variant()))
     assert compilations == [ARCH]
+
+
+def test_a_kernel_that_cannot_be_stored_costs_one_warning_and_is_compiled_once(
+    directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names another temporary file each time, and CuTeDSL may raise anything."""
+    errors = iter([RuntimeError("no space for /a"), OSError("no space for /b"), KeyError("c")])
+    real = kernels.compile_variant
+
+    def failing_export(*_: object, **__: object) -> None:
+        raise next(errors)
+
+    def without_export(arch: str, variant: Variant, options: str = "") -> object:
+        compiled = real(arch, variant, options)
+        monkeypatch.setattr(type(compiled), "export_to_c", failing_export)
+        return compiled
+
+    monkeypatch.setattr(kernels, "compile_variant", without_export)
+    with pytest.warns(RuntimeWarning, match="no space for /a") as given:
+        assert loads(256, 512, 1024)
+    assert len(given) == 1
+    assert compilations == [ARCH] * 3
+    assert entries(directory) == []
+
+
+def test_a_file_system_without_locks_costs_one_warning_and_no_kernel(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_cache, "FileLock", mock.Mock(side_effect=NotImplementedError("no flock")))
+    with pytest.warns(RuntimeWarning, match="no flock"):
+        assert callable(load_or_compile(ARCH, variant()))
+
+
+def test_a_cutedsl_that_does_not_name_its_compiler_costs_one_warning_and_no_kernel(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = kernel_cache._toolkit
+
+    def renamed() -> str:
+        with mock.patch.object(sys, "modules", {"cutlass": None}):
+            return real()
+
+    monkeypatch.setattr(kernel_cache, "_toolkit", renamed)
+    kernel_cache._versions.cache_clear()
+    with pytest.warns(RuntimeWarning, match="which compiler"):
+        assert callable(load_or_compile(ARCH, variant()))
+    kernel_cache._versions.cache_clear()
+
+
+# --- entries that are no files, and entries that change meanwhile ---------------------------------------------------
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """Ends a test that hangs."""
+
+    def hangs(*_: object) -> None:
+        raise AssertionError("hangs")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def put_link(entry: Path) -> None:
+    """A link to a good entry."""
+    good = entry.replace(entry.with_suffix(".elsewhere"))
+    entry.symlink_to(good)
+
+
+def put_fifo(entry: Path) -> None:
+    entry.unlink()
+    os.mkfifo(entry, 0o600)
+
+
+def put_directory(entry: Path) -> None:
+    entry.unlink()
+    entry.mkdir(mode=0o700)
+
+
+def put_socket(entry: Path) -> None:
+    entry.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.getcwd()
+        os.chdir(entry.parent)  # the path of a socket may have 107 bytes
+        server.bind(entry.name)
+        os.chdir(here)
+    entry.chmod(0o600)
+
+
+KINDS_OF_FILES = pytest.mark.parametrize("put", [put_fifo, put_link, put_directory, put_socket])
+
+
+@posix
+@KINDS_OF_FILES
+def test_an_entry_that_is_no_regular_file_costs_one_warning_and_no_kernel(
+    directory: Path, compilations: list[str], alarm: None, put: Callable[[Path], None]
+) -> None:
+    load_or_compile(ARCH, variant())
+    put(entries(directory)[0])
+    with pytest.warns(RuntimeWarning, match="is not a regular file") as given:
+        assert loads(256, 256)
+    assert len(given) == 1
+    assert compilations == [ARCH] * 3
+
+
+@posix
+@KINDS_OF_FILES
+def test_an_entry_that_becomes_something_else_before_it_is_opened_is_not_loaded(
+    directory: Path,
+    compilations: list[str],
+    alarm: None,
+    monkeypatch: pytest.MonkeyPatch,
+    put: Callable[[Path], None],
+) -> None:
+    load_or_compile(ARCH, variant())
+    real = kernel_cache._check_entry
+
+    def check_then_swap(entry: Path, status: os.stat_result) -> None:
+        real(entry, status)
+        monkeypatch.setattr(kernel_cache, "_check_entry", real)
+        put(entry)
+
+    monkeypatch.setattr(kernel_cache, "_check_entry", check_then_swap)
+    with pytest.warns(RuntimeWarning, match="not kept on disk"):
+        assert callable(load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH, ARCH]
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["in memory", "in a directory"])
+def test_what_was_checked_is_loaded_also_if_the_entry_changes_meanwhile(
+    directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, memory: bool
+) -> None:
+    load_or_compile(ARCH, variant())
+    (entry,) = entries(directory)
+    good, real, loaded = entry.read_bytes(), kernel_cache.load_module, []
+
+    def swap_then_load(path: str, **options: bool) -> object:
+        entry.write_bytes(b"another kernel")
+        loaded.append((Path(path).parent, Path(path).read_bytes()))
+        return real(path, **options)
+
+    monkeypatch.setattr(kernel_cache, "load_module", swap_then_load)
+    if not memory:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert callable(load_or_compile(ARCH, variant()))
+    ((folder, code),) = loaded
+    assert good == code + kernel_cache._digest(entry.name, code)
+    assert folder != directory and (folder == Path("/proc/self/fd")) == (memory and hasattr(os, "memfd_create"))
+    assert compilations == [ARCH]
+    assert {path.name for path in directory.iterdir()} <= {entry.name, "lock"}  # the copy is gone
+
+
+# --- the parent of the directory ------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_directory_whose_parent_others_can_write_is_never_loaded_from(
+    tmp_path: Path, directory: Path, compilations: list[str], mode: int
+) -> None:
+    load_or_compile(ARCH, variant())
+    tmp_path.chmod(mode)
+    with pytest.warns(RuntimeWarning, match=f"{tmp_path} can be written by others") as given:
+        assert loads(256, 256)
+    assert len(given) == 1
+    assert compilations == [ARCH] * 3
+
+
+@posix
+def test_the_parent_of_a_directory_is_that_behind_a_link(
+    tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    (tmp_path / "open" / "kernels").mkdir(parents=True)
+    (tmp_path / "open").chmod(0o777)
+    directory.symlink_to(tmp_path / "open" / "kernels")
+    with pytest.warns(RuntimeWarning, match="open can be written by others"):
+        assert callable(load_or_compile(ARCH, variant()))
+
+
+@posix
+def test_a_sticky_parent_that_others_can_write_is_trusted(
+    tmp_path: Path, directory: Path, compilations: list[str]
+) -> None:
+    tmp_path.chmod(0o1777)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loads(256, 256)
+    assert compilations == [ARCH]
+
+
+@root
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_a_directory_whose_parent_belongs_to_another_user_is_never_loaded_from(
+    tmp_path: Path, directory: Path, compilations: list[str], mode: int
+) -> None:
+    load_or_compile(ARCH, variant())
+    tmp_path.chmod(mode)
+    os.chown(tmp_path, 12345, -1)
+    with pytest.warns(RuntimeWarning, match=f"{tmp_path} belongs to another user"):
+        assert callable(load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH, ARCH]
+
+
+@posix
+def test_a_parent_that_does_not_exist_is_made_so_that_only_the_user_can_write_to_it(
+    tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    monkeypatch.setenv("DIT_KERNELS_CACHE_DIR", str(tmp_path / "grandparent" / "parent" / "kernels"))
+    before = os.umask(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert loads(256, 256)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "grandparent" / "parent").stat().st_mode & 0o777 == 0o700
+    assert compilations == [ARCH]
+
+
+# --- Windows --------------------------------------------------------------------------------------------------------
+
+NOT_ON_WINDOWS = (
+    *("chown", "fchmod", "fchown", "fork", "geteuid", "getuid", "lchown", "memfd_create", "mkfifo", "uname"),
+    *("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK"),
+)
+
+
+def test_the_cache_works_without_what_windows_does_not_have(
+    directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, everything seems to belong to user 0, and to be writable by everybody."""
+    windows = SimpleNamespace(**{name: what for name, what in vars(os).items() if name not in NOT_ON_WINDOWS})
+    monkeypatch.setattr(kernel_cache, "os", windows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert callable(load_or_compile(ARCH, variant()))
+        directory.chmod(0o777)
+        entries(directory)[0].chmod(0o666)
+        assert callable(load_or_compile(ARCH, variant()))
+    assert compilations == [ARCH]
+    assert {path.name for path in directory.iterdir()} <= {kernel_cache.entry_name(ARCH, variant()), "lock"}
+
+
+@posix
+@pytest.mark.parametrize("name", ["geteuid", "memfd_create", "O_NOFOLLOW", "O_CLOEXEC"])
+def test_the_cache_works_without_each_of_them(
+    directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr(os, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loads(256, 256)
+    assert compilations == [ARCH]
+
+
+@posix
+@pytest.mark.parametrize("missing", ["the system call", "/proc"])
+def test_without_files_in_memory_an_entry_is_loaded_from_a_copy(
+    directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    patched = SimpleNamespace(**vars(os))
+    refused = mock.Mock(side_effect=PermissionError("not permitted"))
+    setattr(patched, "memfd_create" if missing == "the system call" else "stat", refused)
+    monkeypatch.setattr(kernel_cache, "os", patched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loads(256, 256)
+    assert refused.called
+    assert compilations == [ARCH]
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_name_of_an_entry_depends_on_which_compiler_cutedsl_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

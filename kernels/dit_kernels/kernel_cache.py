@@ -1,9 +1,11 @@
 """The cache of compiled kernels on disk.
 
 The directory is $DIT_KERNELS_CACHE_DIR, or dit_kernels in $XDG_CACHE_HOME or ~/.cache. It holds machine code, so it is
-used only if nobody but the user can write to it. The name of an entry is a hash of everything that determines the
-kernel: versions, sources, architecture and variant. An entry ends with a digest of its name and its content. An entry
-that cannot be read back, or that was made under another name, is deleted and compiled again.
+used only if nobody but the user can write to it, and nobody else can put another directory in its place. Windows has
+other means for this, which are not checked. The name of an entry is a hash of everything that determines the kernel:
+versions, sources, architecture and variant. An entry ends with a digest of its name and its content. It is read once:
+what was checked is what is loaded. An entry that cannot be read back, or that was made under another name, is deleted
+and compiled again.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,8 +35,8 @@ _DIGEST_BYTES = 32
 _LOCK_SECONDS = 120.0
 
 
-class Untrusted(Exception):
-    """There is no cache that only the user can have written."""
+class Unusable(Exception):
+    """The cache cannot be used, or not for this kernel."""
 
 
 def cache_directory() -> Path:
@@ -44,7 +48,7 @@ def cache_directory() -> Path:
     try:
         return Path.home() / ".cache" / "dit_kernels"
     except RuntimeError as error:  # a user ID without a user name, as in some containers
-        raise Untrusted(f"{error} Set DIT_KERNELS_CACHE_DIR") from error
+        raise Unusable(f"{error} Set DIT_KERNELS_CACHE_DIR") from error
 
 
 def entry_name(arch: str, variant: Any) -> str:
@@ -61,7 +65,10 @@ def _versions() -> tuple[str, ...]:
 
 def _toolkit() -> str:
     """Which compiler CuTeDSL has loaded. It has one per major version of CUDA and chooses by the driver's version."""
-    return Path(sys.modules["cutlass._mlir._mlir_libs._cutlass_ir"].__file__ or "").name
+    module = sys.modules.get("cutlass._mlir._mlir_libs._cutlass_ir")
+    if module is None:
+        raise Unusable("this version of CuTeDSL does not say which compiler it has loaded")
+    return Path(module.__file__ or "").name
 
 
 @cache
@@ -74,61 +81,121 @@ def source_hash(package: Path = Path(__file__).parent) -> str:
 
 
 def load_or_compile(arch: str, variant: Any, compile: Callable[[], Function]) -> Function:
-    """Loads a kernel from disk, or compiles and stores it. Without a usable cache, warns and compiles the kernel."""
+    """Loads a kernel from disk, or compiles and stores it. If the cache cannot be used, warns once and compiles."""
+    compile = cache(compile)  # so that a kernel that cannot be stored is not compiled twice
     try:
-        name, directory = entry_name(arch, variant), _open_directory(cache_directory())
-        function = _load(directory / name)
+        entry = _open_directory(cache_directory()) / entry_name(arch, variant)
+        function = _load(entry)
         if function is not None:
             return function
         # If several processes need the entry, one compiles it; the others wait and load it.
-        with FileLock(directory / "lock", timeout=_LOCK_SECONDS, mode=0o600):
-            return _load(directory / name) or _store(directory / name, compile())
-    except (OSError, Untrusted, PackageNotFoundError) as error:  # filelock.Timeout is an OSError
-        warn_once(f"dit_kernels: kernels are not kept on disk: {error}", RuntimeWarning)
+        with FileLock(entry.with_name("lock"), timeout=_LOCK_SECONDS, mode=0o600):
+            return _load(entry) or _store(entry, compile())
+    # filelock.Timeout is an OSError; filelock raises NotImplementedError on a file system without locks
+    except (OSError, Unusable, PackageNotFoundError, NotImplementedError) as error:
+        warn_once(f"dit_kernels: kernels are not kept on disk: {error}", RuntimeWarning, subject="kernels on disk")
     return compile()
 
 
+# --- the directory --------------------------------------------------------------------------------------------------
+
+
 def _open_directory(directory: Path) -> Path:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """The directory with its symbolic links resolved. It and its parent are made if they do not exist."""
+    for missing in (directory.parent, directory):
+        missing.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = directory.resolve()
+    parent = directory.parent.stat()
+    # Who can write to the parent can put another directory in place of ours. In a sticky parent, as /tmp is, only the
+    # owners of the two can.
+    _check_trusted(directory.parent, parent, owners=(0,), writable=bool(parent.st_mode & stat.S_ISVTX))
     _check_trusted(directory, directory.stat())
     return directory
 
 
-def _check_trusted(path: Path, status: os.stat_result) -> None:
-    if status.st_uid != os.geteuid():
-        raise Untrusted(f"{path} belongs to another user")
-    if status.st_mode & 0o022:
-        raise Untrusted(f"{path} can be written by others than its owner")
+def _check_trusted(path: Path, status: os.stat_result, owners: tuple[int, ...] = (), writable: bool = False) -> None:
+    """Raises Unusable if others can write to a path. owners: who may own it besides the user; writable: others may."""
+    user = getattr(os, "geteuid", None)
+    if user is None:  # Windows: status tells neither the owner nor who can write
+        return
+    if status.st_uid not in (user(), *owners):
+        raise Unusable(f"{path} belongs to another user")
+    if status.st_mode & 0o022 and not writable:
+        raise Unusable(f"{path} can be written by others than its owner; chmod go-w ends this")
+
+
+# --- an entry -------------------------------------------------------------------------------------------------------
 
 
 def _load(entry: Path) -> Function | None:
     """The function of an entry; None if there is no entry. Deletes an entry that cannot be read back."""
     try:
-        with entry.open("rb") as file:
-            _check_trusted(entry, os.fstat(file.fileno()))
-            content = file.read()
+        content = _read(entry)
     except FileNotFoundError:
         return None
-    if content[-_DIGEST_BYTES:] == _digest(entry.name, content[:-_DIGEST_BYTES]):
-        try:
-            function: Function = load_module(str(entry), enable_tvm_ffi=True)[_ENTRY_POINT]
-            return function
-        except Exception as error:  # CuTeDSL's loader may raise anything; the kernel can be compiled again
-            warn_once(f"dit_kernels: {entry} does not load and is compiled anew: {error}", RuntimeWarning)
+    code, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if digest == _digest(entry.name, code):
+        with _private_copy(code, entry.parent) as path:
+            try:
+                function: Function = load_module(path, enable_tvm_ffi=True)[_ENTRY_POINT]
+                return function
+            except Exception as error:  # CuTeDSL's loader may raise anything; the kernel can be compiled again
+                message = f"dit_kernels: {entry} does not load and is compiled anew: {error}"
+                warn_once(message, RuntimeWarning, subject="a kernel on disk that does not load")
     entry.unlink(missing_ok=True)
     return None
 
 
-def _digest(name: str, content: bytes) -> bytes:
-    return hashlib.sha256(name.encode() + content).digest()
+def _read(entry: Path) -> bytes:
+    _check_entry(entry, entry.lstat())
+    with open(entry, "rb", opener=_open_file) as file:
+        _check_entry(entry, os.fstat(file.fileno()))  # again: by now the path may lead to another file
+        return file.read()
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Opens a file for `open`: without waiting for a fifo's other end, and, where the system can, following no link."""
+    for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags)
+
+
+def _check_entry(entry: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise Unusable(f"{entry} is not a regular file")
+    _check_trusted(entry, status)
+
+
+@contextmanager
+def _private_copy(code: bytes, directory: Path) -> Iterator[str]:
+    """The path of a copy that nobody else can change: in memory, as Linux offers it, or else in a new directory."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(os.memfd_create("dit_kernel"), "wb"))
+            path = f"/proc/self/fd/{file.fileno()}"
+            os.stat(path)  # raises OSError where /proc is not mounted
+        except (AttributeError, OSError):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=directory))  # mode 0700
+            path = os.path.join(folder, "kernel.o")
+            file = stack.enter_context(open(path, "wb"))
+        file.write(code)
+        file.flush()
+        yield path
+
+
+def _digest(name: str, code: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + code).digest()
 
 
 def _store(entry: Path, compiled: Any) -> Function:
     with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:  # mode 0700; on the entry's file system
         draft = Path(scratch) / entry.name
-        compiled.export_to_c(str(draft), function_name=_ENTRY_POINT)
-        with draft.open("ab") as file:  # an ELF object is read by its headers, so bytes after it are ignored
-            file.write(_digest(entry.name, draft.read_bytes()))
+        try:
+            compiled.export_to_c(str(draft), function_name=_ENTRY_POINT)
+        except Exception as error:  # CuTeDSL may raise anything; the kernel itself is compiled
+            raise Unusable(f"CuTeDSL does not export a kernel: {error}") from error
+        code = draft.read_bytes()
+        draft.write_bytes(code + _digest(entry.name, code))
         draft.chmod(0o600)
         os.replace(draft, entry)
     return _load(entry) or compiled  # the loaded function costs less to call and to keep than `compiled`

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
+
+_given: set[str] = set()
 
 
-@cache
-def warn_once(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns, unless the process has already given this message."""
-    warnings.warn(message, category, stacklevel=3)
+def warn_once(message: str, category: type[Warning] = UserWarning, subject: str = "") -> None:
+    """Warns, unless the process has already warned about this subject, or given this message if no subject is named."""
+    if (subject or message) not in _given:
+        warnings.warn(message, category, stacklevel=3)
+        _given.add(subject or message)
+
+
+warn_once.cache_clear = _given.clear  # type: ignore[attr-defined]  # tests forget what was given, as with functools.cache
