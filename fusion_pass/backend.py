@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dit_kernels  # noqa: F401  registers the ops, which code from a warm cache calls by name
+from dit_kernels.versions import warn_if_newer
+from dit_kernels.warn import warn_once
 from fusion_pass.report import FusionReport
 
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ log = logging.getLogger("fusion_pass")
 ROUNDINGS = ("model", "fp32")
 KERNELS = ("auto", "reference")
 _HOOK = "post_grad_custom_pre_pass"
+_OF_DYNAMO = ("guard_filter_fn", "use_aoti")  # options that torch.compile takes out before Inductor sees the others
+IN_A_SUBPROCESS = "Inductor compiles in a subprocess (TORCHINDUCTOR_FX_COMPILE_MODE), which runs no custom passes"
+NOT_COMPILED = (
+    "no graph was compiled: compilation is switched off (torch.compiler.set_stance, TORCH_COMPILE_DISABLE or "
+    "TORCHDYNAMO_DISABLE), or the model has nothing to compile"
+)
 
 
 def _check_choice(name: str, got: object, expected: tuple[str, ...]) -> None:
@@ -58,6 +66,7 @@ class Backend:
     ) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
+        self.check_compiler()
         fusion_pass = self._make_pass()
         patches = _with_hook(_inductor_config(mode, options), fusion_pass)
         region = (
@@ -65,6 +74,15 @@ class Backend:
         )
         with _log_of_cached_graphs(fusion_pass):
             return compile_fx(gm, example_inputs, config_patches=patches, **region)
+
+    def check_compiler(self) -> None:
+        """Warns once where torch or CuTeDSL is newer than any version tried, and where Inductor would leave the pass
+        out; under `strict`, raises RuntimeError for the latter."""
+        warn_if_newer()
+        if _compiles_in_a_subprocess():
+            if self.strict:
+                raise RuntimeError(f"fusion_pass (strict): {IN_A_SUBPROCESS}")
+            warn_once(f"fusion_pass: {IN_A_SUBPROCESS}; nothing is fused")
 
     def _make_pass(self) -> FusionPass:
         from fusion_pass.graph_pass import FusionPass
@@ -151,8 +169,13 @@ def inductor_options(
 
     The first three arguments are those of Backend. `mode` and `options` are those of torch.compile.
     """
-    fusion_pass = Backend(rounding, kernels, strict)._make_pass()
-    return _with_hook(_inductor_config(mode, options), fusion_pass)
+    backend = Backend(rounding, kernels, strict)
+    backend.check_compiler()
+    fusion_pass = backend._make_pass()
+    fusion_pass.watches_caches = True
+    dynamos = {name: value for name, value in (options or {}).items() if name in _OF_DYNAMO}
+    inductors = {name: value for name, value in (options or {}).items() if name not in _OF_DYNAMO} or None
+    return {**_with_hook(_inductor_config(mode, inductors), fusion_pass), **dynamos}
 
 
 def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = None, **kwargs: Any) -> FusionReport:
@@ -179,12 +202,20 @@ def explain(model: Callable[..., Any], *args: Any, backend: Backend | None = Non
             compiled(*args, **kwargs)
     finally:
         torch._dynamo.reset()
-    if torch.is_grad_enabled() and not gradients:
+    if not fresh.report.graphs:
+        fresh.report.note = IN_A_SUBPROCESS if _compiles_in_a_subprocess() else NOT_COMPILED
+    elif torch.is_grad_enabled() and not gradients:
         fresh.report.note = (
             "compiled without gradients, as under torch.no_grad() or torch.inference_mode(); if neither is on and the "
             "model's parameters require gradients, nothing is fused"
         )
     return fresh.report
+
+
+def _compiles_in_a_subprocess() -> bool:
+    from torch._inductor import compile_fx
+
+    return "SUBPROCESS" in str(getattr(compile_fx, "fx_compile_mode", ""))
 
 
 def _wants_gradients(model: Callable[..., Any]) -> bool:
@@ -239,13 +270,25 @@ def _compiled_parts(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], st
 
 def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
     """`mode` and `options` as Inductor's configuration, checked as the stock backend checks them."""
+    if options is not None and not isinstance(options, dict):
+        raise _bad_options(f"fusion_pass: options is {options!r}, expected a dict of Inductor's options, or None")
     ours = sorted({"rounding", "kernels", "strict"} & set(options or ()))
     if ours:
-        raise ValueError(
+        raise _bad_options(
             f"fusion_pass: options has {', '.join(map(repr, ours))}, expected options of Inductor; the settings of the "
             "pass are arguments of fusion_pass.Backend: torch.compile(model, backend=fusion_pass.Backend(...))"
         )
     return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
+
+
+def _bad_options(message: str) -> ValueError:
+    """A ValueError that Dynamo does not wrap, as it wraps every other error of a backend."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    class BadOptions(ShortenTraceback, ValueError):
+        pass
+
+    return BadOptions(message, first_useful_frame=None)  # type: ignore[call-arg]
 
 
 def _with_hook(config: dict[str, Any], fusion_pass: FusionPass) -> dict[str, Any]:
@@ -262,19 +305,9 @@ def _with_hook(config: dict[str, Any], fusion_pass: FusionPass) -> dict[str, Any
 @contextmanager
 def _log_of_cached_graphs(fusion_pass: FusionPass) -> Iterator[None]:
     """Logs the INFO line and adds the counts, even if the graph comes from a warm cache and the pass is not called."""
-    from torch._dynamo.utils import counters
+    from fusion_pass.graph_pass import counted, report_cached
 
-    from fusion_pass.graph_pass import COUNTER_PREFIX
-
-    before = dict(counters["inductor"])
+    before = counted()
     yield
-    if fusion_pass.calls:
-        return
-    loaded = {
-        key.removeprefix(COUNTER_PREFIX): count - before.get(key, 0)
-        for key, count in counters["inductor"].items()
-        if key.startswith(COUNTER_PREFIX) and count > before.get(key, 0)
-    }
-    counters["fusion_pass"].update(loaded)
-    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(loaded.items()))
-    log.info("graph from a warm cache: fused ops in it: %d%s", sum(loaded.values()), f" ({kinds})" if kinds else "")
+    if not fusion_pass.calls:
+        report_cached(before)

@@ -54,10 +54,17 @@ def dtype(node: Node) -> torch.dtype | None:
     return None if val is None else val.dtype
 
 
-def comes_from(node: Node, operator_name: str) -> bool:
-    """Does a node come from the decomposition of this operator? Compares names: a cached graph holds a copy of the
-    operator."""
-    return str(node.meta.get("original_aten")).startswith(operator_name)
+def comes_from(node: Node, *names: str) -> bool | None:
+    """Does a node come from one of these operators, functions or module classes? None if its origin is not known.
+
+    Compares names: a cached graph holds a copy of the operator. A node that was traced twice, as with torch's complex
+    wrapper, has lost the operator that it was decomposed from; the function that the model called may be known.
+    """
+    original = str(node.meta.get("original_aten", "")).partition(".")[2].partition(".")[0]
+    if original and original != str(node.target).partition(".")[2].partition(".")[0]:
+        return original in names
+    called = node.meta.get("source_fn_stack")
+    return getattr(called[-1][1], "__name__", "") in names if called else None
 
 
 def is_size(node: Node) -> bool:
@@ -217,6 +224,11 @@ def is_only_joined(node: Node) -> bool:
     """Do only concatenations read this node? The kernel that computes it then writes straight into their results."""
     users = node.users
     return all(is_only_joined(user) if is_call(user, *VIEWS) else is_call(user, aten.cat.default) for user in users)
+
+
+def is_read_from_memory(node: Node) -> bool:
+    """Does any node read this one from memory, other than a concatenation, into which Inductor's kernel writes?"""
+    return is_stored(node) and not is_only_joined(node)
 
 
 def stored_casts(node: Node) -> tuple[Node, ...]:

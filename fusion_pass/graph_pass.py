@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.utils import counters
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
@@ -48,7 +49,7 @@ from fusion_pass.dataflow import (
 from fusion_pass.hook import OurPass
 from fusion_pass.kinds import REGISTRY
 from fusion_pass.kinds.kind import Entry, Survey, Value
-from fusion_pass.prepare import read_sizes_at_their_source
+from fusion_pass.prepare import drop_what_computes_nothing, read_sizes_at_their_source
 from fusion_pass.proof import prove
 from fusion_pass.refusal import BY_DESIGN, Reason, Refused
 from fusion_pass.report import FusionReport, ReportedSite
@@ -60,6 +61,44 @@ log = logging.getLogger("fusion_pass")
 # The prefix of our keys in counters["inductor"]. Inductor stores these counts with a compiled graph and adds them again
 # when it loads the graph from a cache. So the fused ops of the loaded code are known, though the pass is not called.
 COUNTER_PREFIX = "fusion_pass_"
+
+
+def counted() -> dict[str, int]:
+    """How many ops of each kind the graphs hold that this process has compiled or loaded from a cache."""
+    ours = ((key, count) for key, count in counters["inductor"].items() if key.startswith(COUNTER_PREFIX))
+    return {key.removeprefix(COUNTER_PREFIX): count for key, count in ours}
+
+
+def report_cached(before: dict[str, int]) -> None:
+    """Adds the counts, and logs the INFO line, of graphs that a cache gave since `counted()` returned `before`."""
+    loaded = {kind: count - before.get(kind, 0) for kind, count in counted().items() if count > before.get(kind, 0)}
+    counters["fusion_pass"].update(loaded)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(loaded.items()))
+    log.info("graph from a warm cache: fused ops in it: %d%s", sum(loaded.values()), f" ({kinds})" if kinds else "")
+
+
+class _Watch:
+    """Reports graphs that the stock backend loads from a cache. Inductor asks the pass for its uuid in either case, and
+    calls the pass only if there is no cached graph."""
+
+    def __init__(self) -> None:
+        self.started: tuple[FusionPass, int, dict[str, int]] | None = None
+
+    def start(self, fusion_pass: FusionPass) -> None:
+        """Remembers the counts at the first uuid of a compilation."""
+        if self.end not in callback_handler.end_callbacks:  # torch._dynamo.reset() drops them
+            callback_handler.register_end_callback(self.end)
+        if self.started is None:
+            self.started = fusion_pass, fusion_pass.calls, counted()
+
+    def end(self, *_: Any) -> None:
+        """Called by Dynamo at the end of a compilation."""
+        started, self.started = self.started, None
+        if started is not None and started[0].calls == started[1]:
+            report_cached(started[2])
+
+
+_WATCH = _Watch()
 
 
 class FusionPass(OurPass):
@@ -80,6 +119,7 @@ class FusionPass(OurPass):
         self.policy, self.kernels, self.strict = policy, kernels, strict
         self.collector = collector
         self.calls = 0
+        self.watches_caches = False  # on the stock backend, which does not say when it has loaded a graph from a cache
 
     def __call__(self, graph: Graph) -> None:
         self.calls += 1
@@ -105,6 +145,8 @@ class FusionPass(OurPass):
         versions."""
         if self.collector is not None:
             return None
+        if self.watches_caches:
+            _WATCH.start(self)
         try:
             return f"fusion_pass:{_fingerprint()}:{_registered()}:{self.options()}"
         except Exception as error:  # the sources cannot be read: nothing is cached
@@ -161,6 +203,7 @@ class _Rewriter:
         self.proven: dict[Node, Site] = {}
 
     def run(self) -> None:
+        drop_what_computes_nothing(self.graph)
         read_sizes_at_their_source(self.graph)
         for anchor in sorted(_found(self.graph, self.entries)):
             self._note(anchor)

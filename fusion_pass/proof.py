@@ -58,13 +58,14 @@ def _prove_layout(site: Site, graph: Graph, sums: bool) -> None:
     """The op returns contiguous tensors. If the tensors of the graph are not contiguous, as_strided would see different
     memory; and a sum over a row whose elements are apart in memory would differ in its last bit."""
     if sums or not site.takes_any_layout:
+        reason = Reason.LAYOUT if site.takes_any_layout else Reason.APART
         for node in site.results():
             if not lies_in_rows(node):
-                raise Refused(Reason.LAYOUT, node, kind=site.kind)
+                raise Refused(reason, node, kind=site.kind)
         for name in site.summed:
             source = site.source(name)
             if source is not None and not lies_in_rows(source) and are_rows(site.read(name)):  # the op reads a copy
-                raise Refused(Reason.LAYOUT, source, kind=site.kind)
+                raise Refused(reason, source, kind=site.kind)
     if sums and site.check_sums is not None:
         site.check_sums(site)
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)

@@ -28,6 +28,7 @@ class Reason(str, Enum):
     EPS = "eps is neither a constant nor a 0-d floating-point tensor on the CPU"
     ORDER = "an operand of the site is computed from a result of the site"
     LAYOUT = "the op returns contiguous tensors, and the graph would see another memory layout"
+    APART = "the rows lie apart in memory, as those of images between convolutions do, and Inductor needs no copy"
     MUTATION = "a mutation or a switch of streams lies between the nodes of the site"
     TRAINING = (
         "a training graph: its backward reads the values inside the site. Where no gradient is wanted, run the model "
@@ -55,6 +56,7 @@ BY_DESIGN = frozenset(
         Reason.ROOT,
         Reason.KINDS,
         Reason.PER_TOKEN,
+        Reason.APART,
         Reason.UNNORMED,
         Reason.HEADS,
         Reason.INLINE,

@@ -39,10 +39,30 @@ class View:
 
     def insert(self, node: Node, graph: Graph) -> Node:
         """Inserts a node for this view of `node` at the graph's insertion point."""
+        return self._made(node, graph)
+
+    def _made(self, node: Node, graph: Graph) -> Node:
         made = graph.call_function(self.target, (node, *self.args))
         made.meta = {key: node.meta[key] for key in ORIGIN if key in node.meta}
         made.meta["val"] = self.of(node.meta["val"])
         return made
+
+
+class ComplexWith(View):
+    """The complex tensor whose real part is the first argument. One node serves all sites that read the same parts."""
+
+    def __init__(self, imaginary: Node) -> None:
+        super().__init__(aten.complex.default, (imaginary,))
+
+    def insert(self, node: Node, graph: Graph) -> Node:
+        """Inserts the node after both of its parts."""
+        arguments = (node, *self.args)
+        same = next((user for user in node.users if is_call(user, self.target) and user.args == arguments), None)
+        if same is not None:
+            return same
+        inputs = graph.find_nodes(op="placeholder")
+        with graph.inserting_after(max(*arguments, *inputs[-1:])):
+            return self._made(node, graph)
 
 
 SWAP = View(aten.permute.default, ([0, 2, 1, 3],))  # from [B, S, H, Dh] to [B, H, S, Dh], and back
@@ -190,6 +210,9 @@ class Site:
             node = self.source(name)
             if node is not None:
                 yield node
+            operand = self.operands[name]
+            views = operand.views if isinstance(operand, Operand) else ()
+            yield from (arg for view in views for arg in view.args if isinstance(arg, Node) and value(arg) is not None)
 
     def sizes(self) -> list[Node]:
         """The nodes that hold the symbolic sizes of views: the views inside the site, and those in looked_through()."""
@@ -252,15 +275,15 @@ def applied_dtype(operand: Operand, out: torch.dtype, kind: str) -> torch.dtype:
 def check_operands(operands: Operands, kind: str) -> None:
     """Raises Refused unless the operands are tensors that the op takes."""
     roles = OPS[kind].roles
-    sources = {name: o.source if isinstance(o, Operand) else o for name, o in operands.items()}
+    sources = {name: Operand(o) if isinstance(o, Node) else o for name, o in operands.items()}
     first_name = next(iter(roles))
     first = sources[first_name]
-    like = value(first) if isinstance(first, Node) else None
+    like = first.value() if isinstance(first, Operand) else None
     for name, argument in roles.items():
-        node = sources[name]
-        if argument.role is EPS or not isinstance(node, Node):
+        operand = sources[name]
+        if argument.role is EPS or not isinstance(operand, Operand):
             continue
-        val = value(node)
+        node, val = operand.source, operand.value()
         if val is None or like is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
             raise Refused(Reason.DTYPE, node, "not a plain tensor", kind)
         if val.dtype not in (*KERNEL_DTYPES, *(COMPLEX if argument.role is TABLE else ())):

@@ -110,6 +110,7 @@ ELSEWHERE = {
     Reason.UNNORMED: "tests/test_attention_sites.py",
     Reason.HEADS: "tests/test_attention_sites.py",
     Reason.INLINE: "tests/test_attention_sites.py",
+    Reason.APART: "tests/test_reported_faults.py",
     Reason.SILU: "tests/test_attention_sites.py",
     Reason.UNFIT: "tests/test_attention_sites.py",
 }

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -79,10 +80,33 @@ def test_the_metadata_states_what_the_package_needs(metadata: email.message.Mess
     assert metadata["Name"] == "fusion-pass"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert "torch<2.16,>=2.11" in needed
-    cutlass = [line for line in needed if line.startswith("nvidia-cutlass-dsl[cu13]")]
-    assert len(cutlass) == 1
-    assert "platform_system == 'Linux'" in cutlass[0].replace('"', "'")
+    requirements = {parsed.name: parsed for parsed in map(Requirement, needed) if "extra" not in str(parsed.marker)}
+    assert set(requirements) == {"torch", "filelock", "rich", "nvidia-cutlass-dsl", "apache-tvm-ffi"}
+    assert str(requirements["torch"].specifier) == ">=2.11"
+    assert requirements["nvidia-cutlass-dsl"].extras == {"cu13"}
+    allowed = requirements["nvidia-cutlass-dsl"].specifier
+    assert [allowed.contains(version) for version in ("4.7.1", "4.8.1", "4.9.0", "5.0.0")] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("package", ["nvidia-cutlass-dsl", "apache-tvm-ffi"])
+@pytest.mark.parametrize(
+    ("system", "machine", "wanted"),
+    [
+        ("Linux", "x86_64", True),
+        ("Linux", "aarch64", True),
+        ("Windows", "AMD64", True),  # as Python names it there
+        ("Windows", "ARM64", False),
+        ("Linux", "ppc64le", False),
+        ("Darwin", "arm64", False),
+        ("Darwin", "x86_64", False),
+    ],
+)
+def test_cutedsl_and_tvm_ffi_are_required_where_they_have_wheels(
+    metadata: email.message.Message, package: str, system: str, machine: str, wanted: bool
+) -> None:
+    (requirement,) = (r for r in map(Requirement, metadata.get_all("Requires-Dist") or []) if r.name == package)
+    assert requirement.marker is not None
+    assert requirement.marker.evaluate({"platform_system": system, "platform_machine": machine}) == wanted
 
 
 def test_an_installed_wheel_gives_torch_the_backend_by_name_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:

@@ -22,6 +22,13 @@ def _under_one_plus(node: Node) -> Node | None:
 _UNDER: dict[str, Callable[[Node], Node | None]] = {"tanh": _under_tanh, "one_plus": _under_one_plus}
 
 
+def is_one_plus(node: Node) -> bool:
+    """Does the graph show that 1 is added to a factor?"""
+    while is_call(node, *RESHAPES, aten.expand.default):
+        node = node.args[0]
+    return _under_one_plus(node) is not None
+
+
 def resolve(node: Node, x: Node, activation: str | None = None) -> Operand:
     """The operand for `node`, which broadcasts to x. Raises Refused if it does not broadcast.
 

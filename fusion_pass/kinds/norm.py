@@ -235,6 +235,8 @@ def _split_eps(variance: Node) -> tuple[Node, float | Node]:
 
 def _check_eps(eps: float | Node) -> None:
     if isinstance(eps, float):
+        if not eps >= 0:
+            raise Refused(Reason.EPS, detail=f"it is {eps}")
         return
     val = value(eps)
     if val is None or val.ndim != 0 or val.device.type != "cpu" or not val.is_floating_point():
@@ -381,7 +383,7 @@ def _layer_norm_moments(variance: Node, nodes: list[Node]) -> tuple[Node, Node] 
     measured = value(both.args[0])
     if measured is None or not _over_last(both, measured):
         return None
-    if not _is_of_layer_norm(both) or both.kwargs.get("correction") != 0 or not both.kwargs.get("keepdim"):
+    if _is_of_layer_norm(both) is False or both.kwargs.get("correction") != 0 or not both.kwargs.get("keepdim"):
         raise Refused(Reason.LAYER_NORM, variance)
     means = [user for user in both.users if is_call(user, operator.getitem) and user.args[1] == 1]
     if len(means) != 1:
@@ -424,7 +426,7 @@ def _centred(node: Any, mean: Node) -> Any:
 def _called_on(statistic: _Statistic, x: Node) -> torch.dtype | None:
     """The dtype in which the statistics are computed; for F.layer_norm, the dtype of its input."""
     cast = _before_copy(statistic)
-    of_layer_norm = statistic.kind == "layer" and cast is not x and _is_of_layer_norm(cast)
+    of_layer_norm = statistic.kind == "layer" and cast is not x and _is_of_layer_norm(cast) is True
     return dtype(x if of_layer_norm else cast)
 
 
@@ -436,8 +438,9 @@ def _before_copy(statistic: _Statistic) -> Node:
     return node.args[0] if copies else node
 
 
-def _is_of_layer_norm(node: Node) -> bool:
-    return comes_from(node, "aten.native_layer_norm")
+def _is_of_layer_norm(node: Node) -> bool | None:
+    """Does a node come from F.layer_norm? None if its origin is not known."""
+    return comes_from(node, "native_layer_norm", "layer_norm", "LayerNorm")
 
 
 def _check_shapes(measured: Node, rstd: Node, product: Node) -> None:
@@ -468,7 +471,7 @@ def _affine(
             narrowed = True
             if weight is None and bias is None and statistic.kind == "rms":
                 normed = weighted = biased = dtype(user)
-        elif statistic.kind == "layer" and not _is_of_layer_norm(user) and not keeps_rows(user):
+        elif statistic.kind == "layer" and _is_of_layer_norm(user) is False and not keeps_rows(user):
             break  # the model's own product or sum is rounded separately
         elif weight is None and bias is None and (row := _weight(user, out, x, computed_weight)) is not None:
             weight, narrowed = row, False
@@ -538,4 +541,4 @@ def _is_own(row: Node, user: Node) -> bool:
     """Does a row belong to the norm? It does if it is a [D] input of the graph or a cast of one, or if F.layer_norm
     reads it."""
     given = _is_one_dimensional(row) and through_casts(row).op in ("placeholder", "get_attr")
-    return given or _is_of_layer_norm(user)
+    return given or _is_of_layer_norm(user) is True

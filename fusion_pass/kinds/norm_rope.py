@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -10,12 +10,12 @@ from torch.fx import Node
 from dit_kernels.arguments import KERNEL_DTYPES, known_equal
 from dit_kernels.rounding import RotatedSteps, rotated_steps
 from fusion_pass.dataflow import (
+    VIEWS,
     aten,
     dtype,
     in_memory,
     is_call,
-    is_only_joined,
-    is_stored,
+    is_read_from_memory,
     is_swap,
     value,
 )
@@ -27,6 +27,7 @@ from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import (
     MODEL_FORMS,
     SWAP,
+    ComplexWith,
     Form,
     Operand,
     Operands,
@@ -56,8 +57,9 @@ class Rotated:
 
     def fits(self, rounding: str, norm_dtype: torch.dtype | None) -> bool:
         """Are the steps of this form the steps of the graph?"""
-        x, by = operand_dtype(self.norm.x), operand_dtype(self.rotation.by)
+        x, by = operand_dtype(self.norm.x), dtype(self.rotation.by)
         assert x is not None and by is not None
+        by = by.to_complex() if self.rotation.is_complex else by
         weight = operand_dtype(self.norm.weight)
         return self.steps == rotated_steps(rounding, x, weight, by, norm_dtype, self.steps.rotated, self.steps.out)
 
@@ -77,7 +79,7 @@ class Rotated:
         """
         if self.swapped_norm and site.form.rounding == "native":
             raise Refused(Reason.LAYOUT, site.anchor, "means in 16 bits, with heads before tokens", site.kind)
-        if self.rotation.sin is None:
+        if self.rotation.is_complex:
             # A CPU rounds a complex product differently in its vectors than in the remainder after them. The memory
             # layout decides how many rows the CPU treats as one, and so which numbers are in the remainder.
             x = self.rotation.x
@@ -102,12 +104,15 @@ class Rotated:
 
     def tables(self) -> dict[str, Node | Operand | None]:
         """The operands of the rotation, as the op reads them."""
-        return {"rotation": self._table(self.rotation.by), "sin": self._table(self.rotation.sin)}
+        by, sin = self.rotation.by, self.rotation.sin
+        if self.rotation.is_complex and sin is not None:
+            return {"rotation": self._swapped(_complex_table(by, sin)), "sin": None}
+        return {"rotation": self._swapped(Operand(by)), "sin": None if sin is None else self._swapped(Operand(sin))}
 
-    def _table(self, table: Node | None) -> Node | Operand | None:
-        val = None if table is None else value(table)
+    def _swapped(self, table: Operand) -> Operand:
+        val = table.value()
         four = val is not None and val.ndim == 4
-        return Operand(table, (SWAP,)) if table is not None and four and self.swapped else table
+        return replace(table, views=(*table.views, SWAP)) if four and self.swapped else table
 
     def size(self) -> tuple[int | torch.SymInt, ...]:
         """B, S, H, Dh."""
@@ -228,9 +233,18 @@ def grow(norm: Norm) -> Rotated | None:
             raise Refused(Reason.HEADS, table, kind=KIND)
     if found.sin is not None and dtype(found.sin) != dtype(found.by):
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines have different dtypes", KIND)
-    if found.sin is not None and not any(is_stored(node) and not is_only_joined(node) for node in found.outs):
+    if not found.is_complex and not any(is_read_from_memory(node) for node in found.outs):
         raise Refused(Reason.INLINE, found.out, kind=KIND)
     return Rotated(norm, found, swapped, heads, _steps(norm, found))
+
+
+def _complex_table(cos: Node, sin: Node) -> Operand:
+    """The complex rotation whose real and imaginary parts are two nodes, made before the views that both have."""
+    views: list[View] = []
+    while is_call(cos, *VIEWS) and is_call(sin, cos.target) and cos.args[1:] == sin.args[1:]:
+        views.insert(0, View(cos.target, cos.args[1:]))
+        cos, sin = cos.args[0], sin.args[0]
+    return Operand(cos, (ComplexWith(sin), *views))
 
 
 def _are_swapped(out: Node, rotated: Node) -> bool:
@@ -266,7 +280,7 @@ def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:
         raise Refused(Reason.ROUNDING, turn.out, kind=KIND)
     if out not in KERNEL_DTYPES:
         raise Refused(Reason.DTYPE, turn.out, str(out), KIND)
-    return RotatedSteps(norm.steps, product, out if turn.sin is None else product, out)
+    return RotatedSteps(norm.steps, product, out if turn.is_complex else product, out)
 
 
 def _is_table(table: Node, x: torch.Tensor, columns: int, swapped: bool) -> bool:

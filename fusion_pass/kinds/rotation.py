@@ -54,8 +54,9 @@ _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 class Rotation:
     """out = x, with the pairs of its last dimension rotated.
 
-    by: the complex rotation, or the cosines if `sin` is given. halved: is there one number for each pair? outs: nodes
-    of one value: the sum, or the equal casts of it. swapped_after: do these casts read the sum with heads and tokens
+    by: the complex rotation, or the cosines if `sin` is given. halved: is there one number for each pair? is_complex:
+    did the model multiply complex numbers? torch's complex wrapper traces these as cosines and sines. outs: nodes of
+    one value: the sum, or the equal casts of it. swapped_after: do these casts read the sum with heads and tokens
     swapped? product: the real dtype of the products and of their sum; None if these dtypes differ, or if the op rounds
     differently.
     """
@@ -66,6 +67,7 @@ class Rotation:
     sin: Node | None
     interleaved: bool
     halved: bool
+    is_complex: bool
     product: torch.dtype | None
     outs: tuple[Node, ...]
     swapped_after: bool
@@ -132,7 +134,8 @@ def between(x: Node, rotated: Node) -> tuple[Node, ...] | None:
 def _anchors_after(x: Node) -> Iterator[Node]:
     """The anchors that read x, directly or through parts of x, casts, and the product and the sum of halves that are
     rotated separately."""
-    parts = (*VIEWS, *PARTS, aten.neg.default, aten.clone.default)
+    complex_views = (aten.view_as_complex.default, aten.view_as_real.default)
+    parts = (*VIEWS, *PARTS, *complex_views, aten.neg.default, aten.clone.default)
     arithmetic = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
     seen: set[Node] = set()
     pending = [(user, 2) for user in x.users]
@@ -143,7 +146,7 @@ def _anchors_after(x: Node) -> Iterator[Node]:
         seen.add(node)
         if is_call(node, *ANCHORS):
             yield node
-        elif is_cast(node) or is_call(node, *parts):
+        if is_cast(node) or is_call(node, *parts):
             pending += [(user, operations) for user in node.users]
         elif operations and is_call(node, *arithmetic):
             pending += [(user, operations - 1) for user in node.users]
@@ -171,7 +174,7 @@ def _complex(anchor: Node) -> Rotation | None:
     # PyTorch's complex product contracts one of its two products into the sum. If x is on the right instead of the
     # left, this is the other product.
     rounded = dtype(real) if product.args[0] is anchor else None
-    return Rotation(anchor, x, by, None, True, True, rounded, out, swapped_after, inside)
+    return Rotation(anchor, x, by, None, True, True, True, rounded, out, swapped_after, inside)
 
 
 def _is_complex(node: Node) -> bool:
@@ -223,7 +226,7 @@ def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | No
     dtypes = {dtype(node) for node in (product, straight, total)}
     out, swapped_after, inside = _results(total, [*nodes, straight])
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, product_dtype, out, swapped_after, inside)
+    return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, False, product_dtype, out, swapped_after, inside)
 
 
 def _pairwise(cat: Node) -> Rotation | None:
@@ -236,9 +239,11 @@ def _pairwise(cat: Node) -> Rotation | None:
     difference, total = (_sum_of(part, nodes) for part in (left, right))
     if difference is None or total is None or not is_call(difference, aten.sub.Tensor) or not is_plain_add(total):
         return None
-    terms = [_term(product, nodes) for product in (*difference.args[:2], *total.args[:2])]
+    products = (*difference.args[:2], *total.args[:2])
+    terms = [_term(product, nodes) for product in products]
     if None in terms:
         return None
+    tables = [term[1] for term in terms if term is not None]
     (a, cos), (b, sin), *others = (term for term in terms if term is not None)
     (c, sin2), (d, cos2) = sorted(others, key=lambda term: term[0][2])
     expected = [(a[0], interleaved, index) for index in (0, 1, 0, 1)]
@@ -255,7 +260,10 @@ def _pairwise(cat: Node) -> Rotation | None:
     # If the parts are cast before they are joined, the joined tensor is not rounded again.
     out, swapped_after, inside = _results(flat, [*nodes, difference, total], casts=not rounded)
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
-    return Rotation(cat, x, cos, sin, interleaved, True, product_dtype, out, swapped_after, inside)
+    is_complex = any(is_call(node, aten.view_as_complex.default) for node in nodes)
+    if is_complex and not all(product.args[1] in tables for product in products):
+        product_dtype = None  # PyTorch contracts the other one of two products, see _complex
+    return Rotation(cat, x, cos, sin, interleaved, True, is_complex, product_dtype, out, swapped_after, inside)
 
 
 def _results(total: Node, nodes: list[Node], casts: bool = True) -> tuple[tuple[Node, ...], bool, tuple[Node, ...]]:
@@ -335,6 +343,9 @@ def _below_unsqueeze(node: Any, nodes: list[Node]) -> Any:
 def _half(node: Any, nodes: list[Node]) -> tuple[Node, bool, int] | None:
     """(the whole tensor, interleaved?, 0 or 1) if the node is the first or second half of a last dimension, or the
     first or second element of each pair of neighbours; else None."""
+    while is_call(node, aten.clone.default):
+        nodes.append(node)
+        node = node.args[0]
     if is_call(node, aten.slice.Tensor):
         found = _slice(node)
     elif is_call(node, aten.select.int):
@@ -370,7 +381,13 @@ def _slice(node: Node) -> tuple[Node, bool, int] | None:
 
 
 def _of_pairs(pairs: Any, dim: Any, index: Any, nodes: list[Node]) -> tuple[Node, bool, int] | None:
-    """A column or row of a last dimension that a reshape has split into [half, 2] or [2, half]."""
+    """A column or row of a last dimension that a reshape has split into [half, 2] or [2, half].
+
+    torch's complex wrapper views the pairs as complex numbers and back.
+    """
+    if is_call(pairs, aten.view_as_real.default) and is_call(pairs.args[0], aten.view_as_complex.default):
+        nodes += [pairs, pairs.args[0]]
+        pairs = _narrowest(pairs.args[0].args[0], nodes)
     val = value(pairs) if is_call(pairs, *_RESHAPES) else None
     if val is None or not isinstance(dim, int):
         return None
@@ -398,10 +415,15 @@ def _of_split(split: Node, index: Any) -> tuple[Node, bool, int] | None:
 
 def _narrowest(node: Any, nodes: list[Node]) -> Any:
     """The node before a chain of casts up. Adds the casts to `nodes`."""
-    while is_widening(node):
+    while is_widening(node) or _is_to_fp64(node):
         nodes.append(node)
         node = node.args[0]
     return node
+
+
+def _is_to_fp64(node: Any) -> bool:
+    """A cast from fp32 to fp64: numbers stay as they are. The product with a complex128 rotation has such a cast."""
+    return is_cast(node) and dtype(node) == torch.float64 and dtype(node.args[0]) == torch.float32
 
 
 def _past_casts(node: Node, nodes: list[Node]) -> Iterator[Node]:

@@ -72,7 +72,7 @@ def _quotient(exp: Node) -> Silu | None:
     wide = negative.args[0]
     if not is_call(quotient, aten.div.Tensor) or quotient.args[0] is not wide or quotient.args[1] is not total:
         return None
-    return _silu(exp, wide, quotient, not comes_from(exp, "aten.silu"), (negative, exp, total, quotient))
+    return _silu(exp, wide, quotient, comes_from(exp, "silu", "SiLU") is False, (negative, exp, total, quotient))
 
 
 def _product(sigmoid: Node) -> Silu | None:

@@ -12,7 +12,7 @@ from fusion_pass.dataflow import (
     dtype,
     have_same_shape,
     is_call,
-    is_stored,
+    is_read_from_memory,
     other_operands,
     past_views,
     sole_user,
@@ -51,7 +51,7 @@ def _site(silu: Silu) -> Site | None:
     if product is None:
         return None  # the silu is a gate that broadcasts, or a factor
     out = stored_casts(product)
-    if not any(is_stored(node) for node in out):
+    if not any(map(is_read_from_memory, out)):
         raise Refused(Reason.INLINE, product, kind=KIND)
     if silu.by_hand:
         raise Refused(Reason.SILU, silu.anchor, kind=KIND)

@@ -28,6 +28,7 @@ from fusion_pass.dataflow import (
     is_call,
     is_narrowing,
     is_plain_add,
+    is_read_from_memory,
     is_stored,
     is_widening,
     keeps_rows,
@@ -109,10 +110,11 @@ def grow(norm: Norm) -> StageInGraph | None:
 def bare(norm: Norm) -> StageInGraph | None:
     """The norm itself as a stage; None if no node reads it from memory.
 
-    If only the same kernel of Inductor reads the norm, an op would add a write and a read of each row.
+    If only the same kernel of Inductor reads the norm, an op would add a write and a read of each row. The same holds
+    if the norm is only joined with other tensors: the kernel of Inductor writes into the joined tensor.
     """
     out = _stored(norm.out)
-    if not any(is_stored(node) for node in out):
+    if not any(map(is_read_from_memory, out)):
         return None
     inside = tuple(node for node in norm.interior if node not in out)
     steps = _steps(norm, norm.steps.out, norm.out, out[0], False)
@@ -135,9 +137,9 @@ def _with_factor(norm: Norm, shapes: tuple[Node, ...], product: Node) -> StageIn
     products, rounded = _rounded(product)
     y = sole_user(products[-1])
     term = _term(products[-1], y) if y is not None and is_plain_add(y) else None
-    if y is None or term is None:
+    if y is None or term is None or factors.is_one_plus(factor):  # 1 + makes a scale, and what is added is a shift
         return _scaled(norm, shapes, product, factor)
-    if comes_from(y, "aten.addcmul"):  # torch 2.11 decomposes addcmul before any pass sees it
+    if comes_from(y, "addcmul"):  # torch 2.11 decomposes addcmul before any pass sees it
         raise Refused(Reason.ROUNDING, y, ADDCMUL, ADDED)
     operand = factors.resolve(factor, like, "tanh")
     steps = _steps(norm, applied_dtype(operand, norm.steps.out, ADDED), rounded, y, True)
@@ -152,10 +154,12 @@ def _scaled(norm: Norm, shapes: tuple[Node, ...], product: Node, factor: Node) -
     if not have_same_shape(like, product):
         return None
     z = _stored(product)
-    if not any(is_stored(node) for node in z):
+    if not any(map(is_stored, z)):
         raise Refused(Reason.FOLLOWED, next(iter(past_views(z[0])[-1].users), product), kind=SCALED)
     if factors.resolve(factor, like, "tanh").activation is not None:
         return None  # a gate without a residual add
+    if not any(map(is_read_from_memory, z)):
+        raise Refused(Reason.INLINE, z[0], kind=SCALED)
     operand = factors.resolve(factor, like, "one_plus")
     steps = _steps(norm, applied_dtype(operand, norm.steps.out, SCALED), product, z[0], False)
     inside = (*norm.interior, *shapes) if z == (product,) else (*norm.interior, *shapes, product)

@@ -155,7 +155,7 @@ class Op:
 
     def call(self, *args: Any, **options: Any) -> Call:
         """The checked call. Raises ValueError, which names a bad argument, the given value and what was expected."""
-        args = self.filled(args)
+        args = tuple(_plain(given) for given in self.filled(args))
         named = {argument.name: given for argument, given in zip(self.inputs, args, strict=True)}
         (first_name, _), first = next(iter(self.roles.items())), args[0]
         for (name, argument), given in zip(self.roles.items(), args, strict=True):
@@ -238,6 +238,13 @@ class KernelArguments:
     def addresses(self) -> list[Any]:
         """The arguments that a kernel is launched with: for a tensor, its address."""
         return [value.address if isinstance(value, Layout) else value for value in self.values.values()]
+
+
+def _plain(given: Any) -> Any:
+    """A tensor of a subclass that does not dispatch by itself, as a plain tensor: dispatch modes know no subclass."""
+    dispatch = getattr(type(given), "__torch_dispatch__", None)
+    is_plain = type(given) in (Tensor, torch.nn.Parameter) or not isinstance(given, Tensor)
+    return given if is_plain or dispatch is not torch._C._disabled_torch_dispatch_impl else given.as_subclass(Tensor)
 
 
 @cache
