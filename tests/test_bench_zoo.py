@@ -1,0 +1,144 @@
+"""The benchmark of whole models: every row is complete, an error is a row, and joined results keep the newer row."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEADER = {"date", "gpu", "commit", "versions", "options", "rows"}
+OPTIONS = {"batch", "dynamic", "per_block", "mode", "coordinate_descent", "small"}
+IDENTITY = {"model", "title", "precision", "layers", "sizes", "options", "pairs", "date", "gpu", "commit", "versions"}
+TIMES = {"eager_ms", "eager_peak_bytes", "torch.compile", "fusion_pass", "speedup"}
+ROW = IDENTITY | TIMES | {"parameters", "fused", "missed", "graphs", "same_code", "error", "seconds"}
+VARIANT = {"ms", "step_ms", "first_call_s", "peak_bytes", "distance", "equal", "kernels_ms", "kernels"}
+PAIRS = 4
+OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
+# In a process of its own: the examples have a module `zimage`, and so have the tests. It compiles one block of Z-Image,
+# and to scalar code: that is faster.
+DRIVER = f"""
+import json
+from dataclasses import replace
+from pathlib import Path
+import torch._inductor.config
+import bench_zoo
+
+def fail(*_):
+    raise RuntimeError("no room")
+
+torch._inductor.config.cpp.simdlen = 1
+zimage = bench_zoo.MODELS["z-image"]
+short = dict(layers=dict(n_layers=1), small=dict(zimage.small, n_refiner_layers=0))
+bench_zoo.MODELS["z-image"] = replace(zimage, **short)
+bench_zoo.MODELS["flux1"] = replace(bench_zoo.MODELS["flux1"], make_inputs=fail)
+try:
+    bench_zoo.main("--small --models z-image,flux1,sd3.5 --pairs {PAIRS} --json zoo.json".split())
+except SystemExit as stop:
+    Path("stop.txt").write_text(str(stop))
+
+results = json.loads(Path("zoo.json").read_text())
+for name, date, gpu, rows in (("a", "{NEW}", "one", 2), ("b", "{OLD}", "one", 3), ("c", "{OLD}", "other", 3)):
+    said = dict(date=date, gpu=gpu)
+    rows = [dict(row, **said) for row in results["rows"][:rows]]
+    Path(name + ".json").write_text(json.dumps(dict(results, **said, rows=rows)))
+bench_zoo.main("--merge a.json b.json c.json --json merged.json".split())
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds zoo.json: results of Z-Image, of a model that fails, and of one without a site. And merged.json: joined
+    from results of two GPUs, of one of them at two dates, where the newer lack the last model."""
+    folder = tmp_path_factory.mktemp("zoo")
+    path = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "zoo.json").read_text())
+
+
+def row(results: dict[str, Any], model: str) -> dict[str, Any]:
+    (found,) = (row for row in results["rows"] if row["model"] == model)
+    return found
+
+
+def test_the_results_and_each_row_have_every_field(results: dict[str, Any]) -> None:
+    assert set(results) >= HEADER
+    assert set(results["options"]) == OPTIONS
+    assert set(results["versions"]) >= {"torch", "diffusers", "torchao", "nvidia-cutlass-dsl"}
+    assert [row["model"] for row in results["rows"]] == ["z-image", "flux1", "sd3.5"]
+    assert all(set(row) == ROW for row in results["rows"])
+    for model in ("z-image", "sd3.5"):
+        complete = row(results, model)
+        empty = {name for name, value in complete.items() if value is None}
+        assert empty <= {"error", "gpu", "commit", "eager_peak_bytes"}  # no GPU; no history
+        for variant in (complete["torch.compile"], complete["fusion_pass"]):
+            assert set(variant) == VARIANT
+            assert len(variant["step_ms"]) == PAIRS
+            assert 0 < variant["distance"] < 0.05
+            assert set(variant["kernels_ms"]) == {"matmul", "attention", "ours", "rest"}
+
+
+def test_the_sites_of_z_image_are_counted_and_where_nothing_is_fused_the_code_is_plain(results: dict[str, Any]) -> None:
+    zimage, sd3 = row(results, "z-image"), row(results, "sd3.5")
+    assert {"norm_scale", "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "qk_norm_rope"} <= set(zimage["fused"])
+    assert all(count > 0 for count in zimage["fused"].values())
+    assert zimage["graphs"] == 1
+    assert not zimage["same_code"]
+    assert sd3["fused"] or sd3["same_code"]
+
+
+def test_a_model_that_fails_is_a_row_with_its_error_and_the_next_one_runs(
+    results: dict[str, Any], folder: Path
+) -> None:
+    assert "FLUX.1 failed" in (folder / "stop.txt").read_text()
+    failed = row(results, "flux1")
+    assert failed["error"] == "RuntimeError: no room"
+    assert failed["layers"] == {"num_layers": 1, "num_single_layers": 1}
+    assert failed["speedup"] is None
+    assert row(results, "sd3.5")["error"] is None
+
+
+def test_the_intervals_contain_the_median_and_the_wider_one_the_other(results: dict[str, Any]) -> None:
+    for model in ("z-image", "sd3.5"):
+        speed = row(results, model)["speedup"]
+        low, high = speed["interval_95"]
+        assert low <= speed["median"] <= high
+        assert speed["interval_999"][0] <= low
+        assert speed["interval_999"][1] >= high
+
+
+def test_joined_results_keep_the_newer_row_and_the_rows_of_each_gpu(folder: Path) -> None:
+    merged = json.loads((folder / "merged.json").read_text())
+    dates = {(row["model"], row["gpu"]): row["date"] for row in merged["rows"]}
+    assert len(merged["rows"]) == 6
+    assert dates == {
+        **{(model, "one"): NEW for model in ("z-image", "flux1")},
+        ("sd3.5", "one"): OLD,
+        **{(model, "other"): OLD for model in ("z-image", "flux1", "sd3.5")},
+    }
+    assert merged["date"] == NEW
