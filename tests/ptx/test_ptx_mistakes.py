@@ -1,16 +1,23 @@
-"""Mistakes in the Python of the kernels and in their launch: each is found, with a message that leads to it."""
+"""Mistakes in the Python of the kernels and in their launch: each is found, with a message that leads to it.
+
+At the end, tests of what random data of small sizes do not show: offsets of 32 bits, the divisor of a mean, the eps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
+from math import prod
 from typing import Any
 from unittest import mock
 
 import kernel_bounds as bounds
 import pytest
 import torch
+from attention_kernel_bounds import heads
 from kernel_bounds import random
+from torch import Tensor
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
@@ -18,11 +25,18 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from dit_kernels import compile, tickets
+from dit_kernels.arguments import COLUMN, Argument, Layout
 from dit_kernels.cute import modulated_norm, reduce, spec, stage
+from dit_kernels.families import OPS
+from dit_kernels.families import modulated_norm as family_of_norms
 from ptx import device
 from ptx.device import ARCHS, compiled, gpu
+from ptx.host import launch
 from ptx.judging import check
-from ptx.memory import Fault
+from ptx.machine import Machine
+from ptx.memory import Fault, GlobalMemory
+from ptx.program import parse
 
 WHERE = r"thread \d+ of CTA \(\d+, \d+, \d+\), line \d+, `"
 VALUE = r"{}\[\d+, \d+, \d+\] is \S+, by the definition \S+: (off by \S+ steps|\d+ of \d+ differ)"
@@ -331,3 +345,173 @@ def test_too_little_shared_memory_is_found(arch: str) -> None:
         pytest.raises(Fault, match=WHERE + ".*which has.*out"),
     ):
         check(bounds.DUAL, bounds.operands(2, 5, 2304))
+
+
+# --- offsets of more than 32 bits -----------------------------------------------------------------------------------
+
+BATCHES, BATCH = 8, 7  # so many batch items that one CTA walks over all rows of one, and which one that is
+
+
+class Far:
+    """The rows that one CTA reads and writes, for the last tokens of a batch item of a very large call.
+
+    Only these rows are in memory. So a CTA that computes one offset in 32 bits is out of bounds.
+    """
+
+    def __init__(self, arch: str, op: str, *arguments: Any, **options: Any) -> None:
+        """arguments: of a small call, with the dtypes, widths and broadcasts of the large one."""
+        self.call = OPS[op].call(*arguments, **options)
+        self.family, given = self.call.op.family, self.call.operands(self.call.empty_results())
+        self.values, self.variant = given.values, compile._variant(self.family, self.call.chain, given)
+        self.kernel, self.tiling = compiled(arch, self.variant), self.variant.tiling(arch)
+        self.row = prod(self.values[self.family.arguments[0].name].shape[2:])
+        self.tokens = 2**31 // self.row // 64 * 64 + 64  # a contiguous batch item has more than 2^31 elements
+        self.memory = GlobalMemory()
+
+    def of_cta(self) -> tuple[list[int], tuple[int, int]]:
+        """The tokens that a CTA works on, the last one among them, and its place in the grid, as (x, y)."""
+        last = self.tokens - 1
+        if "out" in self.values:
+            tiling, d = self.tiling, self.variant.d
+            assert tiling.threads * tiling.vectors * tiling.vector == d, "choose d so that a CTA has one row"
+            return [last], (last, BATCH)
+        if "q" in self.values:
+            at = last // self.tiling.tokens
+            return [*range(at * self.tiling.tokens, self.tokens)], (at, BATCH)
+        if self.tiling.schedule is None:
+            return [last], (BATCH * self.tokens + last, 0)
+        return [*range(self.tiling.schedule.stages or 2), last], (BATCH, 0)
+
+    def layout(self, number: int, argument: Argument) -> Layout:
+        """The argument in the large call: strides that pass 2^31 elements, others for every argument."""
+        small = self.values[argument.name]
+        batches, tokens, *inner = small.shape
+        within = (inner[-1],) if len(inner) == 2 else ()
+        if argument.written:
+            strides = (self.tokens * prod(inner), prod(inner))
+        elif tokens == 1:
+            strides = (2**31 + 64 * number, 0)
+        else:
+            by_token = 2 * max(prod(inner), self.row)
+            strides = (self.tokens * by_token + 64 * number, by_token)
+        shape = (BATCHES if batches > 1 else 1, self.tokens if tokens > 1 else 1, *inner)
+        return Layout(small.dtype, shape, (*strides, *within, 1))
+
+    def add(self, argument: Argument, layout: Layout, tokens: list[int]) -> int:
+        """Puts the rows of these tokens into memory; gives the address of the whole."""
+        self.memory._end += 2**46  # whatever an offset loses, it is nearest to its own operand, which the message names
+        size, width = layout.dtype.itemsize, layout.shape[-1]
+        row: Any = width * size if argument.written else bytes(width * size)
+        if argument.role is COLUMN:
+            return self.memory.add(argument.name, {0: ((), row)}, size, 0, False)
+        places = (BATCH,), tokens if layout.shape[1] > 1 else (0,), *map(range, layout.shape[2:-1])
+        rows = {}
+        for index in product(*places):
+            rows[size * sum(i * by for i, by in zip(index, layout.strides, strict=False))] = index, row
+        return self.memory.add(argument.name, rows, size, 0, argument.written)
+
+    def run(self) -> None:
+        tokens, (x, y) = self.of_cta()
+        given, layouts = [], {}
+        for number, argument in enumerate(self.family.arguments):
+            value = self.values[argument.name]
+            if isinstance(value, Layout):
+                layout = value if argument.role is COLUMN else self.layout(number, argument)
+                layouts[argument.name] = layout
+                value = self.add(argument, layout, tokens)
+            if value is not None:
+                given.append(value)
+        numbers = self.family.launch_numbers(layouts)
+        with (
+            mock.patch.object(tickets.COUNTERS, "address", lambda d, s, batches: self.memory.add_counters(batches)),
+            mock.patch.object(family_of_norms, "processors", return_value=1),
+        ):
+            of_launch = self.family.of_launch(0, 0, BATCHES)
+        if of_launch and self.tiling.schedule is not None:  # all rows but the last are drawn already
+            self.memory.counters[of_launch[1] + 4 * BATCH] = self.tokens - len(tokens)
+        self.memory.freeze()
+        program = parse(self.kernel.ptx)
+        what = launch(self.kernel.host, program, [*given, *numbers, *of_launch])
+        machine = Machine(program, (1, 1, 1), what.shared_bytes, self.memory, what.parameters)
+        assert x < what.grid[0] and y < what.grid[1]
+        machine.specials["%ctaid.x"][:], machine.specials["%ctaid.y"][:] = x, y
+        machine.run()
+
+
+def far_norms(arch: str, per_token: bool) -> Far:
+    o = bounds.operands(2, 3, 2304)
+    if per_token:
+        o = replace(o, gate=random(2, 3, 2304, seed=1), scale=random(2, 3, 2304, seed=2))
+    return Far(arch, bounds.DUAL, *o.arguments(bounds.DUAL))
+
+
+@pytest.mark.parametrize(
+    ("arch", "per_token"),
+    (("sm_80", False), ("sm_90a", False), ("sm_90a", True)),
+    ids=("rows loaded ahead", "rows by bulk copies", "a row a CTA, gate and scale by token"),
+)
+def test_no_offset_of_a_norms_operands_and_results_is_computed_in_32_bits(arch: str, per_token: bool) -> None:
+    far_norms(arch, per_token).run()
+
+
+@pytest.mark.parametrize("rotation", (torch.complex64, torch.bfloat16), ids=("complex", "cosines and sines"))
+def test_no_offset_of_heads_and_their_rotation_is_computed_in_32_bits(rotation: torch.dtype) -> None:
+    o = heads(2, 3, 4, 2, 128, rotation=rotation)
+    turning = [None if t is None else torch.cat((t, t)) for t in (o.rotation, o.sin)]
+    Far("sm_90a", "qk_norm_rope", *replace(o, rotation=turning[0], sin=turning[1]).arguments()).run()
+
+
+def test_no_offset_of_silu_mul_is_computed_in_32_bits() -> None:
+    Far("sm_90a", "silu_mul", random(2, 3, 4096), random(2, 3, 4096, seed=1)).run()
+
+
+# --- the divisor of a mean, and the eps -----------------------------------------------------------------------------
+
+
+def signs(*shape: int) -> Tensor:
+    """1 and -1 in turn: the norm of any multiple of them."""
+    return torch.ones(shape).unflatten(-1, (-1, 2)).mul(torch.tensor((1.0, -1.0))).flatten(-2)
+
+
+def assert_is(out: Tensor, expected: float, tolerance: float, what: str) -> None:
+    off = (out - expected * signs(*out.shape)).abs().max().item()
+    assert off <= tolerance, f"{what} of D = {out.shape[-1]} is off by {off:.2g}"
+
+
+@pytest.mark.parametrize("d", (3840, 8192))
+def test_the_means_of_a_norm_divide_by_d(d: int) -> None:
+    """cute/stage.py. In fp32, where even D - 1 instead of a large D changes digits that count."""
+    question = "is each sum over the row divided by D? The {} norm"
+    with gpu("sm_90a", 1):
+        (out,) = device.call("norm_scale", (3 * signs(1, 2, d), None, None, None, 0.0))
+        assert_is(out, 1.0, 1e-6, question.format("rms"))
+        (out,) = device.call("norm_scale", (100 + 3 * signs(1, 2, d), None, None, None, 0.0), norm="layer")
+        assert_is(out, 1.0, 2e-5, question.format("layer"))
+
+
+@pytest.mark.parametrize("d", (128, 256))
+def test_the_mean_of_a_heads_norm_divides_by_d(d: int) -> None:
+    """cute/norm_rope.py."""
+    with gpu("sm_90a", 1):
+        (out,) = device.call("norm_rope", (3 * signs(1, 2, 3, d), None, torch.ones(2, d), torch.zeros(2, d), 0.0))
+    assert_is(out, 1.0, 1e-6, "is the sum over a head divided by D? The norm")
+
+
+def test_each_of_two_norms_adds_its_own_eps() -> None:
+    """cute/modulated_norm.py: 3 / sqrt(9 + 16) = 0.6, and of that 0.6 / sqrt(0.36 + 0.64)."""
+    x = 3 * signs(1, 2, 3840)
+    with gpu("sm_90a", 1):
+        y, z = device.call(bounds.DUAL, (x, None, None, None, 0 * x, 16.0, None, None, None, 0.64))
+    assert_is(y, 0.6, 1e-6, "is eps added to the mean? y")
+    assert_is(z, 0.6, 1e-6, "is eps2 added to the mean? z")
+
+
+def test_each_of_q_and_k_adds_its_own_eps() -> None:
+    """cute/norm_rope.py."""
+    q, k = 3 * signs(1, 2, 3, 128), 3 * signs(1, 2, 3, 128)
+    with gpu("sm_90a", 1):
+        q_out, k_out = device.call(
+            "qk_norm_rope", (q, k, None, None, torch.ones(2, 128), torch.zeros(2, 128), 0.0, 16.0)
+        )
+    assert_is(q_out, 1.0, 1e-6, "is q_eps added to the mean? q")
+    assert_is(k_out, 0.6, 1e-6, "is k_eps added to the mean? k")
