@@ -1,8 +1,9 @@
 """FusionPass: the custom pass that Inductor calls on each post-grad graph.
 
 The steps: survey the graph; let Inductor's pattern matcher visit the anchors; find, prove and rewrite the site of each
-anchor; report these sites, and then the values that no kind fuses. The rewrite of a graph is a transaction: if anything
-raises, the graph is restored, a warning says so once, and the model compiles without the pass.
+anchor; report these sites, and then the values that no kind fuses. An error in finding a
+site costs this site. The rewrite of a graph is a transaction: if the rewrite raises, the graph is restored, one warning
+says so, and the model compiles without the pass.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch.fx import Graph, Node
 
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  registers how Inductor calls the ops
+from dit_kernels.families import OPS
 from dit_kernels.warn import warn_once
 from fusion_pass import eligibility
 from fusion_pass.dataflow import (
@@ -52,7 +54,7 @@ from fusion_pass.kinds.kind import Entry, Survey, Value
 from fusion_pass.prepare import drop_what_computes_nothing, read_sizes_at_their_source
 from fusion_pass.proof import prove
 from fusion_pass.refusal import BY_DESIGN, Reason, Refused
-from fusion_pass.report import FusionReport, ReportedSite
+from fusion_pass.report import FusionReport, ReportedSite, columns
 from fusion_pass.rewrite import rewrite
 from fusion_pass.site import Site
 
@@ -339,29 +341,27 @@ class StrictError(RuntimeError):
 def _fused(site: Site) -> ReportedSite:
     return ReportedSite(
         kind=site.kind,
-        gate=site.activations().get("gate"),
-        scale=site.activations().get("scale"),
+        **columns(site.activations()),
         module=module_path(site.anchor),
         source=source_line(site.results()[0]),
         shape=symbolic_shape(site.x),
         dtype=site.x.meta["val"].dtype,
-        rounding=site.form.rounding,
+        rounding=site.form.name,
+        remark=site.remark,
     )
 
 
 def _missed(anchor: Node, refusal: Refused, value: Value[Any]) -> ReportedSite:
     x = value.measured(anchor)
     site: Site | None = refusal.site
-    activations = {} if site is None else site.activations()
     return ReportedSite(
         kind=refusal.kind or value.name,
-        gate=activations.get("gate"),
-        scale=activations.get("scale"),
+        **columns({} if site is None else site.activations()),
         module=module_path(anchor),
         source=source_line(anchor),
         shape=symbolic_shape(x),
         dtype=dtype(x),
-        rounding=None if site is None else site.form.rounding,
+        rounding=None if site is None else site.form.name,
         reason=refusal.text(),
         reason_name=refusal.reason.name,
     )
@@ -387,7 +387,7 @@ def _warn_missed(refusal: Refused) -> None:
 
 
 def _warn_if_nothing_fused(report: FusionReport, graph: Graph) -> None:
-    """Warns if the graph has norms and gates but no fused site. The user should see this: the pass may not know a
+    """Warns if the graph has norms and gates, but no norm was fused. The user should see this: the pass may not know a
     spelling of the model."""
     unmodulated = REGISTRY.unmodulated()
     fused = [site.kind for site in report.fused if site.kind not in unmodulated]
@@ -453,14 +453,14 @@ def _fingerprint() -> str:
 
 
 def _registered() -> str:
-    """A hash of the registered values and kinds, including the source of each that is not in this package."""
+    """A hash of the registered values, kinds and families, including the source of each that is not in our packages."""
     digest = hashlib.sha256()
-    for entry in REGISTRY.entries:
-        for member in (entry.value, *entry.kinds):
-            digest.update(f"{type(member).__module__}.{type(member).__qualname__};".encode())
-            source = Path(inspect.getfile(type(member)))
-            if Path(__file__).parent not in source.parents:
-                digest.update(source.read_bytes())
+    sites = [member for entry in REGISTRY.entries for member in (entry.value, *entry.kinds)]
+    for member in (*sites, *(op.family for op in OPS.values())):
+        digest.update(f"{type(member).__module__}.{type(member).__qualname__};".encode())
+        source = Path(inspect.getfile(type(member)))
+        if not {Path(__file__).parent, Path(dit_kernels.ops.__file__).parent} & set(source.parents):
+            digest.update(source.read_bytes())
     return digest.hexdigest()
 
 

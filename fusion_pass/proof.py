@@ -85,7 +85,7 @@ def _is_contiguous(node: Node) -> bool:
 
 
 def _prove_closed(site: Site) -> None:
-    """Nothing outside the site reads a value that goes away."""
+    """Nothing outside the site reads its interior."""
     inside = set(site.nodes())
     for node in site.interior:
         for user in node.users:

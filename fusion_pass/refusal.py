@@ -19,13 +19,13 @@ class Reason(str, Enum):
     MEAN = "the value under the root is not mean(x²) + eps as torch.mean computes it"
     ROOT = "eps or a factor is applied to the root, not to the value under the root"
     ESCAPES = "a value inside the site is also read outside the site"
-    KINDS = "the two norms of the site are of different kinds"
+    KINDS = "the two norms of the site differ in their kind, rms or layer, or in how they compute the root"
     ROUNDING = "the casts fit no rounding form"
     WIDTH = "the size of the last dimension is not a constant"
     SHAPE = "the shapes are not known to be equal or to broadcast"
     DTYPE = "the ops do not take a dtype of the site"
     DEVICE = "the operands are on different devices"
-    EPS = "eps is neither a constant nor a 0-d floating-point tensor on the CPU"
+    EPS = "eps is neither a constant >= 0 nor a 0-d floating-point tensor on the CPU"
     ORDER = "an operand of the site is computed from a result of the site"
     LAYOUT = "the op returns contiguous tensors, and the graph would see another memory layout"
     APART = "the rows lie apart in memory, as those of images between convolutions do, and Inductor needs no copy"
@@ -44,7 +44,7 @@ class Reason(str, Enum):
     ERROR = "an internal error of the pass; nothing was changed"
 
 
-# The value is no site of ours, or is left to Inductor on purpose. Causes no warning, and no error under strict=True.
+# Nothing that the pass fuses, or left to Inductor on purpose: no warning for it, and no error under strict=True.
 BY_DESIGN = frozenset(
     {
         Reason.ALONE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -22,7 +23,7 @@ class ReportedSite:
     None. scale: "one_plus" (the op adds the 1), "given" (the scale already contains its 1) or None. module: the dotted
     path in the model; of the first norm, if a site has several. source: file:line. shape: the shape of x, with symbols
     as text. rounding: the form. reason: only for a missed site. reason_name: the name of the reason in the closed list
-    `Reason`.
+    `Reason`. remark: what a user should know about the rounding of a fused site, or "".
     """
 
     kind: str
@@ -35,9 +36,15 @@ class ReportedSite:
     rounding: str | None
     reason: str | None = None
     reason_name: str | None = None
+    remark: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "shape": list(self.shape), "dtype": _dtype_name(self.dtype)}
+
+
+def columns(activations: dict[str, str]) -> dict[str, Any]:
+    """The columns of a row that show the activations of a site. activations: by the names of the op's arguments."""
+    return {name: activations.get(name) for name in ("gate", "scale")}
 
 
 @dataclass
@@ -81,9 +88,10 @@ class FusionReport:
     def __str__(self) -> str:
         from rich.console import Console
 
-        out = StringIO()
+        out = _Text()
         Console(file=out, width=_table_width()).print(self)
-        return out.getvalue().rstrip("\n")
+        text = out.getvalue().rstrip("\n")
+        return text.encode(out.encoding, "replace").decode(out.encoding)
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -103,7 +111,17 @@ class FusionReport:
             missed.add_row(s.kind, module, count, escape(_shape_text(s)), s.reason, _short(s.source))
         graphs = f"{self.graphs} graph{'' if self.graphs == 1 else 's'} compiled"
         called = f", called in turn {', '.join(f'{count}×' for count in self.calls)}" if self.calls else ""
-        return Group(fused, missed, graphs + called, *filter(None, [self.note]))
+        remarks = [s.remark for s in self.fused if s.remark]
+        counted = [f"{remarks.count(remark)} of the fused sites: {remark}" for remark in dict.fromkeys(remarks)]
+        return Group(fused, missed, graphs + called, *map(escape, filter(None, [self.note, *counted])))
+
+
+class _Text(StringIO):
+    """Text that stdout can encode. If its encoding is not UTF-8, as often on Windows, rich draws tables in ASCII."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # rich reads it
+        return getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
 def _alike(sites: list[ReportedSite]) -> Iterable[tuple[ReportedSite, str, str]]:

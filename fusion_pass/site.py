@@ -48,23 +48,6 @@ class View:
         return made
 
 
-class ComplexWith(View):
-    """The complex tensor whose real part is the first argument. One node serves all sites that read the same parts."""
-
-    def __init__(self, imaginary: Node) -> None:
-        super().__init__(aten.complex.default, (imaginary,))
-
-    def insert(self, node: Node, graph: Graph) -> Node:
-        """Inserts the node after both of its parts."""
-        arguments = (node, *self.args)
-        same = next((user for user in node.users if is_call(user, self.target) and user.args == arguments), None)
-        if same is not None:
-            return same
-        inputs = graph.find_nodes(op="placeholder")
-        with graph.inserting_after(max(*arguments, *inputs[-1:])):
-            return self._made(node, graph)
-
-
 SWAP = View(aten.permute.default, ([0, 2, 1, 3],))  # from [B, S, H, Dh] to [B, H, S, Dh], and back
 
 
@@ -117,10 +100,10 @@ class Output:
 class Form:
     """The rounding form that the casts of a site follow.
 
-    dtypes: for each option of the op that belongs to the form, the dtype that the norm is cast to.
+    name: one of dit_kernels.rounding.FORMS. dtypes: the options of the op that belong to the form, with their dtypes.
     """
 
-    rounding: str
+    name: str
     dtypes: dict[str, torch.dtype | None]
 
 
@@ -137,7 +120,7 @@ class Site:
     that the site reads and that have the same value as an operand. summed: operands whose rows eager sums in the memory
     layout that they have. takes_any_layout: may the elements of a row be apart in memory, as in a residual stream that
     comes from a convolution? check_sums: raises Refused if the rounding of eager, on a CPU, depends on an order of rows
-    in memory that the op does not keep.
+    in memory that the op does not keep. remark: what the report should say about the rounding form, or "".
     """
 
     kind: str
@@ -152,13 +135,14 @@ class Site:
     summed: tuple[str, ...] = ()
     takes_any_layout: bool = False
     check_sums: Callable[[Site], None] | None = None
+    remark: str = ""
 
     def under(self, policy: str) -> Site:
         """The site with the rounding that the user wants. policy: "model", or "fp32" for one rounding at each
         output."""
         if policy == "model":
             return self
-        return replace(self, form=Form(policy, dict.fromkeys(self.form.dtypes)))
+        return replace(self, form=Form(policy, dict.fromkeys(self.form.dtypes)), remark="")
 
     @property
     def roles(self) -> dict[str, Argument]:
@@ -191,7 +175,7 @@ class Site:
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the op."""
-        return {**self.options, "rounding": self.form.rounding, **self.form.dtypes}
+        return {**self.options, "rounding": self.form.name, **self.form.dtypes}
 
     def shaped(self) -> Node:
         """The node whose shape the op uses."""
@@ -253,23 +237,6 @@ def operand_dtype(operand: Node | Operand | None) -> torch.dtype | None:
     node = operand.source if isinstance(operand, Operand) else operand
     val = None if node is None else value(node)
     return None if val is None else val.dtype
-
-
-def promoting_dtype(operand: Operand) -> torch.dtype | None:
-    """The dtype that a factor has in type promotion. None if the factor is 0-d: it does not promote."""
-    val = value(operand.source)
-    return None if val is None or val.ndim == 0 else val.dtype
-
-
-def applied_dtype(operand: Operand, out: torch.dtype, kind: str) -> torch.dtype:
-    """The dtype that a factor is rounded to before it is multiplied by a norm of dtype `out`.
-
-    A 0-d factor does not promote. Raises Refused if it has another dtype than `out`: that would be a separate chain.
-    """
-    applied = operand_dtype(operand.applied)
-    if applied is None or (promoting_dtype(operand) is None and applied != out):
-        raise Refused(Reason.ROUNDING, operand.applied, "the factor is no tensor, or is 0-d with another dtype", kind)
-    return applied
 
 
 def check_operands(operands: Operands, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_backend import run
+from site_modules import native_norm
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
@@ -209,3 +211,45 @@ def test_where_inductor_leaves_custom_passes_out_that_is_said_or_raised(strict: 
     assert said in result.stderr
     assert (result.returncode != 0) == strict
     assert strict or f"NOTE {said}" in result.stdout
+
+
+# --- fp16 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "is_remarked"),
+    [(torch.float16, "model", True), (torch.float16, "fp32", False), (torch.bfloat16, "model", False)],
+)
+def test_squares_in_fp16_overflow_as_in_eager_and_the_report_says_so(
+    dtype: torch.dtype, rounding: str, is_remarked: bool
+) -> None:
+    def scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        return (native_norm(x, None) * (1 + scale)) @ weight
+
+    x, scale, weight = (
+        torch.full((1, 3, D), 300.0, dtype=dtype),
+        torch.zeros(1, 1, D, dtype=dtype),
+        torch.eye(D).to(dtype),
+    )
+    got, backend = run(scaled, x, scale, weight, rounding=rounding)
+    (site,) = backend.report.fused
+    text = " ".join(str(backend.report).split())
+    assert (site.remark != "", "1 of the fused sites: x*x is computed in fp16" in text) == (is_remarked, is_remarked)
+    assert bool((got == 0).all()) == is_remarked
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_can_be_printed_where_stdout_has_no_lines_to_draw_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, if the output goes into a file."""
+    report = run(gated, torch.randn(1, 3, D), torch.randn(1, 1, D), torch.randn(D, D))[1].report
+    assert "━" in str(report)
+    written = io.BytesIO()
+    stdout = io.TextIOWrapper(written, encoding="cp1252")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        print(report)
+    stdout.flush()
+    text = written.getvalue().decode("cp1252")
+    assert report.fused and all(site.kind in text for site in report.fused)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch.fx import Node
 
 from fusion_pass.dataflow import RESHAPES, add_constant, aten, broadcasts_to, is_call, sole_user, value
 from fusion_pass.refusal import Reason, Refused
-from fusion_pass.site import Operand, View
+from fusion_pass.site import Operand, View, operand_dtype
 
 
 def _under_tanh(node: Node) -> Node | None:
@@ -69,3 +70,20 @@ def _unexpanded(node: Node, x: Node) -> tuple[Node, list[Node]]:
     if val is None or like is None or not broadcasts_to(val, like):
         raise Refused(Reason.SHAPE, node)
     return node, expands
+
+
+def promoting_dtype(operand: Operand) -> torch.dtype | None:
+    """The dtype that a factor has in type promotion. None if the factor is 0-d: it does not promote."""
+    val = value(operand.source)
+    return None if val is None or val.ndim == 0 else val.dtype
+
+
+def applied_dtype(operand: Operand, out: torch.dtype, kind: str) -> torch.dtype:
+    """The dtype that a factor is rounded to before it is multiplied by a norm of dtype `out`.
+
+    A 0-d factor does not promote. Raises Refused if it has another dtype than `out`: that would be a separate chain.
+    """
+    applied = operand_dtype(operand.applied)
+    if applied is None or (promoting_dtype(operand) is None and applied != out):
+        raise Refused(Reason.ROUNDING, operand.applied, "the factor is no tensor, or is 0-d with another dtype", kind)
+    return applied

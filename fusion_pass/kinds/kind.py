@@ -1,7 +1,7 @@
 """The protocols of a value and of a kind of site, and the registry of both.
 
-A value is found from one node, its anchor: a norm from its root, a silu from its exponential. A kind follows the
-readers of a value and finds the site that the value belongs to.
+A value is found from one node, its anchor: a norm from its root, a silu from its exponential or sigmoid. A kind follows
+the readers of a value and finds the site that the value belongs to.
 """
 
 from __future__ import annotations

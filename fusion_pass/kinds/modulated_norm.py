@@ -124,15 +124,16 @@ def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
         like=_like(kind, [part for part, _ in stages]),
         summed=() if first.kind == "layer" else ("x",),  # F.layer_norm sums a contiguous copy, as the op does
         takes_any_layout=True,
+        remark=max(part.norm.remark for part, _ in stages),
     )
 
 
 def _form(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Form:
     """The first form whose steps are those of every stage. Raises Refused if there is none."""
-    for rounding in MODEL_FORMS:
-        fitting = {names.norm_dtype: part.norm_dtypes(rounding) for part, names in stages}
+    for form in MODEL_FORMS:
+        fitting = {names.norm_dtype: part.norm_dtypes(form) for part, names in stages}
         if all(fitting.values()):
-            return Form(rounding, {option: dtypes[0] for option, dtypes in fitting.items()})
+            return Form(form, {option: dtypes[0] for option, dtypes in fitting.items()})
     raise Refused(Reason.ROUNDING, stages[-1][0].norm.anchor, kind=kind)
 
 

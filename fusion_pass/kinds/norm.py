@@ -60,6 +60,10 @@ from fusion_pass.site import Operand, View
 
 MEANS = (aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default)
 REDUCTIONS = (*MEANS, aten.var.correction, aten.var_mean.correction)
+OVERFLOWS = (
+    "x*x is computed in fp16, as in the model's own code, and overflows if |x| >= 256: the norm is then 0. "
+    'rounding="fp32" squares in fp32'
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,13 @@ class Norm:
     out: Node
     steps: NormSteps
     interior: tuple[Node, ...]  # every node that the norm alone needs, from the square to `out`
-    # The same norm, with a computed [D] that multiplies it, as in (1 + w) * n, as its weight. Else this [D] is a scale.
+    # The same norm if a computed [D], as in (1 + w) * n, is read as its weight. In this norm, that [D] is a scale.
     with_computed_weight: Norm | None = None
+
+    @property
+    def remark(self) -> str:
+        """What the report should say about the rounding of the norm, or ""."""
+        return OVERFLOWS if self.kind == "rms" and self.steps.stat == torch.float16 else ""
 
 
 @dataclass(frozen=True)
@@ -94,15 +103,7 @@ class _Statistic:
 
 
 class NormValue(Value[Norm]):
-    """A norm, found from its root.
-
-    The user's code, then its graph in bf16:
-
-        (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
-
-        c = convert(x, f32); pow(c, 2); mean(., [-1], True); add(., eps); r = rsqrt(.);
-        mul(x, r); convert(., bf16); mul(., weight)
-    """
+    """A norm, found from its root."""
 
     name = "norm"
     anchors = (aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default)
@@ -110,7 +111,20 @@ class NormValue(Value[Norm]):
     unfused = Reason.ALONE
 
     def find(self, anchor: Node) -> Norm | None:
-        """The norm whose reciprocal root is `anchor`, or None if there is no norm. Raises Refused."""
+        """The norm whose reciprocal root is `anchor`, or None if there is no norm. Raises Refused.
+
+        The user's code, then its graph in bf16:
+
+            (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
+
+            c = convert(x, f32); pow(c, 2); mean(., [-1], True); add(., eps); r = rsqrt(.);
+            mul(x, r); convert(., bf16); mul(., weight)
+
+            F.layer_norm(x, (D,), weight, bias, eps)
+
+            c = convert(x, f32); var, mean = var_mean(c, [-1], correction=0, keepdim=True);
+            mul(sub(c, mean), rsqrt(add(var, eps))); mul(., weight); add(., bias); convert(., bf16)
+        """
         statistic = _statistic(anchor)
         return None if statistic is None else _norm(statistic, anchor)
 

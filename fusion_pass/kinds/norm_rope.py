@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from dit_kernels.arguments import KERNEL_DTYPES, known_equal
 from dit_kernels.rounding import RotatedSteps, rotated_steps
@@ -27,7 +27,6 @@ from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import (
     MODEL_FORMS,
     SWAP,
-    ComplexWith,
     Form,
     Operand,
     Operands,
@@ -55,13 +54,13 @@ class Rotated:
     heads: View | None
     steps: RotatedSteps
 
-    def fits(self, rounding: str, norm_dtype: torch.dtype | None) -> bool:
+    def fits(self, form: str, norm_dtype: torch.dtype | None) -> bool:
         """Are the steps of this form the steps of the graph?"""
         x, by = operand_dtype(self.norm.x), dtype(self.rotation.by)
         assert x is not None and by is not None
         by = by.to_complex() if self.rotation.is_complex else by
         weight = operand_dtype(self.norm.weight)
-        return self.steps == rotated_steps(rounding, x, weight, by, norm_dtype, self.steps.rotated, self.steps.out)
+        return self.steps == rotated_steps(form, x, weight, by, norm_dtype, self.steps.rotated, self.steps.out)
 
     @property
     def swapped_results(self) -> bool:
@@ -77,7 +76,7 @@ class Rotated:
 
         name: the name of the operand that is normed.
         """
-        if self.swapped_norm and site.form.rounding == "native":
+        if self.swapped_norm and site.form.name == "native":
             raise Refused(Reason.LAYOUT, site.anchor, "means in 16 bits, with heads before tokens", site.kind)
         if self.rotation.is_complex:
             # A CPU rounds a complex product differently in its vectors than in the remainder after them. The memory
@@ -184,6 +183,7 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
         twins=tuple(t for other in others for t in (other.rotation.by, other.rotation.sin) if t is not None),
         summed=tuple(heads),
         check_sums=check_sums,
+        remark=max(rotated.norm.remark for rotated in heads.values()),
     )
 
 
@@ -191,10 +191,10 @@ def _form(kind: str, refused_at: Node, heads: list[Rotated]) -> Form:
     """The first form whose steps are those of all heads. Raises Refused if there is none."""
     normed = (dtype for rotated in heads for dtype in (rotated.norm.steps.normed, rotated.norm.steps.out))
     candidates = (None, *dict.fromkeys(normed))
-    for rounding in MODEL_FORMS:
+    for form in MODEL_FORMS:
         for norm_dtype in candidates:
-            if all(rotated.fits(rounding, norm_dtype) for rotated in heads):
-                return Form(rounding, {"norm_dtype": norm_dtype})
+            if all(rotated.fits(form, norm_dtype) for rotated in heads):
+                return Form(form, {"norm_dtype": norm_dtype})
     raise Refused(Reason.ROUNDING, refused_at, kind=kind)
 
 
@@ -236,6 +236,23 @@ def grow(norm: Norm) -> Rotated | None:
     if not found.is_complex and not any(is_read_from_memory(node) for node in found.outs):
         raise Refused(Reason.INLINE, found.out, kind=KIND)
     return Rotated(norm, found, swapped, heads, _steps(norm, found))
+
+
+class ComplexWith(View):
+    """The complex tensor whose real part is the first argument. One node serves all sites that read the same parts."""
+
+    def __init__(self, imaginary: Node) -> None:
+        super().__init__(aten.complex.default, (imaginary,))
+
+    def insert(self, node: Node, graph: Graph) -> Node:
+        """Inserts the node after both of its parts."""
+        arguments = (node, *self.args)
+        same = next((user for user in node.users if is_call(user, self.target) and user.args == arguments), None)
+        if same is not None:
+            return same
+        inputs = graph.find_nodes(op="placeholder")
+        with graph.inserting_after(max(*arguments, *inputs[-1:])):
+            return self._made(node, graph)
 
 
 def _complex_table(cos: Node, sin: Node) -> Operand:

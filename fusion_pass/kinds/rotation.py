@@ -79,14 +79,7 @@ class Rotation:
 
 
 class RotationValue(Value[Rotation]):
-    """A rotation of pairs. It is part of the site of the norm that it rotates. Without a norm it is reported by itself.
-
-    The user's code, then its graph in bf16:
-
-        torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * freqs).flatten(3)
-
-        convert(x, f32); reshape(., [B, S, H, Dh / 2, 2]); view_as_complex; mul(., freqs); view_as_real; reshape
-    """
+    """A rotation of pairs: a part of the site of the norm that it rotates or, without a norm, a row of the report."""
 
     name = "rope"
     anchors = ANCHORS
@@ -94,7 +87,18 @@ class RotationValue(Value[Rotation]):
     unfused = Reason.UNNORMED
 
     def find(self, anchor: Node) -> Rotation | None:
-        """The rotation whose complex numbers or turned pairs `anchor` makes; None if there is none."""
+        """The rotation whose complex numbers or turned pairs `anchor` makes; None if there is none.
+
+        The user's code, then its graph in bf16:
+
+            torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * freqs).flatten(3)
+
+            convert(x, f32); reshape(., [B, S, H, Dh / 2, 2]); view_as_complex; mul(., freqs); view_as_real; reshape
+
+            a, b = x.chunk(2, -1); x * cos + torch.cat((-b, a), -1) * sin
+
+            a, b = split(x, Dh / 2, -1); t = cat([neg(b), a], -1); add(mul(x, cos), mul(t, sin))
+        """
         return _complex(anchor) if is_call(anchor, aten.view_as_complex.default) else _real(anchor)
 
     def measured(self, anchor: Node) -> Node:

@@ -36,14 +36,7 @@ class Silu:
 
 
 class SiluValue(Value[Silu]):
-    """silu(x).
-
-    The user's code, then its graph in bf16:
-
-        F.silu(x)
-
-        c = convert(x, f32); e = exp(neg(c)); div(c, add(e, 1)); convert(., bf16)
-    """
+    """silu(x), found from its exponential or its sigmoid."""
 
     name = "silu"
     anchors = (aten.exp.default, aten.sigmoid.default)
@@ -51,7 +44,18 @@ class SiluValue(Value[Silu]):
     unfused = None  # an activation like any other
 
     def find(self, anchor: Node) -> Silu | None:
-        """The silu whose exponential or sigmoid is `anchor`; None if there is none."""
+        """The silu whose exponential or sigmoid is `anchor`; None if there is none.
+
+        The user's code, then its graph in bf16:
+
+            F.silu(x)
+
+            c = convert(x, f32); e = exp(neg(c)); div(c, add(e, 1)); convert(., bf16)
+
+            x * torch.sigmoid(x)
+
+            mul(x, sigmoid(x))
+        """
         return _quotient(anchor) if is_call(anchor, aten.exp.default) else _product(anchor)
 
     def measured(self, anchor: Node) -> Node:

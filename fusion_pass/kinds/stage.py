@@ -39,7 +39,7 @@ from fusion_pass.dataflow import (
 from fusion_pass.kinds import factor as factors
 from fusion_pass.kinds.norm import Norm
 from fusion_pass.refusal import Reason, Refused
-from fusion_pass.site import Operand, applied_dtype, operand_dtype, promoting_dtype
+from fusion_pass.site import Operand, operand_dtype
 
 ADDED, SCALED = "norm_tanh_mul_add", "norm_scale"  # the kinds that a refusal names: with a term, and without
 ADDCMUL = "addcmul rounds once, after the product and the sum"
@@ -61,21 +61,21 @@ class StageInGraph:
     steps: StageSteps
     interior: tuple[Node, ...]
 
-    def norm_dtypes(self, rounding: str) -> list[torch.dtype | None]:
+    def norm_dtypes(self, form: str) -> list[torch.dtype | None]:
         """The dtypes to which the norm may be cast so that the steps of this form are the steps of the graph."""
         candidates = (None, self.steps.norm.normed, self.steps.norm.out, self.steps.product)
-        return [norm_dtype for norm_dtype in dict.fromkeys(candidates) if self._fits(rounding, norm_dtype)]
+        return [norm_dtype for norm_dtype in dict.fromkeys(candidates) if self._fits(form, norm_dtype)]
 
-    def _fits(self, rounding: str, norm_dtype: torch.dtype | None) -> bool:
+    def _fits(self, form: str, norm_dtype: torch.dtype | None) -> bool:
         x = operand_dtype(self.norm.x)
         assert x is not None
         steps = stage_steps(
-            rounding,
+            form,
             self.norm.kind,
             x,
             operand_dtype(self.norm.weight),
             operand_dtype(self.norm.bias),
-            None if self.factor is None else promoting_dtype(self.factor),
+            None if self.factor is None else factors.promoting_dtype(self.factor),
             operand_dtype(self.term),
             self.steps.out,
             norm_dtype,
@@ -137,12 +137,12 @@ def _with_factor(norm: Norm, shapes: tuple[Node, ...], product: Node) -> StageIn
     products, rounded = _rounded(product)
     y = sole_user(products[-1])
     term = _term(products[-1], y) if y is not None and is_plain_add(y) else None
-    if y is None or term is None or factors.is_one_plus(factor):  # 1 + makes a scale, and what is added is a shift
+    if y is None or term is None or factors.is_one_plus(factor):  # 1 + s is a scale, and the addend a shift
         return _scaled(norm, shapes, product, factor)
     if comes_from(y, "addcmul"):  # torch 2.11 decomposes addcmul before any pass sees it
         raise Refused(Reason.ROUNDING, y, ADDCMUL, ADDED)
     operand = factors.resolve(factor, like, "tanh")
-    steps = _steps(norm, applied_dtype(operand, norm.steps.out, ADDED), rounded, y, True)
+    steps = _steps(norm, factors.applied_dtype(operand, norm.steps.out, ADDED), rounded, y, True)
     interior = (*norm.interior, *shapes, *products, *operand.absorbed)
     return StageInGraph(norm, like, operand, term, (y,), steps, interior)
 
@@ -161,7 +161,7 @@ def _scaled(norm: Norm, shapes: tuple[Node, ...], product: Node, factor: Node) -
     if not any(map(is_read_from_memory, z)):
         raise Refused(Reason.INLINE, z[0], kind=SCALED)
     operand = factors.resolve(factor, like, "one_plus")
-    steps = _steps(norm, applied_dtype(operand, norm.steps.out, SCALED), product, z[0], False)
+    steps = _steps(norm, factors.applied_dtype(operand, norm.steps.out, SCALED), product, z[0], False)
     inside = (*norm.interior, *shapes) if z == (product,) else (*norm.interior, *shapes, product)
     return StageInGraph(norm, like, operand, None, z, steps, (*inside, *operand.absorbed))
 

@@ -1,6 +1,6 @@
 """How compiled code calls an op: without PyTorch's dispatcher and without checks, into given results.
 
-A call through the dispatcher takes the host longer than the GPU works on a short sequence: see benchmarks/NOTES.md.
+On a short sequence, a call through the dispatcher takes the host longer than the GPU: see kernels/benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class DirectCall:
         self.tensors: Any = None  # picks the tensors among the kernel's arguments
 
     def __call__(self, given: tuple[Any, ...], numbers: tuple[int, ...]) -> bool:
-        """Launches the kernel, which writes the results, and returns True. Returns False, without a launch, if the
-        launch is not known to be right.
+        """Launches the kernel, which writes the results, and returns True. Returns False, without a launch, if
+        there is no kernel yet, no row, or an address that is not aligned.
 
         numbers: the family's launch numbers of the operands, where every stride is a multiple of 16 bytes. Results are
         contiguous. The device of the operands is the current device.

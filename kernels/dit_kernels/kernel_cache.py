@@ -1,11 +1,11 @@
 """The cache of compiled kernels on disk.
 
 The directory is $DIT_KERNELS_CACHE_DIR, or dit_kernels in $XDG_CACHE_HOME or ~/.cache. It holds machine code, so it is
-used only if nobody but the user can write to it, and nobody else can put another directory in its place. Windows has
-other means for this, which are not checked. The name of an entry is a hash of everything that determines the kernel:
-versions, sources, architecture and variant. An entry ends with a digest of its name and its content. It is read once:
-what was checked is what is loaded. An entry that cannot be read back, or that was made under another name, is deleted
-and compiled again.
+used only if nobody but the user can write to it, and nobody else can put another directory in its place. On
+Windows, permissions are not checked. The name of an entry is a hash of everything that determines the kernel:
+versions, sources, architecture and variant. An entry ends with a digest of its name and its content. It is read once,
+so the bytes that were checked are loaded. An entry that cannot be read back, or that was made under another name, is
+deleted and compiled again.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _check_trusted(path: Path, status: os.stat_result, owners: tuple[int, ...] =
     if status.st_uid not in (user(), *owners):
         raise Unusable(f"{path} belongs to another user")
     if status.st_mode & 0o022 and not writable:
-        raise Unusable(f"{path} can be written by others than its owner; chmod go-w ends this")
+        raise Unusable(f"{path} can be written by others than its owner; run chmod go-w on it")
 
 
 # --- an entry -------------------------------------------------------------------------------------------------------

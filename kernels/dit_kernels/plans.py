@@ -3,7 +3,7 @@
 Checking a call costs the host several times as much as a launch. A plan is a launch with everything decided, protected
 by Dynamo's guards. The guards compare everything that the checks and the choice of a kernel depend on: dtype, device,
 sizes, strides, requires_grad and dispatch keys. They do not see forward-mode gradients, and they do not see every mode.
-So the code that asks for a plan checks these first.
+`ops._autograd` checks these first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
 
 def no_launch(args: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
-    """The launch of calls that cannot be planned. It is kept so that this is found out once."""
+    """The launch of calls that cannot be planned. Keeping it avoids a second analysis."""
 
 
 class Plans:
@@ -101,7 +101,7 @@ def make_launch(
     function: Callable[..., None],
     numbers: tuple[int, ...],
 ) -> Launch:
-    """A function that runs similar calls with this kernel. None if the kernel reads a copy of an argument."""
+    """A function that runs similar calls with this kernel. `no_launch` if the kernel reads a copy of an argument."""
     read = [arg for arg in args if isinstance(arg, Tensor)]
     memory = call.operands(results).memory
     if sorted(map(_address, memory)) != sorted(map(_address, (*read, *results))):

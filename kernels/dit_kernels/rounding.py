@@ -34,12 +34,10 @@ rotation. With cosines and sines it is R(R(n * cos) + R(turned(n) * sin)). SwiGL
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
-Form = Literal["cast_then_weight", "weight_then_cast", "native", "gate_in_fp32", "fp32"]
-FORMS: tuple[str, ...] = get_args(Form)
+FORMS: tuple[str, ...] = ("cast_then_weight", "weight_then_cast", "native", "gate_in_fp32", "fp32")
 NORMS: tuple[str, ...] = ("rms", "layer")
 SILU_FORMS: tuple[str, ...] = ("model", "fp32")
 ROOTS: tuple[str, ...] = ("rsqrt", "reciprocal", "quotient")

@@ -30,7 +30,7 @@ VECTORS_OF_A_ROW = {(2, 2): 1, (2, 1): 1, (1, 1): 3}
 # 98.8, 50.5, 66.7).
 LOADED_REGISTERS_OF_A_ROW = {(2, 2): 40, (2, 1): 80, (1, 1): 80}
 
-# The following was measured on an H200 in bf16, D=3840, in microseconds (benchmarks/NOTES.md has the rest).
+# The following was measured on an H200 in bf16, D=3840, in microseconds (kernels/benchmarks/NOTES.md has the rest).
 #
 # Threads per multiprocessor if CTAs walk over rows. A line names the threads of a CTA, the CTAs per multiprocessor, and
 # the rows of each CTA in shared memory.
