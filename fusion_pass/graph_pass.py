@@ -39,10 +39,8 @@ from dit_kernels.families import OPS
 from dit_kernels.warn import warn_once
 from fusion_pass import eligibility
 from fusion_pass.dataflow import (
-    VIEWS,
     aten,
     dtype,
-    is_call,
     module_path,
     past_views,
     source_line,
@@ -393,23 +391,8 @@ def _warn_if_nothing_fused(report: FusionReport, graph: Graph) -> None:
     fused = [site.kind for site in report.fused if site.kind not in unmodulated]
     reasons = {site.reason_name for site in report.missed if site.kind not in unmodulated}
     by_design = reasons and reasons <= {reason.name for reason in BY_DESIGN}
-    if not fused and by_design and _has_gate(graph):
+    if not fused and by_design and any(entry.value.has_gates(graph) for entry in REGISTRY.entries):
         warn_once("fusion_pass: a graph has norms and gates, and nothing of it was fused; see fusion_pass.explain")
-
-
-def _has_gate(graph: Graph) -> bool:
-    """Does any product read a tanh, as the gates of these models do? (A GELU adds 1 to its tanh first.)"""
-    tanhs = graph.find_nodes(op="call_function", target=aten.tanh.default)
-    return any(is_call(user, aten.mul.Tensor) for tanh in tanhs for user in _readers(tanh))
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    """The nodes that read a node or a view of it."""
-    for user in node.users:
-        if is_call(user, *VIEWS, aten.expand.default):
-            yield from _readers(user)
-        else:
-            yield user
 
 
 # --- the transaction --------------------------------------------------------------------------------------------------

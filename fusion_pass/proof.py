@@ -70,7 +70,7 @@ def _prove_layout(site: Site, graph: Graph, sums: bool) -> None:
         site.check_sums(site)
     by_layout = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
     strided = [node for target in by_layout for node in graph.find_nodes(op="call_function", target=target)]
-    if strided and (any(o.swapped for o in site.outputs) or not all(map(_is_contiguous, site.results()))):
+    if strided and (any(o.swap is not None for o in site.outputs) or not all(map(_is_contiguous, site.results()))):
         raise Refused(Reason.LAYOUT, strided[0], kind=site.kind)
 
 

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from fusion_pass.dataflow import RESHAPES, aten, is_call, prims, same_shape, value
 from fusion_pass.proof import find_size
-from fusion_pass.site import ORIGIN, SWAP, Operand, Output, Site
+from fusion_pass.site import ORIGIN, Operand, Output, Site
 
 # Operators whose nodes are erased with the site, if nothing else reads them.
 _PURE = (
@@ -67,14 +67,14 @@ def _fresh(output: Output, site: Site) -> torch.Tensor:
     """A fake tensor for a result of the op: contiguous, with sizes that the graph already has."""
     val = value(output.nodes[0])
     assert val is not None
-    shape = val.transpose(1, 2).shape if output.swapped else val.shape
+    shape = val.shape if output.swap is None else output.swap.of(val).shape
     return val.new_empty(shape if site.like is None else site.like.meta["val"].shape)
 
 
 def _viewed_back(graph: Graph, result: Node, output: Output, site: Site) -> Node:
     """A result of the op, in the shape of the nodes that it replaces."""
-    if output.swapped:
-        return SWAP.insert(result, graph)
+    if output.swap is not None:
+        return output.swap.insert(result, graph)
     return result if site.like is None else _viewed(graph, result, output.nodes[0], site)
 
 

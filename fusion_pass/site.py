@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from dit_kernels.arguments import COMPLEX, EPS, KERNEL_DTYPES, MODULATION, ROW, TABLE, Argument
 from dit_kernels.families import OPS
 from dit_kernels.rounding import FORMS
-from fusion_pass.dataflow import RESHAPES, aten, is_call, is_size, value
+from fusion_pass.dataflow import RESHAPES, is_call, is_size, value
 from fusion_pass.refusal import Reason, Refused
 
 ORIGIN = ("stack_trace", "nn_module_stack", "custom")  # metadata that a new node copies from the node it replaces
@@ -46,9 +46,6 @@ class View:
         made.meta = {key: node.meta[key] for key in ORIGIN if key in node.meta}
         made.meta["val"] = self.of(node.meta["val"])
         return made
-
-
-SWAP = View(aten.permute.default, ([0, 2, 1, 3],))  # from [B, S, H, Dh] to [B, H, S, Dh], and back
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,13 @@ Operands = dict[str, "Node | Operand | float | None"]
 
 @dataclass(frozen=True)
 class Output:
-    """Nodes of one value that a result of the op replaces. swapped: the nodes are [B, H, S, Dh], not [B, S, H, Dh]."""
+    """Nodes of one value that a result of the op replaces.
+
+    swap: the nodes are this view of the result. It swaps dimensions, so that it leads from the nodes back, too.
+    """
 
     nodes: tuple[Node, ...]
-    swapped: bool = False
+    swap: View | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fusion_pass.refusal import Reason
 from fusion_pass.site import Site
@@ -60,6 +60,10 @@ class Value(Protocol[V]):
     def measured(self, anchor: Node) -> Node:
         """The tensor that the report shows for an anchor; the anchor itself if that tensor is not found."""
         ...
+
+    def has_gates(self, graph: Graph) -> bool:
+        """Does the graph seem to gate such values?"""
+        return False
 
     def is_reported_elsewhere(self, found: V, survey: Survey) -> bool:
         """Is this value, which no kind fuses, a part of another value that is reported?"""

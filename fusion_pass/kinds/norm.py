@@ -23,11 +23,12 @@ operator that they come from, shows which one it is.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from dit_kernels.arguments import known_equal
 from dit_kernels.rounding import NormSteps
@@ -138,8 +139,22 @@ class NormValue(Value[Norm]):
             node = node.args[0]
         return through_widening(_square_root_of(node) or node)
 
+    def has_gates(self, graph: Graph) -> bool:
+        """Does any product read a tanh, as the gates of these models do? (A GELU adds 1 to its tanh first.)"""
+        tanhs = graph.find_nodes(op="call_function", target=aten.tanh.default)
+        return any(is_call(user, aten.mul.Tensor) for tanh in tanhs for user in _readers(tanh))
+
 
 NORM = NormValue()
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """The nodes that read a node or a view of it."""
+    for user in node.users:
+        if is_call(user, *VIEWS, aten.expand.default):
+            yield from _readers(user)
+        else:
+            yield user
 
 
 # --- before the root: the statistic ----------------------------------------------------------------------------------

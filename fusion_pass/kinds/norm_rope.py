@@ -26,7 +26,6 @@ from fusion_pass.kinds.rotation import Rotation
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import (
     MODEL_FORMS,
-    SWAP,
     Form,
     Operand,
     Operands,
@@ -38,6 +37,7 @@ from fusion_pass.site import (
 )
 
 KIND = rotation.ROTATED_NORMS
+SWAP = View(aten.permute.default, ([0, 2, 1, 3],))  # from [B, S, H, Dh] to [B, H, S, Dh], and back
 VECTOR = 16  # real numbers: a CPU's vectors cover a head of a multiple of this size without a remainder
 
 
@@ -177,7 +177,9 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
             "out_dtype": first.steps.out,
         },
         form=_form(kind, refused_at, list(heads.values())),
-        outputs=tuple(Output(rotated.rotation.outs, rotated.swapped_results) for rotated in heads.values()),
+        outputs=tuple(
+            Output(rotated.rotation.outs, SWAP if rotated.swapped_results else None) for rotated in heads.values()
+        ),
         interior=tuple(node for rotated in heads.values() for node in rotated.interior),
         anchor=first.norm.anchor,
         twins=tuple(t for other in others for t in (other.rotation.by, other.rotation.sin) if t is not None),
