@@ -173,8 +173,8 @@ def inductor_options(
     backend.check_compiler()
     fusion_pass = backend._make_pass()
     fusion_pass.watches_caches = True
-    dynamos = {name: value for name, value in (options or {}).items() if name in _OF_DYNAMO}
-    inductors = {name: value for name, value in (options or {}).items() if name not in _OF_DYNAMO} or None
+    inductors = _checked_options(options)
+    dynamos = {name: inductors.pop(name) for name in _OF_DYNAMO if name in inductors}
     return {**_with_hook(_inductor_config(mode, inductors), fusion_pass), **dynamos}
 
 
@@ -270,6 +270,11 @@ def _compiled_parts(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], st
 
 def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
     """`mode` and `options` as Inductor's configuration, checked as the stock backend checks them."""
+    return dict(torch._TorchCompileInductorWrapper(mode, _checked_options(options), None).config)
+
+
+def _checked_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """A copy of the options. Raises ValueError if they are no dict, or are arguments of Backend."""
     if options is not None and not isinstance(options, dict):
         raise _bad_options(f"fusion_pass: options is {options!r}, expected a dict of Inductor's options, or None")
     ours = sorted({"rounding", "kernels", "strict"} & set(options or ()))
@@ -278,7 +283,7 @@ def _inductor_config(mode: str | None, options: dict[str, Any] | None) -> dict[s
             f"fusion_pass: options has {', '.join(map(repr, ours))}, expected options of Inductor; the settings of the "
             "pass are arguments of fusion_pass.Backend: torch.compile(model, backend=fusion_pass.Backend(...))"
         )
-    return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
+    return dict(options or {})
 
 
 def _bad_options(message: str) -> ValueError:

@@ -96,6 +96,8 @@ def test_torch_compile_takes_the_options_that_it_takes_without_us() -> None:
 def test_options_that_are_no_dict_are_a_value_error() -> None:
     with pytest.raises(ValueError, match=r"options is \[1\], expected a dict"):
         torch.compile(lambda a: a + 1, backend="fusion_pass", options=[1])(torch.randn(3))
+    with pytest.raises(ValueError, match=r"options is \[1\], expected a dict"):
+        fusion_pass.inductor_options(options=[1])
 
 
 # --- scales, gates, shifts --------------------------------------------------------------------------------------------
