@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ RESHAPES = (
     aten.squeeze.dims,
 )
 VIEWS = (*RESHAPES, aten.permute.default)
+TO_SHAPE = (aten.reshape.default, aten.view.default)  # their second argument is the new shape
 HALVES = (torch.bfloat16, torch.float16)
 # A split or an unbind returns several parts, and getitem selects one of them.
 PARTS = (
@@ -231,10 +232,13 @@ def is_read_from_memory(node: Node) -> bool:
     return is_stored(node) and not is_only_joined(node)
 
 
-def stored_casts(node: Node) -> tuple[Node, ...]:
-    """The readers of the node, if all of them are casts to one dtype that an op can return; else the node itself."""
+def stored_casts(node: Node, follows: Callable[[Node], bool] = is_cast) -> tuple[Node, ...]:
+    """The readers of the node, if all of them are casts to one dtype that an op can return; else the node itself.
+
+    follows: which casts count.
+    """
     casts = tuple(node.users)
-    equal = casts and all(is_cast(cast) and dtype(cast) == dtype(casts[0]) for cast in casts)
+    equal = casts and all(follows(cast) and dtype(cast) == dtype(casts[0]) for cast in casts)
     return casts if equal and dtype(casts[0]) in (*HALVES, torch.float32) else (node,)
 
 

@@ -1,9 +1,9 @@
 """FusionPass: the custom pass that Inductor calls on each post-grad graph.
 
 The steps: survey the graph; let Inductor's pattern matcher visit the anchors; find, prove and rewrite the site of each
-anchor; report these sites, and then the values that no kind fuses. An error in finding a
-site costs this site. The rewrite of a graph is a transaction: if the rewrite raises, the graph is restored, one warning
-says so, and the model compiles without the pass.
+anchor; report these sites, and then the values that no kind fuses. An error in finding a site costs this site. The
+rewrite of a graph is a transaction: if the rewrite raises, the graph is restored, one warning says so, and the model
+compiles without the pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import operator
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,10 @@ from torch.fx import Graph, Node
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  registers how Inductor calls the ops
 from dit_kernels.families import OPS
+from dit_kernels.versions import hash_of_sources, installed_version
 from dit_kernels.warn import warn_once
 from fusion_pass import eligibility
-from fusion_pass.dataflow import (
-    aten,
-    dtype,
-    module_path,
-    past_views,
-    source_line,
-    symbolic_shape,
-)
+from fusion_pass.dataflow import aten, dtype, module_path, past_views, source_line, symbolic_shape
 from fusion_pass.hook import OurPass
 from fusion_pass.kinds import REGISTRY
 from fusion_pass.kinds.kind import Entry, Survey, Value
@@ -61,6 +54,7 @@ log = logging.getLogger("fusion_pass")
 # The prefix of our keys in counters["inductor"]. Inductor stores these counts with a compiled graph and adds them again
 # when it loads the graph from a cache. So the fused ops of the loaded code are known, though the pass is not called.
 COUNTER_PREFIX = "fusion_pass_"
+_PACKAGES = (Path(__file__).parent, Path(dit_kernels.ops.__file__).parent)
 
 
 def counted() -> dict[str, int]:
@@ -221,13 +215,11 @@ class _Rewriter:
     def _note(self, anchor: Node) -> None:
         """Lets each kind note what its sites must know about each other."""
         entry = self.entries[anchor.target]
-        for kind in entry.kinds:
-            try:
-                found = entry.value.find(anchor)
-                if found is not None:
+        with suppress(Exception):  # a refusal or an internal error, which _check reports
+            found = entry.value.find(anchor)
+            for kind in entry.kinds if found is not None else ():
+                with suppress(Exception):
                     kind.note(found, self.survey)
-            except Exception:  # a refusal or an internal error, which _check reports
-                continue
 
     def _check(self, match: Match) -> bool:
         """Does the anchor belong to a site that can be fused? A site that cannot is reported."""
@@ -424,15 +416,9 @@ def _is_training(graph: Graph) -> bool:
 
 @cache
 def _fingerprint() -> str:
-    """A hash of our sources and of the versions of the packages that they depend on."""
-    digest = hashlib.sha256()
-    for package in (Path(__file__).parent, Path(dit_kernels.ops.__file__).parent):
-        for source in sorted(package.rglob("*.py")):
-            digest.update(source.relative_to(package).as_posix().encode())
-            digest.update(source.read_bytes())
-    for name in ("torch", "nvidia-cutlass-dsl"):
-        digest.update(f"{name}={_version(name)};".encode())
-    return digest.hexdigest()
+    """Our sources, as a hash, and the versions of the packages that they depend on."""
+    versions = (f"{name}={installed_version(name)}" for name in ("torch", "nvidia-cutlass-dsl"))
+    return ":".join((hash_of_sources(*_PACKAGES), *versions))
 
 
 def _registered() -> str:
@@ -442,13 +428,6 @@ def _registered() -> str:
     for member in (*sites, *(op.family for op in OPS.values())):
         digest.update(f"{type(member).__module__}.{type(member).__qualname__};".encode())
         source = Path(inspect.getfile(type(member)))
-        if not {Path(__file__).parent, Path(dit_kernels.ops.__file__).parent} & set(source.parents):
+        if not set(_PACKAGES) & set(source.parents):
             digest.update(source.read_bytes())
     return digest.hexdigest()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

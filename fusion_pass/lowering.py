@@ -1,9 +1,8 @@
 """How Inductor's code calls the ops: by dit_kernels.direct instead of the dispatcher, into buffers that Inductor plans.
 
 dit_kernels.direct takes no calls from a C++ wrapper and none with unusual shapes or strides. Those go through the
-dispatcher, like calls of any custom op. So does a call by hand under plain Inductor: the emitted
-code fits one version of dit_kernels.direct, and only our pass in the hook makes that version part of the key of
-Inductor's caches.
+dispatcher, like calls of any custom op. So does a call by hand under plain Inductor: the emitted code fits one version
+of dit_kernels.direct, and only our pass in the hook makes that version part of the key of Inductor's caches.
 """
 
 from __future__ import annotations

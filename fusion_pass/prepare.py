@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from dit_kernels.arguments import known_equal
-from fusion_pass.dataflow import aten, is_call, value
+from fusion_pass.dataflow import TO_SHAPE, aten, is_call, value
 
 
 def drop_what_computes_nothing(graph: Graph) -> None:
@@ -55,7 +55,7 @@ def read_sizes_at_their_source(graph: Graph) -> None:
     """
     for size in graph.find_nodes(op="call_function", target=aten.sym_size.int):
         view, dim = size.args
-        source = view.args[1][dim] if is_call(view, aten.reshape.default, aten.view.default) else None
+        source = view.args[1][dim] if is_call(view, *TO_SHAPE) else None
         if isinstance(source, Node) and known_equal(source.meta["val"], size.meta["val"]):
             size.replace_all_uses_with(source)
             graph.erase_node(size)

@@ -4,8 +4,8 @@ Bounds, on random data: of bf16 outputs at least 99.99 % (of fp16 99.9 %) are bi
 same device. Where one differs, y does by at most two steps (ulps) at the largest magnitude among residual, p and y, and
 z, judged from the kernel's own y, by at most four: a last bit of norm(y) passes two more products, and with each
 becomes at most twice as many steps, since a product may end at the upper end of a binade whose lower end it came from.
-A chain that never rounds is judged by its error against fp64: at most twice that of the definition. A layer norm, one
-kernel of its own in eager, has the second bound without the first.
+A chain that never rounds is judged by its error against fp64: at most twice that of the definition. Eager computes a
+layer norm in one kernel of its own. So any number of its elements may differ, but each by no more than these steps.
 
 tests/gpu judges a GPU by them, and tests/ptx the interpreter of the PTX; a `Device` is what differs between the two.
 """

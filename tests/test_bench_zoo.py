@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ROOT, run_python
 
-ROOT = Path(__file__).parent.parent
 HEADER = {"date", "gpu", "commit", "versions", "options", "rows"}
 OPTIONS = {"batch", "dynamic", "per_block", "mode", "coordinate_descent", "small"}
 IDENTITY = {"model", "title", "precision", "layers", "sizes", "options", "pairs", "date", "gpu", "commit", "versions"}
@@ -20,8 +17,8 @@ ROW = IDENTITY | TIMES | {"parameters", "fused", "missed", "graphs", "same_code"
 VARIANT = {"ms", "step_ms", "first_call_s", "peak_bytes", "distance", "equal", "kernels_ms", "kernels"}
 PAIRS = 4
 OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
-# In a process of its own: the examples have a module `zimage`, and so have the tests. It compiles one block of Z-Image,
-# and to scalar code: that is faster.
+# Runs in a process of its own, because the examples and the tests each have a module `zimage`. Compiles one block of
+# Z-Image only, and to scalar code, to save time.
 DRIVER = f"""
 import json
 from dataclasses import replace
@@ -56,23 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds zoo.json: results of Z-Image, of a model that fails, and of one without a site. And merged.json: joined
     from results of two GPUs, of one of them at two dates, where the newer lack the last model."""
     folder = tmp_path_factory.mktemp("zoo")
-    path = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python(folder, "-c", DRIVER, imports=(ROOT / "examples",), OMP_NUM_THREADS="1")
     return folder
 
 

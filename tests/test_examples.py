@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,26 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from processes import ROOT, run_python
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
 def run(folder: Path, *command: str) -> dict[str, Any]:
     """Runs an example with --json in a process that sees this checkout, and no GPU, and returns what it wrote."""
-    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     output = folder / "results.json"
-    done = subprocess.run(
-        [sys.executable, *command, "--json", str(output)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python(folder, *command, "--json", str(output), HF_HUB_OFFLINE="1")
     return json.loads(output.read_text())
 
 

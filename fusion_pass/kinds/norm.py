@@ -487,7 +487,7 @@ def _check_shapes(measured: Node, rstd: Node, product: Node) -> None:
 def _affine(
     statistic: _Statistic, anchor: Node, x: Node, product: Node, nodes: list[Node], computed_weight: bool
 ) -> Norm:
-    """Follows x * rstd through weight, bias and casts, as far as they belong to the norm.
+    """The norm that starts with x * rstd: follows the product with the weight, the sum with the bias, and the casts.
 
     computed_weight: may a computed [D] be the weight, whatever follows it?
     """

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from dit_kernels.arguments import KERNEL_DTYPES, known_equal
 from dit_kernels.rounding import RotatedSteps, rotated_steps
 from fusion_pass.dataflow import (
+    TO_SHAPE,
     VIEWS,
     aten,
     dtype,
@@ -275,7 +276,7 @@ def _heads(norm: Norm, turn: Rotation) -> View | None:
     """The view after a norm that reshapes its rows to [B, S, H, Dh] or [B, H, S, Dh]; None if there is none."""
     for node in rotation.between(norm.out, turn.x) or ():
         val = value(node)
-        if is_call(node, aten.reshape.default, aten.view.default) and val is not None and val.ndim == 4:
+        if is_call(node, *TO_SHAPE) and val is not None and val.ndim == 4:
             return View(node.target, node.args[1:])
         if not is_swap(node) and not is_call(node, aten.clone.default):
             return None

@@ -22,6 +22,7 @@ from torch.fx import Node
 from dit_kernels.arguments import known_equal
 from fusion_pass.dataflow import (
     PARTS,
+    TO_SHAPE,
     VIEWS,
     aten,
     before_widening,
@@ -46,7 +47,6 @@ from fusion_pass.refusal import Reason
 ANCHORS = (aten.view_as_complex.default, aten.cat.default)
 ROTATED_NORMS = "norm_rope"  # the name of the notes that map a rotated tensor to the anchor of its norm
 
-_RESHAPES = (aten.reshape.default, aten.view.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 
@@ -163,7 +163,7 @@ def _complex(anchor: Node) -> Rotation | None:
     nodes: list[Node] = [anchor]
     pairs = _narrowest(anchor.args[0], nodes)
     product = sole_user(anchor)
-    if not is_call(pairs, *_RESHAPES) or product is None or not is_call(product, aten.mul.Tensor):
+    if not is_call(pairs, *TO_SHAPE) or product is None or not is_call(product, aten.mul.Tensor):
         return None
     nodes += [pairs, product]
     x = _narrowest(pairs.args[0], nodes)
@@ -172,7 +172,7 @@ def _complex(anchor: Node) -> Rotation | None:
     if not isinstance(by, Node) or not _is_complex(by) or real is None or not is_call(real, aten.view_as_real.default):
         return None
     flat = sole_user(real)
-    if flat is None or not is_call(flat, *_RESHAPES) or not have_same_shape(flat, x) or not _are_pairs(pairs, x, -1):
+    if flat is None or not is_call(flat, *TO_SHAPE) or not have_same_shape(flat, x) or not _are_pairs(pairs, x, -1):
         return None
     out, swapped_after, inside = _results(flat, [*nodes, real])
     # PyTorch's complex product contracts one of its two products into the sum. If x is on the right instead of the
@@ -329,7 +329,7 @@ def _joined(cat: Node, nodes: list[Node]) -> tuple[Node, Node, bool, Node] | Non
     left, right = (_below_unsqueeze(part, nodes) for part in parts)
     interleaved = left is not parts[0]
     whole = sole_user(cat) if interleaved else cat
-    if interleaved != (right is not parts[1]) or whole is None or not (whole is cat or is_call(whole, *_RESHAPES)):
+    if interleaved != (right is not parts[1]) or whole is None or not (whole is cat or is_call(whole, *TO_SHAPE)):
         return None
     nodes.append(whole)
     return left, right, interleaved, whole
@@ -392,7 +392,7 @@ def _of_pairs(pairs: Any, dim: Any, index: Any, nodes: list[Node]) -> tuple[Node
     if is_call(pairs, aten.view_as_real.default) and is_call(pairs.args[0], aten.view_as_complex.default):
         nodes += [pairs, pairs.args[0]]
         pairs = _narrowest(pairs.args[0].args[0], nodes)
-    val = value(pairs) if is_call(pairs, *_RESHAPES) else None
+    val = value(pairs) if is_call(pairs, *TO_SHAPE) else None
     if val is None or not isinstance(dim, int):
         return None
     dim = dim - val.ndim if dim >= 0 else dim

@@ -35,6 +35,7 @@ from fusion_pass.dataflow import (
     other_operands,
     past_views,
     sole_user,
+    stored_casts,
 )
 from fusion_pass.kinds import factor as factors
 from fusion_pass.kinds.norm import Norm
@@ -113,7 +114,7 @@ def bare(norm: Norm) -> StageInGraph | None:
     If only the same kernel of Inductor reads the norm, an op would add a write and a read of each row. The same holds
     if the norm is only joined with other tensors: the kernel of Inductor writes into the joined tensor.
     """
-    out = _stored(norm.out)
+    out = stored_casts(norm.out, is_narrowing)
     if not any(map(is_read_from_memory, out)):
         return None
     inside = tuple(node for node in norm.interior if node not in out)
@@ -153,7 +154,7 @@ def _scaled(norm: Norm, shapes: tuple[Node, ...], product: Node, factor: Node) -
     like = shapes[-1]
     if not have_same_shape(like, product):
         return None
-    z = _stored(product)
+    z = stored_casts(product, is_narrowing)
     if not any(map(is_stored, z)):
         raise Refused(Reason.FOLLOWED, next(iter(past_views(z[0])[-1].users), product), kind=SCALED)
     if factors.resolve(factor, like, "tanh").activation is not None:
@@ -186,13 +187,6 @@ def _term(added: Node, y: Node) -> Node | None:
     """The other operand of a sum, if it has the shape of `added`. A narrower operand is a bias or a shift."""
     term = next(other_operands(y, added), None)
     return term if term is not added and have_same_shape(added, term) else None
-
-
-def _stored(product: Node) -> tuple[Node, ...]:
-    """The readers of the product, if all of them are equal casts down from fp32; else the product itself."""
-    casts = tuple(product.users)
-    equal = casts and all(is_narrowing(cast) and dtype(cast) == dtype(casts[0]) for cast in casts)
-    return casts if equal else (product,)
 
 
 def _steps(norm: Norm, factor: torch.dtype, product: Node, out: Node, has_term: bool) -> StageSteps:

@@ -1,11 +1,11 @@
 """The cache of compiled kernels on disk.
 
 The directory is $DIT_KERNELS_CACHE_DIR, or dit_kernels in $XDG_CACHE_HOME or ~/.cache. It holds machine code, so it is
-used only if nobody but the user can write to it, and nobody else can put another directory in its place. On
-Windows, permissions are not checked. The name of an entry is a hash of everything that determines the kernel:
-versions, sources, architecture and variant. An entry ends with a digest of its name and its content. It is read once,
-so the bytes that were checked are loaded. An entry that cannot be read back, or that was made under another name, is
-deleted and compiled again.
+used only if nobody but the user can write to it, and nobody else can put another directory in its place. On Windows,
+permissions are not checked. The name of an entry is a hash of everything that determines the kernel: versions, sources,
+architecture and variant. An entry ends with a digest of its name and its content. It is read once, so the bytes that
+were checked are loaded. An entry that cannot be read back, or that was made under another name, is deleted and compiled
+again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 from cutlass.cute.runtime import load_module
 from filelock import FileLock
 
+from dit_kernels.versions import hash_of_sources
 from dit_kernels.warn import warn_once
 
 Function = Callable[..., None]
@@ -72,12 +73,9 @@ def _toolkit() -> str:
 
 
 @cache
-def source_hash(package: Path = Path(__file__).parent) -> str:
-    """A hash of every source file of a package: kernels, tilings, and the code that chooses them."""
-    digest = hashlib.sha256()
-    for source in sorted(package.rglob("*.py")):
-        digest.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
-    return digest.hexdigest()
+def source_hash() -> str:
+    """A hash of the sources of this package: kernels, tilings, and the code that chooses them."""
+    return hash_of_sources(Path(__file__).parent)
 
 
 def load_or_compile(arch: str, variant: Any, compile: Callable[[], Function]) -> Function:

@@ -1,10 +1,12 @@
-"""The newest versions of torch and CuTeDSL that this package was tried with, and a warning where they are newer."""
+"""What compiled code depends on: installed versions and our sources. Warns of versions newer than any version tried."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from functools import cache
+from pathlib import Path
 
 NEWEST_TRIED = {"torch": (2, 15), "nvidia-cutlass-dsl": (4, 8)}
 
@@ -12,7 +14,7 @@ NEWEST_TRIED = {"torch": (2, 15), "nvidia-cutlass-dsl": (4, 8)}
 @cache
 def warn_if_newer() -> None:
     """Warns, once in a process, if an installed package is newer than the newest version that was tried."""
-    installed = {name: _installed(name) for name in NEWEST_TRIED}
+    installed = {name: installed_version(name) for name in NEWEST_TRIED}
     newer = [f"{name} {installed[name]}" for name in installed if _release(installed[name]) > NEWEST_TRIED[name]]
     if newer:
         tried = " and ".join(f"{name} {major}.{minor}" for name, (major, minor) in NEWEST_TRIED.items())
@@ -24,7 +26,7 @@ def warn_if_newer() -> None:
         )
 
 
-def _installed(name: str) -> str:
+def installed_version(name: str) -> str:
     """The version of a package; empty if the package is not installed."""
     from importlib.metadata import PackageNotFoundError, version  # slow to import
 
@@ -32,6 +34,15 @@ def _installed(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def hash_of_sources(*packages: Path) -> str:
+    """A hash of every source file in these folders, with its path in the folder."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for source in sorted(package.rglob("*.py")):
+            digest.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
+    return digest.hexdigest()
 
 
 def _release(version: str) -> tuple[int, ...]:
