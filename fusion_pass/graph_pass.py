@@ -201,6 +201,7 @@ class _Rewriter:
         read_sizes_at_their_source(self.graph)
         for anchor in sorted(_found(self.graph, self.entries)):
             self._note(anchor)
+        unfused = list(self._unfused())  # found before the rewrite, which replaces the norms that they are found by
         matcher = PatternMatcherPass(pass_name="fusion_pass")
         for target in self.entries:
             inputs = [Ignored() for argument in target._schema.arguments if not argument.kwarg_only]
@@ -209,8 +210,7 @@ class _Rewriter:
         matcher.apply(self.graph)
         self.report.fused.reverse()  # the matcher visits a graph from its end
         self.report.missed.reverse()
-        for value in REGISTRY.only_reported():
-            self._report_unfused(value)
+        self.report.missed += unfused
 
     def _note(self, anchor: Node) -> None:
         """Lets each kind note what its sites must know about each other."""
@@ -239,7 +239,7 @@ class _Rewriter:
                 _warn_missed(refusal)
             return False
         except Exception as error:  # the graph is not changed yet: the other sites can still be fused
-            self._report_failure(error, anchor, entry.value)
+            self.report.missed.append(self._failed(error, anchor, entry.value))
             return False
 
     def _find(self, anchor: Node, entry: Entry) -> Site | None:
@@ -281,24 +281,24 @@ class _Rewriter:
             raise Refused(entry.value.unfused, next(iter(past_views(found.out)[-1].users), found.out))
         return None
 
-    def _report_unfused(self, value: Value[Any]) -> None:
-        """Reports the values that no kind fuses by themselves. Finds them without the pattern matcher, which skips
+    def _unfused(self) -> Iterator[ReportedSite]:
+        """Yields a row for each value that no kind fuses by itself. Finds them without the pattern matcher, which skips
         complex numbers."""
-        if self.training:  # the backward computes such values, too
-            return
-        for anchor in sorted(_found(self.graph, value.anchors)):
-            try:
-                found = value.find(anchor)
-                if found is not None and value.unfused and not value.is_reported_elsewhere(found, self.survey):
-                    self.report.missed.append(_missed(anchor, Refused(value.unfused, anchor), value))
-            except Exception as error:
-                self._report_failure(error, anchor, value)
+        for value in REGISTRY.only_reported() if not self.training else ():  # a backward computes such values, too
+            for anchor in sorted(_found(self.graph, value.anchors)):
+                try:
+                    found = value.find(anchor)
+                    if found is not None and value.unfused and not value.is_reported_elsewhere(found, self.survey):
+                        yield _missed(anchor, Refused(value.unfused, anchor), value)
+                except Exception as error:
+                    yield self._failed(error, anchor, value)
 
-    def _report_failure(self, error: Exception, anchor: Node, value: Value[Any]) -> None:
+    def _failed(self, error: Exception, anchor: Node, value: Value[Any]) -> ReportedSite:
+        """Warns of an internal error and returns its row of the report. Under strict, raises the error."""
         if self.options.strict:
             raise error
-        self.report.missed.append(_failure(error, anchor, value.name))
         _warn_of(error)
+        return _failure(error, anchor, value.name)
 
     def _rewrite(self, match: Match) -> None:
         site = self.proven.pop(match.output_node())

@@ -36,6 +36,8 @@ class Reason(str, Enum):
     )
     UNNORMED = "the rotated tensor is not an RMSNorm of each head"
     HEADS = "the rotated tensor is not [B, S, H, Dh], or the rotation is not one row for each token and all heads"
+    ROTATION = "a rotation that is written into slices of a tensor, or that multiplies by 2×2 matrices"
+    ADDED = "what is added to the residual is not a norm; no op of the pass computes this add"
     INLINE = "Inductor computes the value in the kernel that reads it, or writes it into the result of a concatenation"
     SILU = "a silu that is not written as F.silu and that rounds differently"
     PER_TOKEN = "Inductor computes a per-token operand inside its own kernel"
@@ -59,6 +61,8 @@ BY_DESIGN = frozenset(
         Reason.APART,
         Reason.UNNORMED,
         Reason.HEADS,
+        Reason.ROTATION,
+        Reason.ADDED,
         Reason.INLINE,
         Reason.SILU,
         Reason.UNFIT,

@@ -110,6 +110,8 @@ ELSEWHERE = {
     Reason.UNNORMED: "tests/test_attention_sites.py",
     Reason.HEADS: "tests/test_attention_sites.py",
     Reason.INLINE: "tests/test_attention_sites.py",
+    Reason.ROTATION: "tests/test_left_to_inductor.py",
+    Reason.ADDED: "tests/test_left_to_inductor.py",
     Reason.APART: "tests/test_reported_faults.py",
     Reason.SILU: "tests/test_attention_sites.py",
     Reason.UNFIT: "tests/test_attention_sites.py",

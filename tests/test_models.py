@@ -388,7 +388,9 @@ def test_qwen_image_has_sites_in_its_attention_only_and_each_other_norm_has_a_re
     norms = {name: module for name, module in model.named_modules() if type(module) in reasons and ".attn." not in name}
     expected = {name: reasons[type(module)] for name, module in norms.items()}
     del expected["transformer_blocks.1.txt_norm2"]  # nothing reads it
-    assert {site.module: site.reason_name for site in backend.report.missed} == expected
+    adds = [site for site in backend.report.missed if site.kind == "residual_add"]
+    assert len(adds) == 4 * 2 - 2  # two of each stream, in each layer; no norm reads the last two of the text
+    assert {site.module: site.reason_name for site in backend.report.missed if site not in adds} == expected
     assert all(site.reason and site.source for site in backend.report.missed)
 
 

@@ -7,12 +7,16 @@ from fusion_pass.kinds.modulated_norm import NormScale, NormTanhMulAdd, NormTanh
 from fusion_pass.kinds.norm import NORM
 from fusion_pass.kinds.norm_rope import NormRope
 from fusion_pass.kinds.qk_norm_rope import QKNormRope
+from fusion_pass.kinds.residual_add import RESIDUAL_ADD
 from fusion_pass.kinds.rotation import ROTATION
 from fusion_pass.kinds.silu import SILU
 from fusion_pass.kinds.silu_mul import SiluMul
+from fusion_pass.kinds.unread_rotation import UNREAD_ROTATION
 
 REGISTRY = Registry(
     Entry(NORM, [QKNormRope(), NormRope(), NormTanhMulAddNormScale(), NormTanhMulAdd(), NormScale()]),
     Entry(SILU, [SiluMul()]),
     Entry(ROTATION),
+    Entry(UNREAD_ROTATION),
+    Entry(RESIDUAL_ADD),
 )

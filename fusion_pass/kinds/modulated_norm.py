@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dit_kernels.chain import GATED, SCALED, SECOND, StageNames
-from fusion_pass.dataflow import have_same_shape, keeps_sums
+from fusion_pass.dataflow import have_same_shape, keeps_sums, value
 from fusion_pass.kinds import stage
 from fusion_pass.kinds.kind import Kind, Survey
 from fusion_pass.kinds.norm import NORM, Norm, eps_operand
 from fusion_pass.kinds.stage import StageInGraph
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import MODEL_FORMS, Form, Operands, Output, Site, check_operands
+
+FEW_ROWS = 8  # a batch of embeddings, without tokens
 
 
 class NormTanhMulAdd(Kind[Norm]):
@@ -105,6 +107,8 @@ def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
     op."""
     first = stages[0][0].norm
     last = stages[-1][0].norm
+    if _has_no_tokens(first.x):
+        raise Refused(Reason.INLINE, first.anchor, "the norm has few rows", kind)
     operands: Operands = {"x": first.x}
     options: dict[str, object] = {"norm": last.kind, "root": last.steps.root}
     for part, names in stages:
@@ -126,6 +130,15 @@ def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
         takes_any_layout=True,
         remark=max(part.norm.remark for part, _ in stages),
     )
+
+
+def _has_no_tokens(x: Node) -> bool:
+    """Is x [B, D] with a few rows, as an embedding of the time or of the whole prompt is?
+
+    A launch takes longer than the work on a few rows, which Inductor adds to a kernel that runs anyway.
+    """
+    val = value(x)
+    return val is not None and val.ndim == 2 and type(val.shape[0]) is int and val.shape[0] <= FEW_ROWS
 
 
 def _form(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Form:

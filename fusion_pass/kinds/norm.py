@@ -137,7 +137,7 @@ class NormValue(Value[Norm]):
             if not isinstance(node.args[0] if node.args else None, Node):
                 return anchor
             node = node.args[0]
-        return through_widening(_square_root_of(node) or node)
+        return through_widening(square_root_of(node) or node)
 
     def has_gates(self, graph: Graph) -> bool:
         """Does any product read a tanh, as the gates of these models do? (A GELU adds 1 to its tanh first.)"""
@@ -230,7 +230,7 @@ def _is_reciprocal(node: Any) -> bool:
 def _is_inverse_of_squares(node: Node) -> bool:
     """Is this a number times 1 / v, or 1 / v, where v is computed from a sum of squares?"""
     reduction = _reduction_under(node) if _is_reciprocal(node) or _is_reciprocal(_factor(node)[0]) else None
-    return reduction is not None and _square_root_of(reduction.args[0]) is not None
+    return reduction is not None and square_root_of(reduction.args[0]) is not None
 
 
 def _inverse(root: Node, nodes: list[Node]) -> tuple[Node, str]:
@@ -323,8 +323,8 @@ def _squared(mean: Node, nodes: list[Node]) -> Node | None:
     if not is_call(reduction, aten.mean.dim, aten.sum.dim_IntList):
         return None
     square = reduction.args[0]
-    squared = _square_root_of(square)
-    if is_cast(square) and _square_root_of(through_casts(square)) is not None:
+    squared = square_root_of(square)
+    if is_cast(square) and square_root_of(through_casts(square)) is not None:
         raise Refused(Reason.ROUNDING, square, "the squares are cast")
     val = value(square)
     if squared is None or val is None or reduction.kwargs.get("dtype") not in (None, val.dtype):
@@ -396,7 +396,7 @@ def _over_last(reduction: Node, reduced: torch.Tensor) -> bool:
     return isinstance(dims, list | tuple) and len(dims) == 1 and dims[0] in (-1, reduced.ndim - 1) and reduced.ndim > 0
 
 
-def _square_root_of(square: Node) -> Node | None:
+def square_root_of(square: Node) -> Node | None:
     if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
         return square.args[0]
     if is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]:

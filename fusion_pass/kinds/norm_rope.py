@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from fusion_pass.dataflow import (
     is_call,
     is_read_from_memory,
     is_swap,
+    past_views,
     value,
 )
 from fusion_pass.kinds import rotation
@@ -203,12 +205,22 @@ def _form(kind: str, refused_at: Node, heads: list[Rotated]) -> Form:
 
 def _rotation_of(norm: Norm) -> tuple[Norm, Rotation] | None:
     """A rotation that reads a norm, and that norm. A computed [D] that multiplies the norm before the rotation is its
-    weight."""
-    for read in (norm, norm.with_computed_weight):
-        found = None if read is None else rotation.of(read.out)
-        if read is not None and found is not None:
+    weight. A norm over all heads is followed through the view that makes the heads."""
+    for read in filter(None, (norm, norm.with_computed_weight)):
+        found = next(filter(None, map(rotation.of, (read.out, *_heads_of(read.out)))), None)
+        if found is not None:
             return read, found
     return None
+
+
+def _heads_of(out: Node) -> Iterator[Node]:
+    """The views of a norm over all heads that split the last dimension into heads."""
+    for user in past_views(out)[-1].users:
+        rows, heads = value(user.args[0]) if is_call(user, *TO_SHAPE) else None, value(user)
+        if rows is None or heads is None or heads.ndim != rows.ndim + 1:
+            continue
+        if all(known_equal(m, n) for m, n in zip(rows.shape[:-1], heads.shape[:-2], strict=True)):
+            yield user
 
 
 def grow(norm: Norm) -> Rotated | None:
@@ -221,6 +233,8 @@ def grow(norm: Norm) -> Rotated | None:
         raise Refused(Reason.UNNORMED, norm.anchor, kind=KIND)
     if norm.steps.root != "rsqrt":
         raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written as rsqrt", KIND)
+    if rotation.between(norm.out, found.x) is None:
+        raise Refused(Reason.UNNORMED, norm.anchor, "the norm is one over all heads", KIND)
     x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.HEADS, norm.x, kind=KIND)
