@@ -58,6 +58,24 @@ def test_each_models_heads_follow_the_definition(arch: str, kind: str) -> None:
         check_kind(kind)
 
 
+@pytest.mark.parametrize("dtype", (BF16, FP32))
+def test_a_bound_that_does_not_hold_names_the_element(dtype: torch.dtype) -> None:
+    o = heads(1, 3, 2, 2, 64, dtype=dtype)
+    a, b = random(2, 5, dtype=dtype, seed=1), random(2, 5, dtype=dtype, seed=2)
+
+    class Off(Interpreter):
+        def run(self, op: str, *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+            results = super().run(op, *arguments, **options)
+            results[-1][..., 1, 3] += 1
+            return results
+
+    with gpu("sm_90a", 1):
+        with pytest.raises(AssertionError, match=r"^k\[\d, \d, 1, 3\] is "):
+            bounds.check_heads(Off(), o)
+        with pytest.raises(AssertionError, match=r"^out\[1, 3\] is "):
+            bounds.check_silu(Off(), a, b)
+
+
 @pytest.mark.parametrize("root", ROOTS[1:])
 def test_heads_follow_the_definition_with_every_spelling_of_the_root(root: str) -> None:
     with gpu("sm_90a", 1):
