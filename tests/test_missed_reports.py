@@ -320,8 +320,8 @@ def test_strict_raises_with_the_text_of_the_report() -> None:
 
 def test_explain_prints_a_missed_norm_with_module_reason_and_line() -> None:
     report = fusion_pass.explain(Named(alone).eval(), *inputs(Spec()), backend=Backend(kernels="reference"))
-    text = str(report)
-    for part in ("Missed: 1", "block.norm", Reason.ALONE.value, "site_modules.py:"):
+    text = " ".join(str(report).split())
+    for part in ("Missed: 1", "block.norm", f"ALONE: {Reason.ALONE.value}", "site_modules.py:"):
         assert part in text
 
 

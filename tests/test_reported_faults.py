@@ -243,15 +243,19 @@ def test_squares_in_fp16_overflow_as_in_eager_and_the_report_says_so(
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_report_can_be_printed_where_stdout_has_no_lines_to_draw_with(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("encoding", ("ascii", "cp1252"))
+def test_a_report_can_be_printed_where_stdout_is_not_utf_8(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, if the output goes into a file."""
     report = run(gated, torch.randn(1, 3, D), torch.randn(1, 1, D), torch.randn(D, D))[1].report
-    assert "━" in str(report)
+    report.calls = [2]
+    report.note = "a mean of x²"
+    assert "called in turn 2×" in str(report)
     written = io.BytesIO()
-    stdout = io.TextIOWrapper(written, encoding="cp1252")
+    stdout = io.TextIOWrapper(written, encoding=encoding)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         print(report)
     stdout.flush()
-    text = written.getvalue().decode("cp1252")
+    text = written.getvalue().decode(encoding)
     assert report.fused and all(site.kind in text for site in report.fused)
+    assert f"called in turn 2{'x' if encoding == 'ascii' else '×'}" in text
