@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run_python(folder: Path, *command: str, imports: tuple[Path, ...] = (), **variables: str) -> None:
-    """Runs Python in a folder and asserts that it succeeds.
+def run_python(folder: Path, *command: str, imports: tuple[Path, ...] = (), **variables: str) -> str:
+    """Runs Python in a folder, asserts that it succeeds, and returns its standard output.
 
     command: the arguments of the interpreter. imports: further folders to import from. variables: further environment
     variables.
@@ -28,3 +28,4 @@ def run_python(folder: Path, *command: str, imports: tuple[Path, ...] = (), **va
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -392,6 +392,58 @@ def test_an_entry_that_becomes_something_else_before_it_is_opened_is_not_loaded(
     assert compilations == [ARCH, ARCH]
 
 
+# --- looking and clearing ---------------------------------------------------------------------------------------------
+
+
+def test_contents_counts_the_kernels_and_clear_deletes_them(directory: Path, compilations: list[str]) -> None:
+    assert kernel_cache.contents() == kernel_cache.Contents(str(directory), 0, 0, None)
+    assert not directory.exists()  # to look makes no directory
+    assert loads(256)
+    (entry,) = entries(directory)
+    held = kernel_cache.Contents(str(directory), 1, entry.stat().st_size, None)
+    assert kernel_cache.contents() == held
+    assert kernel_cache.clear() == held
+    assert entries(directory) == []
+    assert loads(256)
+    assert compilations == [ARCH, ARCH]
+
+
+@posix
+def test_clear_deletes_regular_files_that_are_named_as_entries_and_nothing_else(
+    directory: Path, tmp_path: Path
+) -> None:
+    directory.mkdir(mode=0o700)
+    outside = tmp_path / "outside.o"
+    outside.write_bytes(b"x" * 50)
+    kept = ["lock", "notes.txt", "f" * 63 + ".o", "g" * 64 + ".o", "f" * 64 + ".old"]
+    for name in (*kept, "0" * 64 + ".o"):
+        (directory / name).write_bytes(b"x" * 10)
+        (directory / name).chmod(0o600)
+    (directory / ("1" * 64 + ".o")).symlink_to(outside)
+    (directory / ("2" * 64 + ".o")).mkdir(mode=0o700)
+    os.mkfifo(directory / ("3" * 64 + ".o"), 0o600)
+    before = {path.name for path in directory.iterdir()}
+    assert kernel_cache.clear() == kernel_cache.Contents(str(directory), 1, 10, None)
+    assert before - {path.name for path in directory.iterdir()} == {"0" * 64 + ".o"}
+    assert outside.read_bytes() == b"x" * 50
+
+
+@posix
+@pytest.mark.parametrize("which", ("directory", "parent"))
+def test_a_directory_that_others_can_write_is_neither_used_nor_cleared(
+    directory: Path, tmp_path: Path, which: str
+) -> None:
+    directory.mkdir(mode=0o700)
+    entry = directory / ("0" * 64 + ".o")
+    entry.touch(mode=0o600)
+    (directory if which == "directory" else tmp_path).chmod(0o777)
+    assert "can be written by others" in (kernel_cache.contents().problem or "")
+    with pytest.raises(kernel_cache.Unusable, match="can be written by others"):
+        kernel_cache.clear()
+    assert entry.exists()
+    tmp_path.chmod(0o700)
+
+
 @pytest.mark.parametrize("memory", [True, False], ids=["in memory", "in a directory"])
 def test_what_was_checked_is_loaded_also_if_the_entry_changes_meanwhile(
     directory: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, memory: bool

@@ -13,17 +13,18 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cutlass.cute.runtime import load_module
 from filelock import FileLock
 
 from dit_kernels.versions import hash_of_sources
@@ -32,6 +33,7 @@ from dit_kernels.warn import warn_once
 Function = Callable[..., None]
 
 _ENTRY_POINT = "dit_kernel"  # the name under which every entry exports its function
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.o")
 _DIGEST_BYTES = 32
 _LOCK_SECONDS = 120.0
 
@@ -95,6 +97,84 @@ def load_or_compile(arch: str, variant: Any, compile: Callable[[], Function]) ->
     return compile()
 
 
+def load_module(path: str, **options: bool) -> Any:
+    """CuTeDSL's loader. Imported late: the cache can be looked at, and cleared, where CuTeDSL does not load."""
+    from cutlass.cute.runtime import load_module as load
+
+    return load(path, **options)
+
+
+# --- what is in the cache -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The entries on disk. problem: why the cache cannot be used; None if it can be."""
+
+    directory: str | None
+    files: int
+    bytes: int
+    problem: str | None
+
+
+def contents() -> Contents:
+    """What the cache holds. Makes no directory and writes nothing."""
+    try:
+        directory = cache_directory()
+    except Unusable as error:
+        return Contents(None, 0, 0, str(error))
+    sizes: list[int] = []
+    problem = None
+    try:
+        _check_usable(directory)
+        sizes = [status.st_size for _, status in _entries(directory)]
+    except (OSError, Unusable) as error:
+        problem = str(error)
+    return Contents(str(directory), len(sizes), sum(sizes), problem)
+
+
+def clear() -> Contents:
+    """Deletes the entries, and nothing else. Returns what is deleted.
+
+    Raises Unusable if others can write to the directory, and OSError if an entry cannot be deleted.
+    """
+    directory = cache_directory()
+    sizes = []
+    if directory.exists():
+        directory = directory.resolve()
+        _check_directory(directory)
+        for entry, status in _entries(directory):
+            entry.unlink(missing_ok=True)  # follows no link
+            sizes.append(status.st_size)
+    return Contents(str(directory), len(sizes), sum(sizes), None)
+
+
+def _entries(directory: Path) -> list[tuple[Path, os.stat_result]]:
+    """The entries with their status: regular files, named as entries are, that belong to the user."""
+    found = []
+    for path in sorted(directory.iterdir()) if directory.exists() else ():
+        if _ENTRY_NAME.fullmatch(path.name):
+            with suppress(OSError, Unusable):  # it is gone meanwhile; or it is none of ours
+                status = path.lstat()
+                _check_entry(path, status)
+                found.append((path, status))
+    return found
+
+
+def _check_usable(directory: Path) -> None:
+    """Raises Unusable or OSError if no kernel can be kept there. A directory that does not exist yet can be made."""
+    directory = directory.resolve()
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if existing == directory:
+        _check_directory(directory)
+    elif existing == directory.parent:
+        _check_parent(existing)
+    if not existing.is_dir():
+        raise Unusable(f"{existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise Unusable(f"{existing} cannot be written to")
+
+
 # --- the directory --------------------------------------------------------------------------------------------------
 
 
@@ -103,12 +183,23 @@ def _open_directory(directory: Path) -> Path:
     for missing in (directory.parent, directory):
         missing.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory = directory.resolve()
-    parent = directory.parent.stat()
+    _check_directory(directory)
+    return directory
+
+
+def _check_directory(directory: Path) -> None:
+    """Raises Unusable if others can write to a directory, or can put another one in its place."""
+    if not directory.is_dir():
+        raise Unusable(f"{directory} is not a directory")
+    _check_parent(directory.parent)
+    _check_trusted(directory, directory.stat())
+
+
+def _check_parent(parent: Path) -> None:
     # Who can write to the parent can put another directory in place of ours. In a sticky parent, as /tmp is, only the
     # owners of the two can.
-    _check_trusted(directory.parent, parent, owners=(0,), writable=bool(parent.st_mode & stat.S_ISVTX))
-    _check_trusted(directory, directory.stat())
-    return directory
+    status = parent.stat()
+    _check_trusted(parent, status, owners=(0,), writable=bool(status.st_mode & stat.S_ISVTX))
 
 
 def _check_trusted(path: Path, status: os.stat_result, owners: tuple[int, ...] = (), writable: bool = False) -> None:

@@ -63,6 +63,8 @@ def kernels_missing(device: torch.device) -> str | None:
     """Why no kernel can run on `device`; None if kernels can run."""
     if device.type != "cuda":
         return f"no kernel for device type {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is available"
     if find_spec("cutlass") is None:
         return "nvidia-cutlass-dsl is not installed"
     capability = torch.cuda.get_device_capability(device)
