@@ -20,25 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import distance, register_backend
 from rich.console import Console
 from rich.table import Table
+from timing import Inputs, alternate, environment, first_look, progress, run_step, speedup, time_step
 from torch.autograd import DeviceType
-from zimage import (
-    CAPTION_TOKENS,
-    SIZES,
-    Inputs,
-    alternate,
-    build_inputs,
-    build_model,
-    distance,
-    environment,
-    first_look,
-    register_backend,
-    run_step,
-    speedup,
-    time_step,
-    why_no_kernels,
-)
+from zimage import CAPTION_TOKENS, SIZES, build_inputs, build_model
+
+from fusion_pass.environment import why_no_kernels
 
 DIMENSIONS = (("512", "1024", "1536"), ("1", "2"), ("whole", "block"), ("default", "reduce-overhead"))
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -82,7 +71,7 @@ def measure(
     row: dict[str, Any] = {"eager_ms": eager["ms"], "eager_peak_bytes": eager["peak_bytes"]}
     steps = {name: compiled(model, backend, scope, mode) for name, backend in BACKENDS.items()}
     for name, step in steps.items():
-        result, output = first_look(name, step, inputs, mode)
+        result, output = first_look(step, inputs, mode)
         kernels = kernel_ms(step, inputs)
         at_sites = {k: ms for k, ms in kernels.items() if all(part in k for part in SITE_KERNELS[name])}
         row[name] = {"peak_bytes": result.peak_bytes, "first_call_s": result.first_call_s}
@@ -98,7 +87,7 @@ def measure(
 
 
 def run_eager(model: Any, inputs: Inputs) -> dict[str, Any]:
-    result, output = first_look("eager", model, inputs, "default")
+    result, output = first_look(model, inputs, "default")
     times = [time_step(model, inputs, cuda=True) for _ in range(5)]
     return {"ms": statistics.median(times), "peak_bytes": result.peak_bytes, "output": output}
 
@@ -155,16 +144,18 @@ def main() -> None:
     register_backend()
     torch._dynamo.config.recompile_limit = 64  # one model, many shapes
     rows: list[dict[str, Any]] = []
-    with torch.no_grad():
+    with torch.no_grad(), progress(total=len(args.case)) as display:
+        display.tell("building the model")
         model = build_model(args.size, "cuda")
         for (pixels, batch), cases in itertools.groupby(args.case, key=lambda case: (int(case[0]), int(case[1]))):
             inputs = build_inputs(model, pixels, pixels, CAPTION_TOKENS[args.size], batch)
+            display.tell(f"{pixels}², batch {batch}, eager")
             eager = run_eager(model, inputs)  # builds the RoPE table, too, which would break the compiled graph
             for _, _, scope, mode in cases:
-                wide.rule(f"{pixels}², batch {batch}, {scope}, {mode}")
+                display.tell(f"{pixels}², batch {batch}, {scope}, {mode}")
                 case = {"pixels": pixels, "batch": batch, "scope": scope, "mode": mode, "lead": args.lead}
                 rows.append(case | measure(model, inputs, eager, scope, mode, args.pairs, args.lead))
-                wide.print(table(rows[-1:]))
+                display.done()
                 if args.json:
                     args.json.parent.mkdir(parents=True, exist_ok=True)
                     args.json.write_text(json.dumps(environment("cuda") | {"rows": rows}, indent=1) + "\n")

@@ -31,27 +31,18 @@ from unittest import mock
 import numpy as np
 import torch
 from bench_zimage import MODES, kernel_ms, sharing_weights
+from common import distance, register_backend
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from timing import alternate, console, environment, first_look, progress, speedup, time_step
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.graph import GraphLowering
-from zimage import (
-    alternate,
-    console,
-    distance,
-    environment,
-    first_look,
-    register_backend,
-    speedup,
-    time_step,
-    version,
-    why_no_kernels,
-)
 from zoo_models import MODELS, Arguments, ZooModel
 
 import fusion_pass
+from dit_kernels.versions import installed_version
+from fusion_pass.environment import why_no_kernels
 
 PLAIN, FUSED = "torch.compile", "fusion_pass"
 FP8_MODELS = ("z-image", "flux1")  # what --fp8 runs where no models are named
@@ -83,7 +74,7 @@ wide = Console(width=max(170, console.width))  # what the tables need, also wher
 
 
 class Step:
-    """One forward pass, called as zimage.py calls its model, so that its helpers time any model.
+    """One forward pass, called as zimage.py calls its model, so that timing.py times any model.
 
     They pass on the inputs, of which they read the device alone, and flatten and join the outputs.
     """
@@ -196,7 +187,7 @@ def measure(
     # First eager: some models build their tables of rotations in their first pass, which would break the graph.
     tell("eager")
     eager = Step(model, arguments)
-    result, reference = first_look("eager", eager, inputs, "default")
+    result, reference = first_look(eager, inputs, "default")
     if not bool(reference.isfinite().all()):
         raise ArithmeticError("eager's output is not finite")
     eager_ms = [time_step(eager, inputs, not small) for _ in range(5)]
@@ -209,7 +200,7 @@ def measure(
         tell(f"compiling with {name}")
         steps[name] = Step(compiled(model, backend, options), arguments)
         with generated_code(codes[name]):
-            result, output = first_look(name, steps[name], inputs, mode)
+            result, output = first_look(steps[name], inputs, mode)
         kernels = {} if small else kernel_ms(steps[name], inputs)
         row[name] = {
             "first_call_s": result.first_call_s,
@@ -278,7 +269,7 @@ def now() -> str:
 def header_of(args: argparse.Namespace) -> Results:
     """What holds for all rows of a run."""
     header = environment("cpu" if args.small else "cuda")
-    header["versions"]["torchao"] = version("torchao")
+    header["versions"]["torchao"] = installed_version("torchao") or None
     header["commit"] = args.commit or header["commit"]
     names = ("batch", "dynamic", "per_block", "mode", "coordinate_descent", "small")
     return header | {"options": {name: getattr(args, name) for name in names}}
@@ -417,29 +408,15 @@ def run(args: argparse.Namespace) -> Results:
     """All models, one after the other."""
     results = header_of(args) | {"rows": []}
     torch._dynamo.config.recompile_limit = 64  # two variants share the code of a block, which has several shapes
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    # Refreshed rarely: the thread that draws would disturb the steps.
-    with Progress(*columns, console=console, refresh_per_second=1) as progress:
-        task = progress.add_task("", total=len(args.models))
+    with progress(total=len(args.models)) as display:
         for name in args.models:
             title = MODELS[name].title
-
-            def tell(text: str, title: str = title) -> None:
-                progress.update(task, description=f"{title}: {text}")
-
-            console.print(f"[bold]{title}[/bold]")
-            row = run_model(name, results, args, tell)
+            row = run_model(name, results, args, lambda text, title=title: display.tell(f"{title}: {text}"))
             results["rows"].append(row)
             if args.json:
                 write(args.json, results)
-            progress.advance(task)
-            console.print(summary(row))
+            display.done()
+            console.print(summary(row), soft_wrap=True)
     return results
 
 

@@ -14,9 +14,6 @@ diffusers; gate and scale [B, D], unsqueezed where they are used; x * (1 + scale
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,33 +83,21 @@ class DiffusionModel(nn.Module):
 
 
 def main() -> None:
-    from zimage import distance, register_backend, why_no_kernels
+    from common import arguments, choose_backend, distance, explain, write_json  # ComfyUI has only this file
 
-    import fusion_pass
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
-    args = parser.parse_args()
-
-    register_backend()
-    missing = why_no_kernels()
-    reference = fusion_pass.Backend(kernels="reference") if missing else None
-    if missing:
-        print(f'The CUDA kernels cannot run here: {missing}. This run uses Backend(kernels="reference").')
+    args = arguments(__doc__).parse_args()
+    backend = choose_backend()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = DiffusionModel().eval().to(device, torch.bfloat16)
     x, condition = (torch.randn(*shape, device=device, dtype=torch.bfloat16) for shape in ((2, 96, 256), (2, 256)))
 
-    report = fusion_pass.explain(model, x, condition, {}, backend=reference)
-    print(report)
-    backend = reference or "fusion_pass"
+    report = explain(model, backend, x, condition, {})
     compiled = torch.compile(model, backend=backend, options={"guard_filter_fn": without_options})
     with torch.no_grad():
         far = distance(compiled(x, condition, {}), model(x, condition, {}))
     print(f"{report.summary()}; from eager: {far:.2e}")
-    if args.json:
-        args.json.write_text(json.dumps({"fused": report.counts(), "graphs": report.graphs, "distance": far}) + "\n")
+    write_json(args.json, {"fused": report.counts(), "graphs": report.graphs, "distance": far})
 
 
 if __name__ == "__main__":

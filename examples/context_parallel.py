@@ -14,8 +14,6 @@ first, unsplit and eagerly, and the split one is compared with that.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,21 +22,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from common import arguments, choose_backend, distance, write_json
 from diffusers import ContextParallelConfig, ZImageTransformer2DModel
 from diffusers.models import _modeling_parallel as parallel
-from zimage import (
-    CAPTION_TOKENS,
-    PIXELS,
-    SIZES,
-    build_inputs,
-    build_model,
-    distance,
-    register_backend,
-    run_step,
-    why_no_kernels,
-)
-
-import fusion_pass
+from timing import run_step
+from zimage import CAPTION_TOKENS, PIXELS, SIZES, build_inputs, build_model
 
 # A module has one entry in a plan, so the first block of a stack must not be its last.
 SIZES["small"]["n_refiner_layers"] = 2
@@ -72,9 +60,8 @@ def load(pretrained: Path | None, device: str) -> tuple[ZImageTransformer2DModel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--pretrained", type=Path, metavar="PATH", help="folder of a diffusers Z-Image checkpoint")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start this with torchrun, see --help")
@@ -86,9 +73,8 @@ def main() -> None:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    register_backend()
-    missing = why_no_kernels()
-    reference = fusion_pass.Backend(kernels="reference") if missing else None
+    first = dist.get_rank() == 0
+    backend = choose_backend(print if first else lambda text: None)
 
     with torch.no_grad():
         model, size = load(args.pretrained, device)
@@ -97,20 +83,16 @@ def main() -> None:
         split_over_processes(model)
         split = run_step(model, inputs)
         # The three stacks differ in their number of tokens: without dynamic=False the second would be compiled for any.
-        model.compile_repeated_blocks(backend=reference or "fusion_pass", dynamic=False)
+        model.compile_repeated_blocks(backend=backend, dynamic=False)
         compiled = run_step(model, inputs)
 
     counts = torch._dynamo.utils.counters["fusion_pass"]
     fused = {kind: count for kind, count in sorted(counts.items()) if hasattr(torch.ops.dit_kernels, kind)}
     far = {"split": distance(split, whole), "split and compiled": distance(compiled, whole)}
-    if dist.get_rank() == 0:
-        if missing:
-            print(f'The CUDA kernels cannot run here: {missing}. This run uses Backend(kernels="reference").')
+    if first:
         print(f"{dist.get_world_size()} processes; fused in each, once for each kind of block: {fused}")
         print("from the whole model, eager: " + ", ".join(f"{name} {value:.2e}" for name, value in far.items()))
-        if args.json:
-            results = {"processes": dist.get_world_size(), "fused": fused, "distance": far}
-            args.json.write_text(json.dumps(results) + "\n")
+        write_json(args.json, {"processes": dist.get_world_size(), "fused": fused, "distance": far})
     dist.destroy_process_group()
 
 

@@ -16,18 +16,16 @@ transformer, with nothing to move: what is shown is that hooks and compiled bloc
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
+from common import arguments, choose_backend, distance, explain, first_call, save, write_json
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from peft import LoraConfig
 from torch import Tensor
-from zimage import CAPTION_TOKENS, PIXELS, build_inputs, build_model, distance, register_backend, why_no_kernels
-
-import fusion_pass
+from zimage import CAPTION_TOKENS, PIXELS, build_inputs, build_model
 
 
 def load(args: argparse.Namespace) -> tuple[ZImagePipeline, dict[str, Any]]:
@@ -64,22 +62,12 @@ def offload(pipe: ZImagePipeline) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", type=Path, metavar="PATH", help="folder of a diffusers Z-Image checkpoint")
-    parser.add_argument("--lora", type=Path, metavar="PATH", help="a LoRA for it, one .safetensors file")
-    parser.add_argument("--prompt", default="a lighthouse in the fog, oil painting", help="with --pretrained")
-    parser.add_argument("--output", type=Path, default=Path("out/lora.png"), help="with --pretrained (%(default)s)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default 9, or 2 without --pretrained)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    parser = arguments(__doc__, output="out/lora.png", steps_help="denoising steps (9, or 2 without --pretrained)")
+    parser.add_argument("--lora", type=Path, metavar="PATH", help="a LoRA for the checkpoint, one .safetensors file")
     args = parser.parse_args()
     args.steps = args.steps or (9 if args.pretrained else 2)
     result = "pt" if args.pretrained else "latent"
-
-    register_backend()
-    missing = why_no_kernels()
-    reference = fusion_pass.Backend(kernels="reference") if missing else None
-    if missing:
-        print(f'The CUDA kernels cannot run here: {missing}. This run uses Backend(kernels="reference").')
+    backend = choose_backend()
 
     pipe, prompt = load(args)
     pipe.set_progress_bar_config(disable=True)
@@ -91,25 +79,18 @@ def main() -> None:
         given = {"num_inference_steps": args.steps, "guidance_scale": 0.0, "generator": generator}
         return pipe(**prompt, **given, output_type=result).images
 
-    seen: list[Any] = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda _, *inputs: seen.append(inputs), with_kwargs=True)
-    eager = image()  # also builds the model's RoPE table, and shows what the transformer is called with
-    hook.remove()
-    positional, named = seen[0]
-
-    pipe.transformer.compile_repeated_blocks(backend=reference or "fusion_pass")
-    report = fusion_pass.explain(pipe.transformer, *positional, backend=reference, **named)
-    print(report)
+    outputs: list[Tensor] = []
+    # Eagerly: builds the model's RoPE table, and shows what the transformer is called with.
+    positional, named = first_call(pipe.transformer, lambda: outputs.append(image()))
+    pipe.transformer.compile_repeated_blocks(backend=backend)
+    report = explain(pipe.transformer, backend, *positional, **named)
     pipe.maybe_free_model_hooks()  # explain called the transformer alone, which left it on the GPU
     compiled = image()
-    far = distance(compiled, eager)
+    far = distance(compiled, outputs[0])
     print(f"{report.summary()}; from eager, after {args.steps} steps: {far:.2e}")
     if args.pretrained:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(compiled))[0].save(args.output)
-    if args.json:
-        results = {"fused": report.counts(), "graphs": report.graphs, "distance": far}
-        args.json.write_text(json.dumps(results) + "\n")
+        save(pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(compiled)), args.output)
+    write_json(args.json, {"fused": report.counts(), "graphs": report.graphs, "distance": far})
 
 
 if __name__ == "__main__":

@@ -12,27 +12,35 @@ gets a small one, with the ops run by their PyTorch definitions, which shows the
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib.metadata
-import importlib.util
 import json
-import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from common import arguments, choose_backend, distance, explain, first_call, save, write_json
 from diffusers import ZImageTransformer2DModel
-from rich.console import Console
+from rich import box
 from rich.table import Table
+from timing import (
+    Inputs,
+    Result,
+    Steps,
+    alternate,
+    console,
+    environment,
+    first_look,
+    median_interval,
+    progress,
+    run_step,
+    speedup,
+    time_step,
+)
 from torch import Tensor
 
-import fusion_pass
+from fusion_pass.environment import why_no_kernels
 
 SIZES: dict[str, dict[str, Any]] = {
     "full": {},  # diffusers' defaults are the published model's: 30 + 2 layers of width 3840
@@ -40,30 +48,10 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 PIXELS = {"full": 1024, "small": 128}  # height and width where none is given
 CAPTION_TOKENS = {"full": 128, "small": 32}
-GRAPH_MODES = ("reduce-overhead", "max-autotune")  # those that record CUDA graphs
-
-Inputs = tuple[list[Tensor], Tensor, list[Tensor]]  # latents, timesteps, captions
-
-console = Console(width=max(112, Console().width))  # the tables need that much, also where there is no terminal
-
-
-def why_no_kernels() -> str | None:
-    """What keeps the CUDA kernels from running on this machine; None where they run."""
-    if not torch.cuda.is_available():
-        return "no CUDA GPU is available"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} has a compute capability below 8.0"
-    if importlib.util.find_spec("cutlass") is None:
-        return "CuTeDSL (the package nvidia-cutlass-dsl) is not installed"
-    return None
-
-
-def register_backend() -> None:
-    """Makes the name "fusion_pass" known to torch.compile where the package is on the path but not installed by pip."""
-    if "fusion_pass" not in torch._dynamo.list_backends(exclude_tags=None):
-        from fusion_pass.backend import fusion_pass_backend
-
-        torch._dynamo.register_backend(fusion_pass_backend, name="fusion_pass")
+NEXT = """\
+In your program:  model = torch.compile(model, backend="fusion_pass")
+What it fuses:    print(fusion_pass.explain(model, *inputs))
+More:             examples/flux.py, qwen_image.py and wan.py, this program with --pretrained PATH, and docs/"""
 
 
 def build_model(size: str, device: str) -> ZImageTransformer2DModel:
@@ -98,119 +86,27 @@ def build_inputs(model: ZImageTransformer2DModel, height: int, width: int, capti
     return latents, torch.linspace(0.3, 0.7, batch, device=model.device), captions
 
 
-@dataclass
-class Result:
-    """One way of running the model. Times in milliseconds, memory in bytes; distance and equal are against eager."""
-
-    first_call_s: float
-    step_ms: list[float]
-    median_ms: float = math.nan
-    interval_ms: tuple[float, float] = (math.nan, math.nan)
-    peak_bytes: int | None = None
-    distance: float | None = None
-    equal: float | None = None
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """A 95% confidence interval of the median, from order statistics (from 6 values on): it assumes no distribution."""
-    ordered, n = sorted(values), len(values)
-    rank = max(1, math.floor(n / 2 - 0.98 * math.sqrt(n)))
-    return ordered[rank - 1], ordered[n - rank]
-
-
-def distance(output: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over the norm of the reference."""
-    return float((output - reference).norm() / reference.norm())
-
-
-def speedup(plain: Sequence[float], fused: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast the fused steps are, pair by pair."""
-    ratios = [before / after for before, after in zip(plain, fused, strict=True)]
-    return {"median": statistics.median(ratios), "interval": median_interval(ratios)}
-
-
-def run_step(step: Callable[..., Any], inputs: Inputs) -> Tensor:
-    """One forward pass, its images flattened into one tensor."""
-    torch.compiler.cudagraph_mark_step_begin()
-    return torch.cat([image.flatten() for image in step(*inputs, return_dict=False)[0]])
-
-
-def time_step(step: Callable[..., Any], inputs: Inputs, cuda: bool) -> float:
-    """Milliseconds of one forward pass."""
-    if not cuda:
-        start = time.perf_counter()
-        run_step(step, inputs)
-        return (time.perf_counter() - start) * 1e3
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    before.record()
-    run_step(step, inputs)
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after)
-
-
-def first_look(name: str, step: Callable[..., Any], inputs: Inputs, mode: str) -> tuple[Result, Tensor]:
-    """Runs a variant for the first times: what its first call costs, its peak memory, and its output."""
-    console.print(f"running {name} ...")
-    cuda = inputs[1].is_cuda
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    output = run_step(step, inputs)
-    if cuda:
-        torch.cuda.synchronize()
-    result = Result(first_call_s=time.perf_counter() - start, step_ms=[])
-    if cuda and mode not in GRAPH_MODES:
-        # Compiling takes memory of its own. A replayed CUDA graph allocates nothing: there the capture counts.
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(3 if cuda else 1):
-        output = run_step(step, inputs).float()
-    if cuda:
-        result.peak_bytes = torch.cuda.max_memory_allocated()
-    return result, output
-
-
-def alternate(
-    first: Callable[..., Any], second: Callable[..., Any], inputs: Inputs, pairs: int, lead: int = 0
-) -> list[list[float]]:
-    """Milliseconds of each of the two, in turns: first, second, second, first, and so on.
-
-    A GPU at its power limit gives a step the clocks that the steps before it have left, which differ by more than
-    what is looked for. So the two take turns, nothing else runs between them, and each follows each equally often.
-    lead: steps that run before each one that counts, of the same variant, for the clocks that it gives itself.
-    """
-    cuda = inputs[1].is_cuda
-    times: list[list[float]] = [[], []]
-    for step in (first, second) * (3 if cuda else 0):  # to the clocks of the long run
-        run_step(step, inputs)
-    for pair in range(pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            step = (first, second)[which]
-            for _ in range(lead):
-                run_step(step, inputs)
-            times[which].append(time_step(step, inputs, cuda))
-    return times
-
-
-def measure(variants: dict[str, Callable[..., Any]], inputs: Inputs, steps: int, mode: str) -> dict[str, Result]:
+def measure(
+    variants: dict[str, Callable[..., Any]], inputs: Inputs, steps: int, mode: str, display: Steps
+) -> dict[str, Result]:
     """First outputs and peak memory of eager, plain and fused, then eager's times, then those of the other two."""
     results: dict[str, Result] = {}
     outputs: list[Tensor] = []
     for name, step in variants.items():
-        result, output = first_look(name, step, inputs, mode)
+        display.tell(f"running {name}")
+        result, output = first_look(step, inputs, mode)
+        display.done()
         results[name] = result
         outputs.append(output)
         if len(outputs) > 1:
             result.distance = distance(output, outputs[0])
             result.equal = float((output == outputs[0]).float().mean())
     eager, *compiled = variants.values()
-    console.print(f"timing {steps} steps of each ...")
+    display.tell(f"timing {steps} steps of each")
     cuda = inputs[1].is_cuda
     times = [[time_step(eager, inputs, cuda) for _ in range(min(steps, 10))]]
     times += alternate(compiled[0], compiled[1], inputs, steps)
+    display.done()
     for result, result.step_ms in zip(results.values(), times, strict=True):
         result.median_ms = statistics.median(result.step_ms)
         result.interval_ms = median_interval(result.step_ms)
@@ -218,16 +114,16 @@ def measure(variants: dict[str, Callable[..., Any]], inputs: Inputs, steps: int,
 
 
 def print_results(results: dict[str, Result], cuda: bool) -> None:
-    table = Table(title="one forward pass")
-    for column in ("", "ms", "95% interval", "peak memory", "from eager", "equal", "first call"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = Table(title="one forward pass", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in ("variant", "ms", "95% interval", "peak GiB", "from eager", "equal", "first call"):
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     for name, result in results.items():
         low, high = result.interval_ms
         table.add_row(
             name,
             f"{result.median_ms:.2f}",
             f"{low:.2f} to {high:.2f}",
-            "–" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f} GiB",
+            "–" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f}",
             "–" if result.distance is None else f"{result.distance:.2e}",
             "–" if result.equal is None else f"{result.equal:.2%}",
             f"{result.first_call_s:.1f} s",
@@ -239,34 +135,6 @@ def print_results(results: dict[str, Result], cuda: bool) -> None:
     )
     if not cuda:
         console.print("[yellow]Times on a CPU say nothing about the product: the kernels are for GPUs.[/yellow]")
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with -dirty where it is changed."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def environment(device: str) -> dict[str, Any]:
-    names = ("nvidia-cutlass-dsl", "apache-tvm-ffi", "triton", "diffusers", "fusion-pass")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, **{name: version(name) for name in names}},
-    }
 
 
 def compare(args: argparse.Namespace, device: str, backend: Any) -> dict[str, Any]:
@@ -281,18 +149,18 @@ def compare(args: argparse.Namespace, device: str, backend: Any) -> dict[str, An
         f"Z-Image, {size} size: {parameters / 1e6:,.0f} million random bf16 weights, "
         f"{height}×{width} pixels, {caption} caption tokens, batch {args.batch}, on {device}"
     )
-    # The first pass builds the model's RoPE table; before that, a compiled model breaks into two graphs.
-    run_step(model, inputs)
-    console.print("explaining: compiling once with caches off ...")
-    explained = fusion_pass.Backend(kernels="reference") if backend != "fusion_pass" else None
-    report = fusion_pass.explain(model, *inputs, backend=explained, return_dict=False)
-    print(report)
-    variants = {
-        "eager": model,
-        "torch.compile": torch.compile(model, mode=args.mode),
-        'backend="fusion_pass"': torch.compile(model, backend=backend, mode=args.mode),
-    }
-    results = measure(variants, inputs, args.steps, args.mode)
+    with progress(total=5) as display:
+        display.tell("compiling for the report, with caches off")
+        # The first pass builds the model's RoPE table; before that, a compiled model breaks into two graphs.
+        run_step(model, inputs)
+        report = explain(model, backend, *inputs, return_dict=False)
+        display.done()
+        variants = {
+            "eager": model,
+            "torch.compile": torch.compile(model, mode=args.mode),
+            'backend="fusion_pass"': torch.compile(model, backend=backend, mode=args.mode),
+        }
+        results = measure(variants, inputs, args.steps, args.mode, display)
     print_results(results, device == "cuda")
     _, plain, fused = results.values()
     faster = speedup(plain.step_ms, fused.step_ms)
@@ -302,6 +170,7 @@ def compare(args: argparse.Namespace, device: str, backend: Any) -> dict[str, An
             f"fusion_pass against torch.compile, step by step: {faster['median']:.3f} times as fast "
             f"(95% interval {low:.3f} to {high:.3f})"
         )
+    console.print("\n" + NEXT, highlight=False, soft_wrap=True)
     return {
         "model": {"size": size, "parameters": parameters, "height": height, "width": width}
         | {"caption_tokens": caption, "batch": args.batch, "mode": args.mode},
@@ -316,11 +185,6 @@ def generate(args: argparse.Namespace, device: str, backend: Any) -> dict[str, A
     from diffusers import ZImagePipeline
 
     pipe = ZImagePipeline.from_pretrained(args.pretrained, torch_dtype=torch.bfloat16, local_files_only=True).to(device)
-    transformer = pipe.transformer
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = transformer.register_forward_pre_hook(
-        lambda module, positional, named: seen.append((positional, named)), with_kwargs=True
-    )
 
     def image(steps: int, output_type: str = "pil") -> Any:
         return pipe(
@@ -331,23 +195,19 @@ def generate(args: argparse.Namespace, device: str, backend: Any) -> dict[str, A
             guidance_scale=args.guidance,
             generator=torch.Generator(device).manual_seed(0),
             output_type=output_type,
-        ).images[0]
+        ).images
 
-    image(1, "latent")  # eagerly: builds the model's RoPE table, and shows what the transformer is called with
-    hook.remove()
-    positional, named = seen[0]
-    explained = fusion_pass.Backend(kernels="reference") if backend != "fusion_pass" else None
-    report = fusion_pass.explain(transformer, *positional, backend=explained, **named)
-    print(report)
-    transformer.compile(backend=backend, mode=args.mode)
+    # Eagerly: builds the model's RoPE table, and shows what the transformer is called with.
+    positional, named = first_call(pipe.transformer, lambda: image(1, "latent"))
+    pipe.transformer.compile(backend=backend, mode=args.mode)
+    report = explain(pipe.transformer, backend, *positional, **named)
     console.print("compiling ...")
     image(1, "latent")
     start = time.perf_counter()
-    picture = image(args.steps)
+    pictures = image(args.steps)
     seconds = time.perf_counter() - start
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.output)
-    console.print(f"{args.output}: {args.steps} steps in {seconds:.2f} s, the text encoder and the decoder included")
+    save(pictures, args.output)
+    console.print(f"{args.steps} steps in {seconds:.2f} s, the text encoder and the decoder included")
     return {
         "pretrained": str(args.pretrained),
         "steps": args.steps,
@@ -357,13 +217,10 @@ def generate(args: argparse.Namespace, device: str, backend: Any) -> dict[str, A
 
 
 def parse_arguments(kernels: bool) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = "denoising steps (default 9) or, without --pretrained, steps to time"
+    parser = arguments(__doc__, output="out/zimage.png", steps_help=steps)
     parser.add_argument("--size", choices=SIZES, help="default: full where the kernels run, else small")
-    parser.add_argument("--pretrained", type=Path, metavar="PATH", help="folder of a diffusers Z-Image checkpoint")
-    parser.add_argument("--prompt", default="a lighthouse in the fog, oil painting", help="with --pretrained")
     parser.add_argument("--guidance", type=float, default=0.0, help="with --pretrained: 0 for Z-Image-Turbo (default)")
-    parser.add_argument("--output", type=Path, default=Path("out/zimage.png"), help="with --pretrained (%(default)s)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default 9) or, without --pretrained, steps to time")
     parser.add_argument("--height", type=int, help="in pixels, a multiple of 16")
     parser.add_argument("--width", type=int, help="in pixels, a multiple of 16")
     parser.add_argument("--batch", type=int, default=1, help="images at once, without --pretrained")
@@ -373,7 +230,6 @@ def parse_arguments(kernels: bool) -> argparse.Namespace:
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         help="torch.compile's mode, for both compiled variants",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     args = parser.parse_args()
     args.size = args.size or ("full" if kernels else "small")
     if args.size == "full" and not args.pretrained and not torch.cuda.is_available():
@@ -393,22 +249,11 @@ def main() -> None:
     missing = why_no_kernels()
     args = parse_arguments(kernels=missing is None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    register_backend()
-    backend: Any = "fusion_pass"
-    if missing is not None:
-        backend = fusion_pass.Backend(kernels="reference")
-        console.print(
-            f"[yellow]The CUDA kernels cannot run here: {missing}.[/yellow] This run uses "
-            'fusion_pass.Backend(kernels="reference"): the same fusions, run by the PyTorch definitions of the ops.'
-        )
+    backend = choose_backend(lambda text: console.print(f"[yellow]{text}[/yellow]"))
     with torch.no_grad():
         outcome = generate(args, device, backend) if args.pretrained else compare(args, device, backend)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        kernels = "cuda" if missing is None else f"reference: {missing}"
-        record = environment(device) | {"kernels": kernels} | outcome
-        args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        console.print(f"wrote {args.json}")
+    kernels = "cuda" if missing is None else f"reference: {missing}"
+    write_json(args.json, environment(device) | {"kernels": kernels} | outcome)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import zimage
 from processes import ROOT, run_python
 
 EXAMPLES = ROOT / "examples"
@@ -28,6 +30,106 @@ def blocks(gated: int, ungated: int) -> dict[str, int]:
     both = gated + ungated
     counts = {"norm_scale": gated, "norm_tanh_mul_add": both, "norm_tanh_mul_add_norm_scale": both}
     return {**counts, "qk_norm_rope": both, "silu_mul": both}
+
+
+# The small models of zoo_models.py. Neither Wan nor the double blocks of FLUX.1 have a site.
+FUSED = {
+    "flux": {"qk_norm_rope": 1},
+    "qwen_image": {"qk_norm_rope": 2},
+    "wan": {},
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_small_model_is_explained_and_compared_with_eager(name: str, tmp_path: Path) -> None:
+    results = run(tmp_path, str(EXAMPLES / f"{name}.py"))
+    assert results["fused"] == FUSED[name]
+    assert results["graphs"] == 1
+    assert 0 < results["distance"] < 0.05
+
+
+def test_equal_blocks_are_compiled_once(tmp_path: Path) -> None:
+    results = run(tmp_path, str(EXAMPLES / "regional_compile.py"))
+    assert (results["graphs"], results["calls"]) == (1, [3])
+    assert results["fused"] == {"qk_norm_rope": 2}
+    assert 0 < results["distance"] < 0.05
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+def test_a_quantised_model_keeps_its_sites(tmp_path: Path) -> None:
+    results = run(tmp_path, str(EXAMPLES / "quantized_zimage.py"))
+    assert results["fused"] == zimage.expected_counts(layers=1, refiners=1)
+    assert 0 < results["distance"] < 0.05
+
+
+def test_the_demo_measures_and_ends_with_what_to_do_next(tmp_path: Path) -> None:
+    output = tmp_path / "demo.json"
+    text = run_python(tmp_path, str(EXAMPLES / "zimage.py"), "--steps", "1", "--json", str(output))
+    results = json.loads(output.read_text())
+    assert set(results["results"]) == {"eager", "torch.compile", 'backend="fusion_pass"'}
+    counted = [site["kind"] for site in results["report"]["fused"]]
+    assert {kind: counted.count(kind) for kind in counted} == zimage.expected_counts(layers=2, refiners=1)
+    lines = text.splitlines()
+    assert "\x1b" not in text  # a log has no colours, no bar and a line for each step
+    assert [line for line in lines if line.endswith(" ...")][-1] == "timing 1 steps of each ..."
+    assert [line.partition(":")[0] for line in lines[-4:-1]] == ["In your program", "What it fuses", "More"]
+    tables = [line for line in lines if not line.startswith(("The CUDA kernels", "More:", "wrote"))]
+    assert max(map(len, tables)) <= 100
+
+
+# Runs examples with --pretrained, in one process. A small transformer stands in for the checkpoint. Its pipeline checks
+# that it gets arguments that the real pipeline takes, calls the transformer and returns two pictures. Nothing is
+# compiled: the tests above do that.
+PRETRAINED = """
+import inspect, sys
+from types import SimpleNamespace
+import common, diffusers, flux, quantized_zimage, qwen_image, torch, wan, zimage
+from PIL import Image
+
+EXAMPLES = {
+    flux: ("FluxPipeline", "flux1", "images"),
+    qwen_image: ("QwenImagePipeline", "qwen-image", "images"),
+    wan: ("WanPipeline", "wan2.1", "frames"),
+    zimage: ("ZImagePipeline", "z-image", "images"),
+    quantized_zimage: ("ZImagePipeline", "z-image", "images"),
+}
+called, compiled = [], []
+
+
+def pipeline(known, model, inputs, result):
+    def call(*args, **given):
+        inspect.signature(known).bind(None, *args, **given)
+        called.append((args, given["num_inference_steps"]))
+        for _ in range(given["num_inference_steps"]):
+            model(**inputs)
+        pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+        return SimpleNamespace(**{result: [pictures] if result == "frames" else pictures})
+
+    call.transformer, call.transformer_2, call.to = model, None, lambda device: call
+    return call
+
+
+torch.nn.Module.compile = lambda module, backend, **_: compiled.append((type(module), backend.kernels))
+for module, (name, model, result) in EXAMPLES.items():
+    made = pipeline(getattr(diffusers, name).__call__, *common.small_model(model), result)
+    getattr(diffusers, name).from_pretrained = lambda path, made=made, **_: made
+    explained = []
+    common.fusion_pass.explain = lambda *inputs, **named: explained.append(inputs) or common.fusion_pass.FusionReport()
+    called.clear(), compiled.clear()
+    output = module.__name__ + ".gif"
+    sys.argv = [name, "--pretrained", "checkpoint", "--prompt", "fog", "--steps", "3", "--output", output]
+    module.main()
+    assert len(explained) == 1 and compiled == [(type(made.transformer), "reference")], (name, explained, compiled)
+    assert called[0] == (("fog",), 1) and called[-1] == (("fog",), 3), (name, called)
+    with Image.open(output) as picture:
+        assert picture.n_frames == 2
+"""
+
+
+def test_the_pipelines_are_called_as_diffusers_defines_them_and_what_they_make_is_saved(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    pytest.importorskip("transformers")
+    run_python(tmp_path, "-c", PRETRAINED, imports=(EXAMPLES,), HF_HUB_OFFLINE="1")
 
 
 def test_a_lora_and_offload_cost_no_fusion(tmp_path: Path) -> None:

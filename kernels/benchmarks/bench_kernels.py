@@ -387,8 +387,10 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
-    with Progress(console=console) as progress:
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         for case in progress.track(cases, description="timing"):
+            if not console.is_terminal:
+                console.print(f"{case.name} ...")
             rows.append({"case": case.name, "bytes": case.bytes, "us": measure(case, modes)})
             torch.cuda.empty_cache()
             write()

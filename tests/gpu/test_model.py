@@ -26,13 +26,14 @@ LAYERS, REFINERS = 30, 2
 def example() -> ModuleType:
     """examples/zimage.py, which makes the model and its inputs."""
     path = Path(__file__).resolve().parents[2] / "examples" / "zimage.py"
+    sys.path.append(str(path.parent))  # behind tests/, which has a module of the same name
     spec = importlib.util.spec_from_file_location("zimage_example", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    module.register_backend()
+    importlib.import_module("common").register_backend()
     return module
 
 
