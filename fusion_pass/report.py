@@ -213,7 +213,7 @@ def _section(
 def _folded(text: str, width: int, indent: str = "") -> Iterator[str]:
     """Lines of at most `width`, folded at spaces. A word that is too long for a line is folded behind its dots."""
     line = ""
-    for word in re.findall(r"\S+\s*", text):
+    for word in re.findall(r"\S+\s*", re.sub(r"\s*\n\s*", " ", text)):
         fits = len(indent + word.rstrip()) <= width
         for piece in [word] if fits else re.findall(r"[^.]*\.|[^.]+", word):
             if line and len(indent + line + piece.rstrip()) > width:

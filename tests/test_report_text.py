@@ -39,12 +39,12 @@ def of_every_reason() -> FusionReport:
     missed = [
         ReportedSite(
             "norm_rope", None, None, module.format(layer), shape=("s0", "s1*s2 + 1", 128), rounding=None,
-            reason=f"{reason.value} (detail), at rsqrt_{layer}", reason_name=reason.name, **where,
+            reason=f"{reason.value} (detail:\n  of two lines), at rsqrt_{layer}", reason_name=reason.name, **where,
         )
         for reason in Reason
         for layer in range(3)
     ]  # fmt: skip
-    return FusionReport([site], missed, graphs=40, calls=[*range(40)], note="a remark about this report " * 8)
+    return FusionReport([site], missed, graphs=40, calls=[*range(40)], note="a remark\nabout this report " * 8)
 
 
 MAKE: dict[str, Callable[[], FusionReport]] = {
