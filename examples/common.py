@@ -67,7 +67,8 @@ def register_backend() -> None:
 def explain(model: nn.Module, backend: Any, *args: Any, **kwargs: Any) -> fusion_pass.FusionReport:
     """Prints what `backend` fuses in a model, and what it does not fuse and why."""
     settings = backend if isinstance(backend, fusion_pass.Backend) else None
-    report = fusion_pass.explain(model, *args, backend=settings, **kwargs)
+    with torch.no_grad():
+        report = fusion_pass.explain(model, *args, backend=settings, **kwargs)
     print(report)
     return report
 

@@ -51,7 +51,7 @@ CAPTION_TOKENS = {"full": 128, "small": 32}
 NEXT = """\
 In your program:  model = torch.compile(model, backend="fusion_pass")
 What it fuses:    print(fusion_pass.explain(model, *inputs))
-More:             examples/flux.py, qwen_image.py, wan.py; this program with --pretrained PATH; docs/"""
+More:             examples/flux.py, qwen_image.py, wan.py, zimage.py --pretrained PATH; docs/"""
 
 
 def build_model(size: str, device: str) -> ZImageTransformer2DModel:
