@@ -1,6 +1,7 @@
 # make demo    the demo program: eager, torch.compile and the fusion_pass backend on Z-Image (DEMO_ARGS="--size small ...")
 # make test    everything that CI checks: lint, types, packaging, CPU tests
 # make lint    ruff and mypy only
+# make docs    the documentation as a site in out/docs, its tables made anew from the results
 # make bench   on a GPU: the kernels, then the whole model; json and plots in out/bench
 # Each sets up what it needs in $(VENV). Another Python (3.10 or newer): make PYTHON=python3.12 ...
 PYTHON ?= python3
@@ -12,9 +13,9 @@ STAMP = $(VENV)/.installed
 
 BENCH = out/bench
 
-.PHONY: help demo test lint bench preflight clean
+.PHONY: help demo test lint docs bench preflight clean
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 demo: $(STAMP) | preflight
 	$(VENV)/bin/python examples/zimage.py $(DEMO_ARGS)
@@ -27,6 +28,11 @@ lint: $(STAMP) | preflight
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(STAMP) | preflight
+	$(VENV)/bin/python docs/generate.py
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -n docs out/docs
+	@echo "open out/docs/index.html"
 
 bench: $(STAMP) | preflight
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
