@@ -143,6 +143,18 @@ def zimage(link: Link) -> str:
     return table(head, rows) + source(link, "h200_zimage_bench.json", *facts, "6 billion random bf16 weights")
 
 
+def zimage_line(link: Link) -> str:
+    """One sentence for the README."""
+    found = results("h200_zimage_bench.json")
+    speeds = [row["speedup"]["median"] for row in found["rows"]]
+    fast = f"{min(speeds):.2f} to {max(speeds):.2f} times as fast on one {found['gpu']}"
+    file = link("kernels/benchmarks/results/h200_zimage_bench.json")
+    return (
+        f"The whole Z-Image (6 billion parameters, {len(speeds)} settings) is {fast}.\n"
+        f"Source: [h200_zimage_bench.json]({file}), {found['date'][:10]}.\n"
+    )
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +330,7 @@ BLOCKS: dict[str, Callable[[Link], str]] = {
     "zoo": zoo,
     "zoo-details": zoo_details,
     "zimage": zimage,
+    "zimage-line": zimage_line,
     "kernels": kernels,
     "slower": slower,
     "host": host,
@@ -352,7 +365,9 @@ def plot() -> str:
     parts = [
         f'<rect x="0.5" y="0.5" width="{width - 1}" height="{bottom + 45}" rx="6" fill="#fff" stroke="#d0d7de"/>',
         text(16, 26, "Times as fast as plain torch.compile, by model", 'font-size="15" font-weight="bold"'),
-        text(16, 45, f"One forward pass, bf16, {header['gpu']}, {header['date'][:10]}", 'fill="#57606a"'),
+        text(
+            16, 45, f"One forward pass, bf16, {header['gpu']}, {header['date'][:10]}, h100_zoo.json", 'fill="#57606a"'
+        ),
     ]
     ticks = [tick / 100 for tick in range(90, 200, 2) if low <= tick / 100 <= high]
     for tick in ticks:

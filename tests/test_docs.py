@@ -18,6 +18,7 @@ from graph_checks import tensors
 
 from fusion_pass import eligibility
 from fusion_pass.refusal import BY_DESIGN, Reason
+from fusion_pass.report import FusionReport, ReportedSite
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -188,6 +189,18 @@ def test_the_example_of_a_reason_causes_it(reason: Reason, monkeypatch: pytest.M
         kernels = "auto" if reason in OF_KERNELS else "reference"
         _, backend = run(code["block"], *args, kernels=kernels)
     assert reason.name in {site.reason_name for site in backend.report.missed}
+
+
+def test_the_summary_on_the_page_is_what_a_report_prints() -> None:
+    (shown,) = re.findall(r"^fused \d.*$", REPORT, re.MULTILINE)
+    run = generator().results("h200_examples.json")["lora_offload"]
+
+    def sites(kind: str, reason_name: str | None, count: int) -> list[ReportedSite]:
+        return count * [ReportedSite(kind, None, None, "", "", (), None, None, None, reason_name)]
+
+    fused = [site for kind, count in run["fused"].items() for site in sites(kind, None, count)]
+    missed = [site for name, count in run["missed"].items() for site in sites("", name.upper(), count)]
+    assert FusionReport(fused, missed).summary() == shown
 
 
 # --- CONTRIBUTING -----------------------------------------------------------------------------------------------------
