@@ -82,7 +82,8 @@ def zoo_label(row: Row) -> str:
 def zoo_source(link: Link) -> str:
     header = results("h100_zoo.json")
     facts = (f"One {header['gpu']}", header["date"][:10], f"torch {header['versions']['torch']}")
-    return source(link, "h100_zoo.json", *facts, f"diffusers {header['versions']['diffusers']}", "bf16, random weights")
+    precisions = "bf16 or FP8 (torchao, row-wise), random weights"
+    return source(link, "h100_zoo.json", *facts, f"diffusers {header['versions']['diffusers']}", precisions)
 
 
 def interval(row: Row) -> str:
