@@ -43,9 +43,10 @@ class Backend:
     """torch.compile's "inductor" backend with the fusion pass: `torch.compile(model, backend=Backend(...))`.
 
     rounding: "model" (each fused site rounds where the model's own eager code rounds) or "fp32" (one rounding at each
-    output). kernels: "auto" (rewrite where a CUDA kernel can run) or "reference" (rewrite every proven site, on any
-    device, and run the PyTorch definitions). strict: if a site that matched cannot be fused, or an internal error
-    occurs, raise an error instead of warning once. Raises a ValueError that names a bad argument.
+    output). kernels: "auto" (fuse where a CUDA kernel can run) or "reference" (fuse every proven site, on any device,
+    and run the PyTorch definitions). strict: raise an error, instead of warning once for each reason, if a site that
+    matched cannot be fused, if Inductor would leave the pass out, or if the pass fails. Raises a ValueError that names
+    a bad argument.
     """
 
     def __init__(self, rounding: str = "model", kernels: str = "auto", strict: bool = False) -> None:

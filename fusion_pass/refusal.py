@@ -9,7 +9,7 @@ from torch.fx import Node
 
 
 class Reason(str, Enum):
-    """Why something in the graph was not fused; the list is closed."""
+    """Why something in the graph was not fused. Later versions may add members."""
 
     ALONE = "no residual add, scale or rotation that the pass knows is the only reader of the norm"
     FOLLOWED = "a shift or a product follows the scale; Inductor computes all of them in one kernel"

@@ -23,11 +23,12 @@ class ReportedSite:
     """One row of the report: a fused site, or a norm, rotation or SwiGLU that was missed, with the reason.
 
     kind: the name of the op; or "norm" if the pass recognised nothing around a norm, "rope" for the rotation of a
-    tensor that is not a norm. gate: "tanh" (the op computes the tanh), "given" (the op gets the activated gate) or
-    None. scale: "one_plus" (the op adds the 1), "given" (the scale already contains its 1) or None. module: the dotted
-    path in the model; of the first norm, if a site has several. source: file:line. shape: the shape of x, with symbols
-    as text. rounding: the form. reason: only for a missed site. reason_name: the name of the reason in the closed list
-    `Reason`. remark: what a user should know about the rounding of a fused site, or "".
+    tensor that is not a norm, "residual_add" for a residual add of something that is not a norm. gate: "tanh" (the op
+    computes the tanh), "given" (the op gets the activated gate) or None. scale: "one_plus" (the op adds the 1), "given"
+    (the scale already contains its 1) or None. module: the dotted path in the model; of the first norm, if a site has
+    several. source: file:line. shape: the shape of x, with symbols as text. rounding: the form. reason: only for a
+    missed site. reason_name: the name of the member of `Reason`. remark: what a user should know about the rounding of
+    a fused site, or "".
     """
 
     kind: str
@@ -43,6 +44,7 @@ class ReportedSite:
     remark: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as a dict for JSON: the shape is a list, the dtype a string without "torch."."""
         return {**self.__dict__, "shape": list(self.shape), "dtype": _dtype_name(self.dtype)}
 
 
@@ -70,6 +72,7 @@ class FusionReport:
     note: str = ""
 
     def merge(self, other: FusionReport) -> None:
+        """Adds the sites, graphs and calls of another report to this one."""
         self.fused += other.fused
         self.missed += other.missed
         self.graphs += other.graphs
@@ -88,6 +91,7 @@ class FusionReport:
         return f"fused {len(self.fused)}{fused}, missed {len(self.missed)}{missed}"
 
     def to_json(self) -> str:
+        """The whole report as JSON."""
         sites = {"fused": [s.to_dict() for s in self.fused], "missed": [s.to_dict() for s in self.missed]}
         return json.dumps({"graphs": self.graphs, "calls": self.calls, "note": self.note, **sites}, indent=2)
 
