@@ -283,6 +283,17 @@ OPTIONS = {
     "norm_dtype2": "The dtype that the second norm is cast to",
     "rope_dtype": "The dtype that the rotation is rounded to",
     "silu_dtype": "The dtype that silu(a) is rounded to",
+    "s_dtype": "The dtype that s is rounded to, before it is kept in fp32",
+    "fmax": "What the largest absolute value of a row is divided by, for s",
+    "smallest_amax": "What the largest absolute value of a row counts as at least",
+    "smallest_scale": "What s is at least",
+    "reciprocal": "q is z · (1 / s); otherwise z / s",
+    "clamp": "Clamp to ±448 before the cast to FP8",
+}
+UNSET = {  # what None means, for an option that has no default by type promotion
+    "s_dtype": "the dtype of what is quantised",
+    "smallest_amax": "there is no least",
+    "smallest_scale": "there is no least",
 }
 MEANS = {
     "norm_tanh_mul_add": "y = residual + tanh(gate) · norm(x)",
@@ -291,6 +302,11 @@ MEANS = {
     "norm_rope": "rotate(norm(x)), for each head",
     "qk_norm_rope": "rotate(norm(q)) and rotate(norm(k)), with one rotation",
     "silu_mul": "silu(a) · b",
+    "norm_tanh_mul_add_norm_scale_quant": (
+        "y = residual + tanh(gate) · norm(x), and q, s = quantised(norm(y) · (1 + scale))"
+    ),
+    "norm_scale_quant": "q, s = quantised(norm(x) · (1 + scale))",
+    "silu_mul_quant": "q, s = quantised(silu(a) · b)",
 }
 
 
@@ -304,7 +320,10 @@ def told_of_option(option: Any) -> str:
     text = OPTIONS[option.name]
     if option.words:
         return f"{text}. One of {', '.join(f'`{word}`' for word in option.words)}"
-    return f"{text}. None: as PyTorch's type promotion gives it" if option.default is None else text
+    if option.default is not None:
+        return text
+    unset = UNSET.get(option.name, "as PyTorch's type promotion gives it")
+    return f"{text}. None: {unset}"
 
 
 def ops(link: Link) -> str:

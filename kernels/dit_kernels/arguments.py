@@ -6,6 +6,7 @@ which shape and strides a kernel takes it, and how many strides a kernel is laun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from dit_kernels.rounding import LARGEST
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -54,6 +57,10 @@ def _lay_row(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Stride
     if lead is None or last is None:
         return None
     return (lead[0], sizes[-2], sizes[-1]), (lead[1], strides[-2], last)
+
+
+def _fits_per_row(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
+    return len(sizes) >= 2 and _same(sizes, (*first[:-1], 1), equal)
 
 
 def _fits_modulation(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
@@ -147,6 +154,8 @@ MODULATION = Role(
     _lay_modulation,
     2,
 )
+# A number for each row, as the scales of quantised rows: [..., S, 1]. A kernel takes it as (B, S, 1).
+PER_ROW = Role("row number", "[..., S, 1]", "one number for each row of {first}, {sizes}", _fits_per_row, _lay_row, 2)
 # A weight or a bias: [D].
 COLUMN = Role("column", "[D]", "[{width}], the last dimension of {first}", _fits_column, _lay_column)
 # Query or key heads: [B, S, H, Dh].
@@ -204,7 +213,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class Option:
-    """A keyword argument of an op. words: the allowed values of a string; empty for a bool or a dtype."""
+    """A keyword argument of an op.
+
+    words: the allowed values of a string; empty for other types. A number must be positive and finite.
+    """
 
     name: str
     kind: str  # its type in the op's schema
@@ -214,6 +226,17 @@ class Option:
 
 def dtype_option(name: str) -> Option:
     return Option(name, "ScalarType?", None)
+
+
+# How an op quantises rows: the fields of rounding.QuantSteps.
+QUANT_OPTIONS = (
+    dtype_option("s_dtype"),
+    Option("fmax", "float", LARGEST),
+    Option("smallest_amax", "float?", None),
+    Option("smallest_scale", "float?", None),
+    Option("reciprocal", "bool", False),
+    Option("clamp", "bool", True),
+)
 
 
 # --- what a kernel takes --------------------------------------------------------------------------------------------
@@ -335,6 +358,8 @@ def check_option(op: str, option: Option, given: Any) -> None:
         reject(op, option.name, repr(given), ", ".join(map(repr, option.words)))
     if option.kind == "ScalarType?" and given is not None and given not in DTYPES:
         reject(op, option.name, given, _listed(DTYPES))
+    if option.kind.startswith("float") and given is not None and not 0 < given < math.inf:  # NaN, too
+        reject(op, option.name, given, "a positive number")
 
 
 def _listed(dtypes: Sequence[torch.dtype]) -> str:

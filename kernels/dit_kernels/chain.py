@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dit_kernels.rounding import RotatedSteps, SiluSteps, StageSteps
+from dit_kernels.rounding import QuantSteps, RotatedSteps, SiluSteps, StageSteps
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class NormChain:
-    """One or more stages. The first stage reads x; each later stage reads the stored result of the stage before it."""
+    """One or more stages. The first stage reads x; each later stage reads the result of the stage before it.
+
+    quant: how the result of the last stage is quantised; q and s are then stored in its place. None: it is stored.
+    """
 
     stages: tuple[Stage, ...]
+    quant: QuantSteps | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class RotatedChain:
 
 @dataclass(frozen=True)
 class SiluChain:
-    """silu(a) * b."""
+    """silu(a) * b. quant: how it is quantised; q and s are then stored in its place. None: it is stored."""
 
     steps: SiluSteps
+    quant: QuantSteps | None = None

@@ -7,6 +7,9 @@
     qk_norm_rope                  rotate(norm(q)) and rotate(norm(k)), with one rotation
     silu_mul                      silu(a) * b
 
+    norm_scale_quant, norm_tanh_mul_add_norm_scale_quant, silu_mul_quant
+                                  the same, with q and s in place of the last result: q, s = quantised(z)
+
 The first three ops: x and residual are [..., S, D]. weight and bias are [D] or None. gate and scale are None or
 broadcast to x ([D], [1,1,D], [B,1,D], [B,S,D], one element, ...), with any strides. `norm` is "rms" or "layer".
 `tanh=False` takes a gate that is already activated, `add_one=False` a scale that already includes the 1. `y_dtype` and
@@ -18,6 +21,10 @@ rotation holds the cosines and `sin` the sines, with last dimension Dh or Dh/2. 
 neighbouring elements, as it always is with complex numbers. Otherwise a pair has one element from each half of a head.
 
 silu_mul: a and b are [..., S, D].
+
+An op with `_quant` returns each row of z in FP8: q, float8_e4m3fn, has the shape of z, and s, float32, is [..., S, 1].
+`s_dtype` (z's dtype by default), `fmax`, `smallest_amax`, `smallest_scale`, `reciprocal` and `clamp` are the steps of
+dit_kernels.rounding.QuantSteps. These ops have no gradient; a call that needs one raises RuntimeError.
 
 Results are newly allocated and contiguous, with the shape of x, of q and k, or of a. Each operand is bfloat16, float16
 or float32, independently of the others. A rotation may be complex64 or complex128. The definition also takes float64.
@@ -172,7 +179,7 @@ def _autograd(op: Op, registered: torch._ops.OpOverload, definition: Callable[..
     If a gradient is needed, the definition runs, which is differentiable. Otherwise the implementation of the device
     runs. If nothing between autograd and the device has to see the call, a plan is launched directly from here. This
     saves a second pass through the dispatcher. A plan is made for a call that needs no gradient, so calls that match
-    the plan need none either.
+    the plan need none either. An op that quantises has no gradient.
     """
     plans = Plans(op)
 
@@ -182,7 +189,10 @@ def _autograd(op: Op, registered: torch._ops.OpOverload, definition: Callable[..
         planned = None if seen else plans.run(args, options)
         if planned is not None:
             return planned
-        if forward or (is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+        backward = is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if op.quantises and (backward or (forward and any(map(_has_tangent, args)))):
+            raise RuntimeError(f"{op.name}: a gradient is needed, and this op has none")
+        if forward or backward:
             return definition(*args, **options)
         if not seen and _is_on_gpu(args[0]) and can_be_planned(args):
             return _run_checked(plans, args, options)
@@ -197,6 +207,10 @@ def _filled(op: Op, implementation: Callable[..., Any]) -> Callable[..., Any]:
     if not any(argument.defaulted for argument in op.inputs):
         return implementation
     return lambda *args, **options: implementation(*op.filled(args), **options)
+
+
+def _has_tangent(given: Any) -> bool:
+    return isinstance(given, Tensor) and torch.autograd.forward_ad.unpack_dual(given).tangent is not None
 
 
 def _is_on_gpu(t: Tensor | None) -> bool:

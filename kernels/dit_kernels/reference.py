@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels.chain import Stage
-from dit_kernels.rounding import NormSteps, RotatedSteps, SiluSteps, compute_dtype
+from dit_kernels.rounding import LARGEST, NormSteps, QuantSteps, RotatedSteps, SiluSteps, compute_dtype
 
 
 def norm(
@@ -122,3 +122,16 @@ def silu_mul(a: Tensor, b: Tensor, steps: SiluSteps) -> Tensor:
     """silu(a) * b."""
     s = F.silu(a.to(torch.promote_types(a.dtype, steps.silu))).to(steps.silu)
     return (s * b).to(steps.product).to(steps.out)
+
+
+def quantised(z: Tensor, steps: QuantSteps) -> tuple[Tensor, Tensor]:
+    """The rows of z in FP8, and the scale of each row: [..., D] and [..., 1]."""
+    amax = z.abs().amax(-1, keepdim=True).float()
+    if steps.smallest_amax is not None:
+        amax = amax.clamp(min=steps.smallest_amax)
+    s = (amax / steps.fmax).to(steps.scale).float()
+    if steps.smallest_scale is not None:
+        s = s.clamp(min=steps.smallest_scale)
+    wide = z.float()
+    q = wide * s.reciprocal() if steps.reciprocal else wide / s
+    return (q.clamp(-LARGEST, LARGEST) if steps.clamp else q).to(steps.out), s

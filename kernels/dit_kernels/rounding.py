@@ -29,6 +29,15 @@ back.
 
 A norm with a rotation (RoPE) is R(n * rotation) with complex numbers. The product is fp32, or fp64 with a complex128
 rotation. With cosines and sines it is R(R(n * cos) + R(turned(n) * sin)). SwiGLU is R(R(silu(a)) * b).
+
+A quantiser of rows turns z into q (`FP8`) and s (fp32, one number a row):
+
+    a = max |z| of the row, at least `smallest_amax`
+    s = R(a / fmax), kept in fp32, at least `smallest_scale`
+    q = the cast of z / s, or of z * (1 / s), computed in fp32 and clamped to +-LARGEST if `clamp`
+
+It computes what the model's own operations compute. A row of zeros has s = 0 and q = NaN without a smallest value.
+PyTorch's cast does not saturate: without the clamp, what rounds to more than LARGEST becomes NaN, as infinity does.
 """
 
 from __future__ import annotations
@@ -41,6 +50,9 @@ FORMS: tuple[str, ...] = ("cast_then_weight", "weight_then_cast", "native", "gat
 NORMS: tuple[str, ...] = ("rms", "layer")
 SILU_FORMS: tuple[str, ...] = ("model", "fp32")
 ROOTS: tuple[str, ...] = ("rsqrt", "reciprocal", "quotient")
+
+FP8 = torch.float8_e4m3fn  # the dtype of quantised results
+LARGEST = torch.finfo(FP8).max  # 448.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,19 @@ class SiluSteps:
     silu: torch.dtype  # silu(a), computed in fp32
     product: torch.dtype
     out: torch.dtype  # the stored result
+
+
+@dataclass(frozen=True)
+class QuantSteps:
+    """How a row is quantised. Every step is computed in fp32, and only the scale and q are rounded to a dtype."""
+
+    scale: torch.dtype  # amax / fmax is rounded to this dtype; the scale is then kept in fp32
+    fmax: float  # what the largest absolute value of a row is divided by
+    smallest_amax: float | None  # the least amax; None: no least
+    smallest_scale: float | None  # the least scale, in fp32; None: no least
+    reciprocal: bool  # True: z * (1 / s), where 1 / s is rounded to fp32; False: z / s
+    clamp: bool  # to +-LARGEST before the cast
+    out: torch.dtype = FP8
 
 
 def compute_dtype(x: torch.dtype) -> torch.dtype:

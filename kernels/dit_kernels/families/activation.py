@@ -1,4 +1,7 @@
-"""Activations of rows: silu(a) * b (SwiGLU). a and b are [..., S, D] with any strides, e.g. halves of one tensor."""
+"""Activations of rows: silu(a) * b (SwiGLU), stored or quantised.
+
+a and b are [..., S, D] with any strides, e.g. halves of one tensor.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from dit_kernels import reference
-from dit_kernels.arguments import ROW, Argument, Option, dtype_option
+from dit_kernels.arguments import PER_ROW, QUANT_OPTIONS, ROW, Argument, Option, dtype_option
 from dit_kernels.chain import SiluChain
 from dit_kernels.cute.tiling import VectorTiling, vector_tiling
-from dit_kernels.families.family import Family, Named, Op, Shaped
+from dit_kernels.families.family import Family, Named, Op, Shaped, quant_options, quantised_results
 from dit_kernels.rounding import SILU_FORMS, silu_steps
 
 _steps = lru_cache(maxsize=None)(silu_steps)
@@ -21,7 +24,7 @@ _steps = lru_cache(maxsize=None)(silu_steps)
 class Activation(Family):
     """Computes a SiluChain, element by element."""
 
-    arguments = (
+    arguments: tuple[Argument, ...] = (
         Argument("a", ROW, inlined=True),
         Argument("b", ROW, inlined=True),
         Argument("out", ROW, written=True),
@@ -29,7 +32,8 @@ class Activation(Family):
 
     def chain(self, op: Op, named: Named, options: Named) -> SiluChain:
         a, b = named["a"].dtype, named["b"].dtype
-        return SiluChain(_steps(options["rounding"], a, b, options["silu_dtype"], options["out_dtype"]))
+        steps = _steps(options["rounding"], a, b, options["silu_dtype"], options["out_dtype"])
+        return SiluChain(steps, quant_options(options, steps.out) if op.quantises else None)
 
     def results(self, chain: SiluChain, named: Named) -> tuple[Shaped, ...]:
         return ((named["a"].shape, chain.steps.out),)
@@ -46,11 +50,36 @@ class Activation(Family):
         return vector_tiling(d, min(specs[name].dtype.itemsize for name in ("a", "b")))
 
 
+class QuantisedActivation(Activation):
+    """Computes a SiluChain and quantises it, row by row."""
+
+    arguments = (
+        *Activation.arguments[:2],
+        Argument("q", ROW, written=True),
+        Argument("s", PER_ROW, written=True),
+    )
+
+    def results(self, chain: SiluChain, named: Named) -> tuple[Shaped, ...]:
+        assert chain.quant is not None
+        return quantised_results(named["a"].shape, chain.quant)
+
+    def definition(self, chain: SiluChain, named: Named) -> tuple[Tensor, ...]:
+        assert chain.quant is not None
+        (z,) = super().definition(chain, named)
+        return reference.quantised(z, chain.quant)
+
+    def kernel(self) -> Callable[..., Any]:
+        raise NotImplementedError("no kernel quantises yet")
+
+
+_OPTIONS = (Option("rounding", "str", "model", SILU_FORMS), dtype_option("silu_dtype"), dtype_option("out_dtype"))
 OPS = (
+    Op("silu_mul", Activation(), ("a", "b", "out"), _OPTIONS),
     Op(
-        "silu_mul",
-        Activation(),
-        ("a", "b", "out"),
-        (Option("rounding", "str", "model", SILU_FORMS), dtype_option("silu_dtype"), dtype_option("out_dtype")),
+        "silu_mul_quant",
+        QuantisedActivation(),
+        ("a", "b", "q", "s"),
+        (*_OPTIONS, *QUANT_OPTIONS),
+        quantises=True,
     ),
 )

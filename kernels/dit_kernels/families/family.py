@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_kernels.arguments import (
     EPS,
     KERNEL_DTYPES,
+    QUANT_OPTIONS,
     Argument,
     Equal,
     Layout,
@@ -23,6 +24,7 @@ from dit_kernels.arguments import (
     laid,
     number,
 )
+from dit_kernels.rounding import FP8, QuantSteps
 
 Named = Mapping[str, Any]  # the arguments of a call, by the family's names; None for absent ones
 Shaped = tuple[Sequence[Any], torch.dtype]  # shape and dtype of a result
@@ -72,7 +74,9 @@ class Family:
     def fits_kernel(self, chain: Any, named: Named) -> bool:
         """Does the kernel take these dtypes and sizes? By default, it takes the dtypes in KERNEL_DTYPES."""
         tensors = (named.get(argument.name) for argument in self.tensors)
-        return {t.dtype for t in tensors if t is not None} | step_dtypes(chain) <= set(KERNEL_DTYPES)
+        dtypes = {t.dtype for t in tensors if t is not None} | step_dtypes(chain)
+        quantises = FP8 in dtypes
+        return dtypes - {FP8} <= set(KERNEL_DTYPES) and (not quantises or quantises_on(named[self.arguments[0].name]))
 
     def kernel(self) -> Callable[..., Any]:
         """The class of the kernel, a subclass of dit_kernels.cute.kernel.Kernel. Imports cutlass."""
@@ -106,7 +110,8 @@ class Op:
     """An op: which arguments of its family it has, and its keyword arguments.
 
     arguments: the family's names, first of the arguments given by position, then of the results. called: maps a
-    family's name to the op's own name, if they differ.
+    family's name to the op's own name, if they differ. quantises: the last two results are q and s; such an op has no
+    gradient.
     """
 
     name: str
@@ -114,6 +119,7 @@ class Op:
     arguments: tuple[str, ...]
     options: tuple[Option, ...]
     called: Mapping[str, str] = field(default_factory=dict)
+    quantises: bool = False
 
     @cached_property
     def inputs(self) -> tuple[Argument, ...]:
@@ -238,6 +244,22 @@ class KernelArguments:
     def addresses(self) -> list[Any]:
         """The arguments that a kernel is launched with: for a tensor, its address."""
         return [value.address if isinstance(value, Layout) else value for value in self.values.values()]
+
+
+def quantises_on(t: Tensor) -> bool:
+    """Can a kernel write FP8 on the device of this tensor? No kernel does yet."""
+    return False
+
+
+def quant_options(options: Named, z: torch.dtype) -> QuantSteps:
+    """The steps of the quantiser that the options of an op describe. z: the dtype of what is quantised."""
+    given = {option.name: options[option.name] for option in QUANT_OPTIONS}
+    return QuantSteps(given.pop("s_dtype") or z, **given)
+
+
+def quantised_results(shape: Sequence[Any], steps: QuantSteps) -> tuple[Shaped, Shaped]:
+    """The shapes and dtypes of q and s. shape: that of what is quantised."""
+    return (shape, steps.out), ((*shape[:-1], 1), torch.float32)
 
 
 def _plain(given: Any) -> Any:

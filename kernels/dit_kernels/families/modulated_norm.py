@@ -2,6 +2,7 @@
 
     y = residual + tanh(gate) * norm(x)
     z = norm(y) * (1 + scale)
+    q, s = quantised(z)
 
 x and residual are [..., S, D]; weight and bias are [D] or None; gate and scale are None or broadcast to x.
 """
@@ -17,10 +18,21 @@ import torch
 from torch import Tensor
 
 from dit_kernels import reference
-from dit_kernels.arguments import COLUMN, EPS, MODULATION, ROW, Argument, Option, dtype_option, reject
+from dit_kernels.arguments import (
+    COLUMN,
+    EPS,
+    MODULATION,
+    PER_ROW,
+    QUANT_OPTIONS,
+    ROW,
+    Argument,
+    Option,
+    dtype_option,
+    reject,
+)
 from dit_kernels.chain import GATED, SCALED, SECOND, NormChain, Stage, StageNames
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling, row_tiling
-from dit_kernels.families.family import Family, Named, Op, Shaped
+from dit_kernels.families.family import Family, Named, Op, Shaped, quant_options, quantised_results
 from dit_kernels.rounding import FORMS, NORMS, ROOTS, stage_steps
 from dit_kernels.tickets import COUNTERS
 
@@ -28,7 +40,8 @@ _steps = lru_cache(maxsize=None)(stage_steps)
 
 
 class ModulatedNorm(Family):
-    """Computes a NormChain over one row. An op has one stage for each of its results."""
+    """Computes a NormChain over one row. An op has a result for each stage; q and s in place of the last, if it
+    quantises."""
 
     arguments = (
         Argument("x", ROW),
@@ -43,6 +56,8 @@ class ModulatedNorm(Family):
         Argument("eps2", EPS),
         Argument("y", ROW, written=True),
         Argument("z", ROW, written=True),
+        Argument("q", ROW, written=True),
+        Argument("s", PER_ROW, written=True),
     )
 
     def check(self, op: Op, named: Named, options: Named) -> None:
@@ -71,10 +86,12 @@ class ModulatedNorm(Family):
             active = factor is not None and options[names.switch]
             stages.append(Stage(options["norm"], names.activation if active else None, steps, names))
             read = steps.out
-        return NormChain(tuple(stages))
+        return NormChain(tuple(stages), quant_options(options, read) if op.quantises else None)
 
     def results(self, chain: NormChain, named: Named) -> tuple[Shaped, ...]:
-        return tuple((named["x"].shape, stage.steps.out) for stage in chain.stages)
+        shape = named["x"].shape
+        stored = tuple((shape, stage.steps.out) for stage in chain.stages)
+        return stored if chain.quant is None else (*stored[:-1], *quantised_results(shape, chain.quant))
 
     def definition(self, chain: NormChain, named: Named) -> tuple[Tensor, ...]:
         results, read = [], named["x"]
@@ -86,7 +103,7 @@ class ModulatedNorm(Family):
                 read, named[n.weight], named[n.bias], named[n.factor], term, named[n.eps], stage
             ).contiguous()
             results.append(read)
-        return tuple(results)
+        return tuple(results if chain.quant is None else (*results[:-1], *reference.quantised(read, chain.quant)))
 
     def fits_kernel(self, chain: NormChain, named: Named) -> bool:
         # A 0-d operand does not promote. With a dtype other than x's, it makes a different chain, seen in no model.
@@ -143,7 +160,7 @@ class NormOp(Op):
     stages: tuple[StageNames, ...] = ()
 
 
-def _op(name: str, *stages: StageNames) -> NormOp:
+def _op(name: str, *stages: StageNames, quantises: bool = False) -> NormOp:
     inputs = [n for s in stages for n in (s.weight, s.bias, s.factor, s.term, s.eps) if n is not None]
     options = (
         Option("norm", "str", "rms", NORMS),
@@ -152,8 +169,11 @@ def _op(name: str, *stages: StageNames) -> NormOp:
         *(dtype_option(stage.out_dtype) for stage in stages),
         *(dtype_option(stage.norm_dtype) for stage in stages),
         Option("root", "str", "rsqrt", ROOTS),
+        *(QUANT_OPTIONS if quantises else ()),
     )
-    return NormOp(name, FAMILY, ("x", *inputs, *(stage.out for stage in stages)), options, stages=stages)
+    results = [stage.out for stage in stages]
+    results = [*results[:-1], "q", "s"] if quantises else results
+    return NormOp(name, FAMILY, ("x", *inputs, *results), options, quantises=quantises, stages=stages)
 
 
 FAMILY = ModulatedNorm()
@@ -161,4 +181,6 @@ OPS = (
     _op("norm_tanh_mul_add", GATED),
     _op("norm_tanh_mul_add_norm_scale", GATED, SECOND),
     _op("norm_scale", SCALED),
+    _op("norm_tanh_mul_add_norm_scale_quant", GATED, SECOND, quantises=True),
+    _op("norm_scale_quant", SCALED, quantises=True),
 )
