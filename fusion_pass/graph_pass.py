@@ -14,6 +14,7 @@ import logging
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -269,9 +270,13 @@ class _Rewriter:
                 chosen = site.under(self.options.policy)
                 if self.options.kernels == "auto":
                     eligibility.compile_kernel(chosen, eligibility.check(chosen))
+                if first_refusal is not None and first_refusal.reason is Reason.QUANTISER:
+                    return replace(chosen, remark=chosen.remark or first_refusal.why())
                 return chosen
             except Refused as refusal:
                 refusal.site = site
+                if refusal.reason is Reason.UNFIT and OPS[kind.name].quantises:
+                    continue  # the report is that of the site without the quantiser
                 first_refusal = first_refusal or refusal
                 if refusal.reason is Reason.NO_KERNEL:  # a smaller site must not hide this reason
                     break
@@ -333,7 +338,7 @@ def _fused(site: Site) -> ReportedSite:
         kind=site.kind,
         **columns(site.activations()),
         module=module_path(site.anchor),
-        source=source_line(site.results()[0]),
+        source=source_line(site.origin or site.results()[0]),
         shape=symbolic_shape(site.x),
         dtype=site.x.meta["val"].dtype,
         rounding=site.form.name,

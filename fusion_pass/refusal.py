@@ -38,6 +38,7 @@ class Reason(str, Enum):
     HEADS = "the rotated tensor is not [B, S, H, Dh], or the rotation is not one row for each token and all heads"
     ROTATION = "a rotation that is written into slices of a tensor, or that multiplies by 2×2 matrices"
     ADDED = "what is added to the residual is not a norm; no op of the pass computes this add"
+    QUANTISER = "a quantiser to FP8 follows that no op computes"
     INLINE = "Inductor computes the value in the kernel that reads it, or writes it into the result of a concatenation"
     SILU = "a silu that is not written as F.silu and that rounds differently"
     PER_TOKEN = "Inductor computes a per-token operand inside its own kernel"
@@ -63,6 +64,7 @@ BY_DESIGN = frozenset(
         Reason.HEADS,
         Reason.ROTATION,
         Reason.ADDED,
+        Reason.QUANTISER,
         Reason.INLINE,
         Reason.SILU,
         Reason.UNFIT,
@@ -78,9 +80,10 @@ class Refused(Exception):
         self.site: Any = None  # the site.Site, if one was found and then not proven or not eligible
         super().__init__(self.text())
 
+    def why(self) -> str:
+        """The reason and its detail."""
+        return self.reason.value + (f" ({self.detail})" if self.detail else "")
+
     def text(self) -> str:
         """The reason, its detail and the name of the node."""
-        text = self.reason.value
-        if self.detail:
-            text += f" ({self.detail})"
-        return f"{text}, at {self.node.name}" if self.node is not None else text
+        return f"{self.why()}, at {self.node.name}" if self.node is not None else self.why()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from fusion_pass.dataflow import RESHAPES, aten, is_call, prims, same_shape, value
+from dit_kernels.arguments import PER_ROW, Role
+from dit_kernels.families import OPS
+from fusion_pass.dataflow import RESHAPES, aten, have_same_shape, is_call, prims, same_shape, value
 from fusion_pass.proof import find_size
 from fusion_pass.site import ORIGIN, Operand, Output, Site
 
@@ -28,10 +31,9 @@ def rewrite(site: Site, graph: Graph) -> Node:
     with graph.inserting_before(_place(site)):
         call = _insert_call(site, graph)
         results = [call] if len(site.outputs) == 1 else _insert_getitems(site, graph, call)
-        results = [_viewed_back(graph, *pair, site) for pair in zip(results, site.outputs, strict=True)]
-    for output, result in zip(site.outputs, results, strict=True):
-        for node in output.nodes:
-            node.replace_all_uses_with(result)
+        for output, result in zip(site.outputs, results, strict=True):
+            for node, replacement in _viewed_back(graph, result, output, site):
+                node.replace_all_uses_with(replacement)
     _erase(site, graph)
     return call
 
@@ -54,28 +56,33 @@ def _insert_call(site: Site, graph: Graph) -> Node:
             operand = _viewed(graph, operand, site.shaped(), site)
         args.append(operand)
     call = graph.call_function(site.op(), tuple(args), keywords)
-    origin = site.outputs[0].nodes[0]
+    origin = site.origin or site.results()[0]
     call.meta.update({k: v for k, v in origin.meta.items() if k in ORIGIN})
     vals = tuple(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
     call.meta["eager_input_vals"] = (vals, keywords)
-    results = tuple(_fresh(output, site) for output in site.outputs)
+    roles = (argument.role for argument in OPS[site.kind].results)
+    results = tuple(_fresh(output, role, site) for output, role in zip(site.outputs, roles, strict=True))
     call.meta["val"] = results if len(results) > 1 else results[0]
     return call
 
 
-def _fresh(output: Output, site: Site) -> torch.Tensor:
+def _fresh(output: Output, role: Role, site: Site) -> torch.Tensor:
     """A fake tensor for a result of the op: contiguous, with sizes that the graph already has."""
     val = value(output.nodes[0])
     assert val is not None
     shape = val.shape if output.swap is None else output.swap.of(val).shape
-    return val.new_empty(shape if site.like is None else site.like.meta["val"].shape)
+    shape = shape if site.like is None else site.like.meta["val"].shape
+    return val.new_empty((*shape[:-1], 1) if role is PER_ROW else shape)
 
 
-def _viewed_back(graph: Graph, result: Node, output: Output, site: Site) -> Node:
-    """A result of the op, in the shape of the nodes that it replaces."""
-    if output.swap is not None:
-        return output.swap.insert(result, graph)
-    return result if site.like is None else _viewed(graph, result, output.nodes[0], site)
+def _viewed_back(graph: Graph, result: Node, output: Output, site: Site) -> Iterator[tuple[Node, Node]]:
+    """Each node that a result of the op replaces, and the result in the shape of this node."""
+    viewed: list[Node] = []
+    for node in output.nodes:
+        if not any(have_same_shape(node, view) for view in viewed):
+            view = result if site.like is None else _viewed(graph, result, node, site)
+            viewed.append(view if output.swap is None else output.swap.insert(result, graph))
+        yield node, next(view for view in viewed if have_same_shape(node, view))
 
 
 def _viewed(graph: Graph, node: Any, like: Node, site: Site) -> Node:

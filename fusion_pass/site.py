@@ -120,7 +120,8 @@ class Site:
     that the site reads and that have the same value as an operand. summed: operands whose rows eager sums in the memory
     layout that they have. takes_any_layout: may the elements of a row be apart in memory, as in a residual stream that
     comes from a convolution? check_sums: raises Refused if the rounding of eager, on a CPU, depends on an order of rows
-    in memory that the op does not keep. remark: what the report should say about the rounding form, or "".
+    in memory that the op does not keep. remark: what the report should say about the site, or "". origin: the node
+    whose place in the model the report shows; None: the first result.
     """
 
     kind: str
@@ -136,6 +137,7 @@ class Site:
     takes_any_layout: bool = False
     check_sums: Callable[[Site], None] | None = None
     remark: str = ""
+    origin: Node | None = None
 
     def under(self, policy: str) -> Site:
         """The site with the rounding that the user wants. policy: "model", or "fp32" for one rounding at each

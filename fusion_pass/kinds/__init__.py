@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from fusion_pass.kinds.kind import Entry, Registry
-from fusion_pass.kinds.modulated_norm import NormScale, NormTanhMulAdd, NormTanhMulAddNormScale
+from fusion_pass.kinds.modulated_norm import (
+    NormScale,
+    NormScaleQuant,
+    NormTanhMulAdd,
+    NormTanhMulAddNormScale,
+    NormTanhMulAddNormScaleQuant,
+)
 from fusion_pass.kinds.norm import NORM
 from fusion_pass.kinds.norm_rope import NormRope
 from fusion_pass.kinds.qk_norm_rope import QKNormRope
 from fusion_pass.kinds.residual_add import RESIDUAL_ADD
 from fusion_pass.kinds.rotation import ROTATION
 from fusion_pass.kinds.silu import SILU
-from fusion_pass.kinds.silu_mul import SiluMul
+from fusion_pass.kinds.silu_mul import SiluMul, SiluMulQuant
 from fusion_pass.kinds.unread_rotation import UNREAD_ROTATION
 
 REGISTRY = Registry(
-    Entry(NORM, [QKNormRope(), NormRope(), NormTanhMulAddNormScale(), NormTanhMulAdd(), NormScale()]),
-    Entry(SILU, [SiluMul()]),
+    Entry(
+        NORM,
+        [
+            QKNormRope(),
+            NormRope(),
+            NormTanhMulAddNormScaleQuant(),
+            NormTanhMulAddNormScale(),
+            NormScaleQuant(),
+            NormTanhMulAdd(),
+            NormScale(),
+        ],
+    ),
+    Entry(SILU, [SiluMulQuant(), SiluMul()]),
     Entry(ROTATION),
     Entry(UNREAD_ROTATION),
     Entry(RESIDUAL_ADD),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dit_kernels.chain import GATED, SCALED, SECOND, StageNames
+from dit_kernels.families import OPS
 from fusion_pass.dataflow import have_same_shape, keeps_sums, value
-from fusion_pass.kinds import stage
+from fusion_pass.kinds import quantiser, stage
 from fusion_pass.kinds.kind import Kind, Survey
 from fusion_pass.kinds.norm import NORM, Norm, eps_operand
 from fusion_pass.kinds.stage import StageInGraph
@@ -63,8 +64,14 @@ class NormScale(Kind[Norm]):
 
             n = mul(convert(mul(x, rsqrt)), w); s = add(scale, 1); z = mul(n, s)
         """
-        lower = stage.grow(value)
+        lower = stage.grow(value, OPS[self.name].quantises)
         return None if lower is None or lower.term is not None else _site(self.name, [(lower, SCALED)])
+
+
+class NormScaleQuant(NormScale):
+    """z = norm(x) * (1 + scale), of which only q and s are stored. kinds/quantiser.py has the code of the user."""
+
+    name = "norm_scale_quant"
 
 
 class NormTanhMulAddNormScale(Kind[Norm]):
@@ -91,8 +98,9 @@ class NormTanhMulAddNormScale(Kind[Norm]):
         upper = None if first is None else stage.grow(first)
         if first is None or upper is None or upper.term is None or upper.out[0] is not y:
             return None
-        lower = stage.grow(value)
-        lower = stage.bare(value) if lower is None or lower.term is not None else lower
+        quantises = OPS[self.name].quantises
+        lower = stage.grow(value, quantises)
+        lower = stage.bare(value, quantises) if lower is None or lower.term is not None else lower
         if lower is None:
             return None
         if (first.kind, first.steps.root) != (value.kind, value.steps.root):
@@ -100,6 +108,12 @@ class NormTanhMulAddNormScale(Kind[Norm]):
         if isinstance(eps_operand(first.eps), float) != isinstance(eps_operand(value.eps), float):
             raise Refused(Reason.EPS, value.anchor, "one eps is a constant, the other a tensor", self.name)
         return _site(self.name, [(upper, GATED), (lower, SECOND)])
+
+
+class NormTanhMulAddNormScaleQuant(NormTanhMulAddNormScale):
+    """The same y, and z, of which only q and s are stored. kinds/quantiser.py has the code of the user."""
+
+    name = "norm_tanh_mul_add_norm_scale_quant"
 
 
 def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
@@ -117,18 +131,24 @@ def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
         options |= {names.switch: part.factor is not None and part.factor.activation is not None}
         options |= {names.out_dtype: part.steps.out}
     check_operands(operands, kind)
+    found = quantiser.behind(stages[-1][0].out, kind) if OPS[kind].quantises else None
+    stored = [part.out for part, _ in stages]
     return Site(
         kind=kind,
         operands=operands,
-        options=options,
+        options=options | ({} if found is None else found.options()),
         form=_form(kind, stages),
-        outputs=tuple(Output(part.out) for part, _ in stages),
-        interior=tuple(node for part, _ in stages for node in part.interior),
+        outputs=tuple(map(Output, stored if found is None else (*stored[:-1], found.q, found.s))),
+        interior=(
+            *(node for part, _ in stages for node in part.interior),
+            *(() if found is None else (*stored[-1], *found.interior)),
+        ),
         anchor=first.anchor,
         like=_like(kind, [part for part, _ in stages]),
         summed=() if first.kind == "layer" else ("x",),  # F.layer_norm sums a contiguous copy, as the op does
         takes_any_layout=True,
         remark=max(part.norm.remark for part, _ in stages),
+        origin=stages[0][0].out[0],
     )
 
 

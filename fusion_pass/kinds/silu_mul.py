@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from dit_kernels.families import OPS
 from dit_kernels.rounding import SiluSteps, silu_steps
 from fusion_pass.dataflow import (
     aten,
@@ -12,24 +13,25 @@ from fusion_pass.dataflow import (
     dtype,
     have_same_shape,
     is_call,
+    is_cast,
+    is_narrowing,
     is_read_from_memory,
     other_operands,
     past_views,
     sole_user,
     stored_casts,
 )
+from fusion_pass.kinds import quantiser
 from fusion_pass.kinds.kind import Kind, Survey
 from fusion_pass.kinds.silu import Silu
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import Form, Operands, Output, Site, check_operands, operand_dtype
 
-KIND = "silu_mul"
-
 
 class SiluMul(Kind[Silu]):
     """out = silu(a) * b."""
 
-    name = KIND
+    name = "silu_mul"
     is_modulated = False
 
     def find(self, value: Silu, survey: Survey) -> Site | None:
@@ -41,39 +43,52 @@ class SiluMul(Kind[Silu]):
 
             c = convert(a, f32); e = exp(neg(c)); s = convert(div(c, add(e, 1)), bf16); mul(s, b)
         """
-        return _site(value)
+        return _site(value, self.name)
 
 
-def _site(silu: Silu) -> Site | None:
+class SiluMulQuant(SiluMul):
+    """out = silu(a) * b, of which only q and s are stored. kinds/quantiser.py has the code of the user."""
+
+    name = "silu_mul_quant"
+
+
+def _site(silu: Silu, kind: str) -> Site | None:
     terms = past_views(silu.out)
     term = terms[-1]
     product = next((user for user in term.users if _is_product(user, term)), None)
     if product is None:
         return None  # the silu is a gate that broadcasts, or a factor
-    out = stored_casts(product)
-    if not any(map(is_read_from_memory, out)):
-        raise Refused(Reason.INLINE, product, kind=KIND)
+    quantises = OPS[kind].quantises
+    out = stored_casts(product, is_narrowing if quantises else is_cast)
+    if quantises and not quantiser.follow(out):
+        return None
+    if not quantises and not any(map(is_read_from_memory, out)):
+        raise Refused(Reason.INLINE, product, kind=kind)
     if silu.by_hand:
-        raise Refused(Reason.SILU, silu.anchor, kind=KIND)
+        raise Refused(Reason.SILU, silu.anchor, kind=kind)
     if sole_user(term) is None:
-        raise Refused(Reason.ESCAPES, term, kind=KIND)
+        raise Refused(Reason.ESCAPES, term, kind=kind)
     b = next(other_operands(product, term))
     if not have_same_shape(silu.x, term):
-        raise Refused(Reason.SHAPE, term, "a reshape is between the silu and its product", KIND)
-    steps = SiluSteps(*(_dtype(node) for node in (silu.out, product, out[0])))
+        raise Refused(Reason.SHAPE, term, "a reshape is between the silu and its product", kind)
+    steps = SiluSteps(*(_dtype(node, kind) for node in (silu.out, product, out[0])))
     b = next((node for node in (before_widening(b), b) if _fits(steps, silu.x, node)), None)
     if b is None:
-        raise Refused(Reason.ROUNDING, product, kind=KIND)
+        raise Refused(Reason.ROUNDING, product, kind=kind)
     operands: Operands = {"a": silu.x, "b": b}
-    check_operands(operands, KIND)
+    check_operands(operands, kind)
+    found = quantiser.behind(out, kind) if quantises else None
+    inside = (*silu.interior, *terms, *(() if out == (product,) else (product,)))
     return Site(
-        kind=KIND,
+        kind=kind,
         operands=operands,
-        options={"silu_dtype": steps.silu, "out_dtype": steps.out},
+        options={"silu_dtype": steps.silu, "out_dtype": steps.out} | ({} if found is None else found.options()),
         form=Form("model", {}),
-        outputs=(Output(out),),
-        interior=tuple(dict.fromkeys((*silu.interior, *terms, *(() if out == (product,) else (product,))))),
+        outputs=(Output(out),) if found is None else (Output(found.q), Output(found.s)),
+        interior=tuple(dict.fromkeys(inside if found is None else (*inside, *out, *found.interior))),
         anchor=product,
+        like=None if found is None else product,
+        origin=product,
     )
 
 
@@ -90,8 +105,8 @@ def _fits(steps: SiluSteps, a: Node, b: Node) -> bool:
     return steps == silu_steps("model", left, right, steps.silu, steps.out)
 
 
-def _dtype(node: Node) -> torch.dtype:
+def _dtype(node: Node, kind: str) -> torch.dtype:
     found = dtype(node)
     if found is None:
-        raise Refused(Reason.ROUNDING, node, kind=KIND)
+        raise Refused(Reason.ROUNDING, node, kind=kind)
     return found

@@ -38,6 +38,7 @@ from fusion_pass.dataflow import (
     stored_casts,
 )
 from fusion_pass.kinds import factor as factors
+from fusion_pass.kinds import quantiser
 from fusion_pass.kinds.norm import Norm
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import Operand, operand_dtype
@@ -95,8 +96,11 @@ def _roundings(steps: StageSteps) -> tuple[Any, ...]:
     return (norm.root, *chain[:3], *(dtype for dtype, _ in groupby(chain[3:])))
 
 
-def grow(norm: Norm) -> StageInGraph | None:
-    """The stage of a norm with a term or a factor or both; None if there is no such stage. Raises Refused."""
+def grow(norm: Norm, quantises: bool = False) -> StageInGraph | None:
+    """The stage of a norm with a term or a factor or both; None if there is no such stage. Raises Refused.
+
+    quantises: the stage with a factor whose result a quantiser reads. Nothing needs to read it from memory.
+    """
     shapes = past_views(norm.out)
     reader = sole_user(shapes[-1])
     if reader is None:
@@ -104,18 +108,18 @@ def grow(norm: Norm) -> StageInGraph | None:
     if is_call(reader, aten.addcmul.default) and have_same_shape(shapes[-1], reader.args[0]):
         raise Refused(Reason.ROUNDING, reader, ADDCMUL, ADDED)
     if is_plain_add(reader):
-        return _with_term(norm, shapes, reader)
-    return _with_factor(norm, shapes, reader) if is_call(reader, aten.mul.Tensor) else None
+        return None if quantises else _with_term(norm, shapes, reader)
+    return _with_factor(norm, shapes, reader, quantises) if is_call(reader, aten.mul.Tensor) else None
 
 
-def bare(norm: Norm) -> StageInGraph | None:
-    """The norm itself as a stage; None if no node reads it from memory.
+def bare(norm: Norm, quantises: bool = False) -> StageInGraph | None:
+    """The norm itself as a stage; None if no node reads it from memory, or with `quantises`, if no quantiser reads it.
 
     If only the same kernel of Inductor reads the norm, an op would add a write and a read of each row. The same holds
     if the norm is only joined with other tensors: the kernel of Inductor writes into the joined tensor.
     """
     out = stored_casts(norm.out, is_narrowing)
-    if not any(map(is_read_from_memory, out)):
+    if not (quantiser.follow(out) if quantises else any(map(is_read_from_memory, out))):
         return None
     inside = tuple(node for node in norm.interior if node not in out)
     steps = _steps(norm, norm.steps.out, norm.out, out[0], False)
@@ -130,7 +134,7 @@ def _with_term(norm: Norm, shapes: tuple[Node, ...], y: Node) -> StageInGraph | 
     return StageInGraph(norm, shapes[-1], None, term, (y,), steps, (*norm.interior, *shapes))
 
 
-def _with_factor(norm: Norm, shapes: tuple[Node, ...], product: Node) -> StageInGraph | None:
+def _with_factor(norm: Norm, shapes: tuple[Node, ...], product: Node, quantises: bool) -> StageInGraph | None:
     like = shapes[-1]
     factor = next(other_operands(product, like))
     if not isinstance(factor, Node) or factor is like:
@@ -139,7 +143,9 @@ def _with_factor(norm: Norm, shapes: tuple[Node, ...], product: Node) -> StageIn
     y = sole_user(products[-1])
     term = _term(products[-1], y) if y is not None and is_plain_add(y) else None
     if y is None or term is None or factors.is_one_plus(factor):  # 1 + s is a scale, and the addend a shift
-        return _scaled(norm, shapes, product, factor)
+        return _scaled(norm, shapes, product, factor, quantises)
+    if quantises:
+        return None
     if comes_from(y, "addcmul"):  # torch 2.11 decomposes addcmul before any pass sees it
         raise Refused(Reason.ROUNDING, y, ADDCMUL, ADDED)
     operand = factors.resolve(factor, like, "tanh")
@@ -148,18 +154,20 @@ def _with_factor(norm: Norm, shapes: tuple[Node, ...], product: Node) -> StageIn
     return StageInGraph(norm, like, operand, term, (y,), steps, interior)
 
 
-def _scaled(norm: Norm, shapes: tuple[Node, ...], product: Node, factor: Node) -> StageInGraph | None:
+def _scaled(norm: Norm, shapes: tuple[Node, ...], product: Node, factor: Node, quantises: bool) -> StageInGraph | None:
     """The stage of a product with a factor, to which nothing is added. Raises Refused if no node reads the product from
-    memory."""
+    memory. With `quantises`, a quantiser must read it instead."""
     like = shapes[-1]
     if not have_same_shape(like, product):
         return None
     z = stored_casts(product, is_narrowing)
-    if not any(map(is_stored, z)):
+    if quantises and not quantiser.follow(z):
+        return None
+    if not quantises and not any(map(is_stored, z)):
         raise Refused(Reason.FOLLOWED, next(iter(past_views(z[0])[-1].users), product), kind=SCALED)
     if factors.resolve(factor, like, "tanh").activation is not None:
         return None  # a gate without a residual add
-    if not any(map(is_read_from_memory, z)):
+    if not quantises and not any(map(is_read_from_memory, z)):
         raise Refused(Reason.INLINE, z[0], kind=SCALED)
     operand = factors.resolve(factor, like, "one_plus")
     steps = _steps(norm, factors.applied_dtype(operand, norm.steps.out, SCALED), product, z[0], False)

@@ -1,0 +1,305 @@
+"""Quantisers of rows in a graph: z becomes q in FP8, and s, the scale of each row, which the matmul reads.
+
+dit_kernels/rounding.py has the steps. The code of two users, and their graphs for a bf16 z:
+
+    s = (z.abs().amax(-1, keepdim=True) / 448.0).float()                  # torchao
+    q = (z.float() / s).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+        a = amax(abs(z), [-1], True); s = convert(div(a, 448.0), f32)
+        q = convert(clamp_max(clamp_min(div(convert(z, f32), s), -448.0), 448.0), float8_e4m3fn)
+
+    s = (z.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-12)  # by hand
+    q = (z * s.reciprocal()).to(torch.float8_e4m3fn)
+
+        a = convert(amax(abs(z), [-1], True), f32); s = clamp_min(div(a, 448.0), 1e-12)
+        q = convert(mul(z, reciprocal(s)), float8_e4m3fn)
+
+Views that keep the rows, and casts up to fp32, may be in between. Each linear layer has a quantiser of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dit_kernels.arguments import known_equal
+from dit_kernels.rounding import FP8, LARGEST, QuantSteps
+from fusion_pass.dataflow import (
+    HALVES,
+    PARTS,
+    RESHAPES,
+    VIEWS,
+    aten,
+    dtype,
+    is_call,
+    is_cast,
+    is_pointwise,
+    is_widening,
+    keeps_rows,
+    value,
+)
+from fusion_pass.refusal import Reason, Refused
+
+# The bounds of a clamp, by its operator: the positions of the lower one and of the upper one.
+_CLAMPS = {aten.clamp_min.default: (1, None), aten.clamp_max.default: (None, 1), aten.clamp.default: (1, 2)}
+_SCALING = (*VIEWS, *_CLAMPS, aten.div.Tensor, aten.mul.Tensor, aten.clone.default)  # what is between z and its cast
+_NARROW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
+_FORM = "its steps are not those of a form that the ops know"
+_ONE_A_ROW = "it does not compute one scale for each row"
+
+
+@dataclass(frozen=True)
+class Quantisers:
+    """Equal quantisers of one value. q, s: the nodes of the quantised rows and of their scales. interior: the nodes
+    between the value and these."""
+
+    steps: QuantSteps
+    q: tuple[Node, ...]
+    s: tuple[Node, ...]
+    interior: tuple[Node, ...]
+
+    def nodes(self) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
+        return self.q, self.s, self.interior
+
+    def options(self) -> dict[str, Any]:
+        """The options of an op that quantises in this way."""
+        steps = self.steps
+        return {
+            "s_dtype": steps.scale,
+            "fmax": steps.fmax,
+            "smallest_amax": steps.smallest_amax,
+            "smallest_scale": steps.smallest_scale,
+            "reciprocal": steps.reciprocal,
+            "clamp": steps.clamp,
+        }
+
+
+def follow(z: Sequence[Node]) -> bool:
+    """Is a value scaled and cast to an 8-bit float?"""
+    return next(_casts(z), None) is not None
+
+
+def behind(z: Sequence[Node], kind: str) -> Quantisers:
+    """The quantisers that read a value, if nothing else reads it. Raises Refused if an op cannot compute them.
+
+    z: nodes of one value. kind: the kind of the site, for the report.
+    """
+    try:
+        first, *others = (_match(cast, z) for cast in _casts(z))
+        for other in others:
+            if other.steps != first.steps:
+                raise _refusal(other.q[0], "the layers that read the value quantise it in different ways")
+            first = Quantisers(first.steps, *(a + b for a, b in zip(first.nodes(), other.nodes(), strict=True)))
+        _check_readers(z, first)
+        return first
+    except Refused as refusal:
+        refusal.kind = kind
+        raise
+
+
+def _casts(z: Sequence[Node]) -> Iterator[Node]:
+    """The casts to an 8-bit float of a value, which may be scaled and clamped before."""
+    seen: set[Node] = set()
+    pending = [user for node in z for user in node.users]
+    for node in pending:  # the list grows
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_cast(node) and dtype(node) in _NARROW:
+            yield node
+        elif is_cast(node) or is_call(node, *_SCALING):
+            pending += node.users
+
+
+def _check_readers(z: Sequence[Node], found: Quantisers) -> None:
+    """Only quantisers read the value, and only what reads q reads s: the matmul."""
+    inside = {*z, *found.q, *found.s, *found.interior}
+    for node in (*z, *found.interior):
+        for user in node.users:
+            if user not in inside:
+                raise _refusal(
+                    user, f"something else reads {'the value' if node in z else 'a value inside the quantiser'}"
+                )
+    matmuls = set(_readers(found.q))
+    if not matmuls or any(map(is_pointwise, matmuls)):
+        raise _refusal(found.q[0], "Inductor computes with the quantised rows")
+    for reader in _readers(found.s):
+        if reader not in inside and reader not in matmuls:
+            raise _refusal(reader, "something other than the matmul reads the scale")
+
+
+def _readers(nodes: Sequence[Node]) -> Iterator[Node]:
+    """The nodes that read one of these, directly or through views and copies."""
+    for node in nodes:
+        for user in node.users:
+            if is_call(user, *VIEWS, *PARTS, aten.expand.default, aten.clone.default):
+                yield from _readers((user,))
+            else:
+                yield user
+
+
+# --- one quantiser ----------------------------------------------------------------------------------------------------
+
+
+def _match(cast: Node, z: Sequence[Node]) -> Quantisers:
+    """The quantiser that ends in a cast, read backwards. Raises Refused if its steps fit no form."""
+    if dtype(cast) != FP8:
+        raise _refusal(cast, f"to {str(dtype(cast)).removeprefix('torch.')}")
+    quotient, clamps = _under_clamps(cast.args[0])
+    rows, divisor, reciprocal = _operands(quotient)
+    scale, s, widened = _scale(divisor)
+    if not s:
+        raise _refusal(quotient, _FORM)
+    amax, steps = _steps_to_amax(scale)
+    division = next((i for i, node in enumerate(steps) if is_call(node, aten.div.Tensor)), None)
+    if division is None or not _is_row_of(divisor, rows):
+        raise _refusal(quotient, _ONE_A_ROW)
+    after, before = steps[: division + 1], steps[division + 1 :]
+    halves = {found for node in after if (found := dtype(node)) in HALVES}
+    exact = {dtype(z[0]), torch.float32}
+    fmax = steps[division].args[1]
+    if len(halves) > 1 or not {dtype(node) for node in (amax[0], *before)} <= exact or not _is_exact(fmax, after[-1]):
+        raise _refusal(quotient, _FORM)
+    return Quantisers(
+        steps=QuantSteps(
+            scale=next(iter(halves), torch.float32),
+            fmax=float(fmax),
+            smallest_amax=_least(before),
+            smallest_scale=_least(after),
+            reciprocal=bool(reciprocal),
+            clamp=bool(clamps),
+        ),
+        q=(cast,),
+        s=s,
+        interior=tuple(
+            node
+            for node in dict.fromkeys(
+                (*clamps, quotient, *reciprocal, *widened, *steps, *amax, *_path(rows, z), *_path(amax[-1].args[0], z))
+            )
+            if node not in s
+        ),
+    )
+
+
+def _under_clamps(node: Any) -> tuple[Node, list[Node]]:
+    """What is clamped to +-LARGEST, and the clamps. Without a clamp, there are none."""
+    clamps = _passed(node, lambda node: is_call(node, *_CLAMPS))
+    lower, upper = ([bound for clamp in clamps if (bound := _bounds(clamp)[side]) is not None] for side in (0, 1))
+    if (lower, upper) not in (([], []), ([-LARGEST], [LARGEST])):
+        raise _refusal(node, _FORM)
+    return clamps[-1].args[0] if clamps else node, clamps
+
+
+def _bounds(clamp: Node) -> list[Any]:
+    """The lower and the upper bound; None for one that is absent."""
+    return [None if at is None or at >= len(clamp.args) else clamp.args[at] for at in _CLAMPS[clamp.target]]
+
+
+def _operands(quotient: Node) -> tuple[Node, Node, tuple[Node, ...]]:
+    """The rows; what divides them; and the nodes that compute its reciprocal, if the rows are multiplied by it."""
+    if dtype(quotient) == torch.float32 and len(quotient.all_input_nodes) == 2:
+        left, right = quotient.all_input_nodes
+        if is_call(quotient, aten.div.Tensor):
+            return left, right, ()
+        for rows, factor in ((left, right), (right, left)) if is_call(quotient, aten.mul.Tensor) else ():
+            passed = _passed(factor, lambda node: is_call(node, *RESHAPES) or _is_itself(node))
+            inverse = passed[-1].args[0] if passed else factor
+            if is_call(inverse, aten.reciprocal.default) and dtype(inverse) == torch.float32:
+                return rows, inverse.args[0], (*passed, inverse)
+    raise _refusal(quotient, _FORM)
+
+
+def _is_itself(node: Any) -> bool:
+    """Is this a product with 1? Python's 1.0 / s is reciprocal(s) * 1.0."""
+    return is_call(node, aten.mul.Tensor) and isinstance(node.args[1], int | float) and node.args[1] == 1
+
+
+def _scale(divisor: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
+    """The scale as it is rounded; the nodes that hold it in fp32; and the nodes between."""
+    passed = _passed(divisor, lambda node: is_call(node, *RESHAPES) or is_widening(node))
+    scale: Node = passed[-1].args[0] if passed else divisor
+    if dtype(scale) == torch.float32:
+        return scale, (scale,), ()
+    narrow = [scale]
+    for node in narrow:  # the list grows
+        narrow += [user for user in node.users if is_call(user, *RESHAPES)]
+    return scale, tuple(user for node in narrow for user in node.users if is_widening(user)), tuple(narrow)
+
+
+def _steps_to_amax(scale: Any) -> tuple[list[Node], list[Node]]:
+    """The largest absolute value of a row, from its maximum to its absolute value; and the steps from the scale back
+    to the maximum."""
+    steps = _passed(scale, lambda node: is_cast(node) or _is_step(node))
+    largest = steps[-1].args[0] if steps else scale
+    picked = [largest] if is_call(largest, operator.getitem) and largest.args[1] == 0 else []
+    maximum = largest.args[0] if picked else largest
+    if is_call(maximum, aten.amax.default, aten.max.dim) and len(maximum.args) > 1:
+        dims = maximum.args[1] if isinstance(maximum.args[1], Sequence) else [maximum.args[1]]
+        source = value(maximum.args[0])
+        inside = _passed(maximum.args[0], lambda node: is_widening(node) or keeps_rows(node))
+        absolute = inside[-1].args[0] if inside else maximum.args[0]
+        if source is not None and list(dims) in ([-1], [source.ndim - 1]) and is_call(absolute, aten.abs.default):
+            return [*picked, maximum, *inside, absolute], steps
+    raise _refusal(largest if isinstance(largest, Node) else scale, _ONE_A_ROW)
+
+
+def _is_step(node: Any) -> bool:
+    """Is this a view, a least value, or a division by a number?"""
+    if is_call(node, *_CLAMPS):
+        least, most = _bounds(node)
+        return most is None and isinstance(least, int | float) and math.isfinite(least)
+    return is_call(node, *RESHAPES) or (is_call(node, aten.div.Tensor) and isinstance(node.args[1], int | float))
+
+
+def _least(steps: Sequence[Node]) -> float | None:
+    """The least value that the clamps among these steps allow; None if there is none. steps: the last one first."""
+    least, rounded = 0.0, torch.float32
+    for node in steps:
+        rounded = found if (found := dtype(node)) in HALVES else rounded
+        if is_call(node, *_CLAMPS):
+            least = max(least, _rounded(_bounds(node)[0], rounded))
+    return least or None
+
+
+def _rounded(number: float, to: torch.dtype | None) -> float:
+    return float(torch.tensor(number, dtype=torch.float32).to(to))
+
+
+def _is_exact(fmax: float, division: Node) -> bool:
+    """Is this a positive number that the dtype of the division holds?"""
+    return 0 < fmax < math.inf and _rounded(fmax, dtype(division)) == fmax
+
+
+def _path(node: Node, z: Sequence[Node]) -> list[Node]:
+    """The nodes from here back to the value: casts up, and views that keep the rows."""
+    passed = _passed(node, lambda node: node not in z and (is_widening(node) or keeps_rows(node)))
+    if (passed[-1].args[0] if passed else node) not in z:
+        raise _refusal(node, _ONE_A_ROW)
+    return passed
+
+
+def _passed(node: Any, passes: Callable[[Any], bool]) -> list[Node]:
+    """A chain of nodes, each the first argument of the one before, as long as they pass."""
+    passed: list[Node] = []
+    while passes(node):
+        passed.append(node)
+        node = node.args[0]
+    return passed
+
+
+def _is_row_of(divisor: Node, rows: Node) -> bool:
+    """Does the divisor have one element for each row?"""
+    left, right = value(divisor), value(rows)
+    if left is None or right is None or left.ndim != right.ndim or not left.ndim:
+        return False
+    return all(map(known_equal, left.shape, (*right.shape[:-1], 1)))
+
+
+def _refusal(node: Node, detail: str) -> Refused:
+    return Refused(Reason.QUANTISER, node, detail)
