@@ -88,6 +88,10 @@ def _packed_conversion(narrow: Callable[[Array], Array]) -> Callable[[Array, Arr
     return lambda high, low: narrow(high).astype(U32) << U32.type(16) | narrow(low)
 
 
+def _to_e4m3x2(high: Array, low: Array) -> Array:
+    return numbers.to_e4m3(high).astype(U16) << U16.type(8) | numbers.to_e4m3(low)
+
+
 def _pure() -> dict[str, Pure]:
     table = {
         "add.f32": Pure(np.add, F32, (F32, F32)),
@@ -100,6 +104,7 @@ def _pure() -> dict[str, Pure]:
         "neg.f64": Pure(np.negative, F64, (F64,)),
         "fma.rn.f64": Pure(numbers.fma_f64, F64, (F64, F64, F64)),
         "abs.f32": Pure(np.abs, F32, (F32,)),
+        "max.NaN.f32": Pure(np.maximum, F32, (F32, F32)),
         "neg.f32": Pure(np.negative, F32, (F32,)),
         "copysign.f32": Pure(lambda sign, a: np.copysign(a, sign), F32, (F32, F32)),
         "ex2.approx.ftz.f32": Pure(numbers.ex2_ftz, F32, (F32,)),
@@ -116,6 +121,7 @@ def _pure() -> dict[str, Pure]:
         "cvt.rn.f16.f32": Pure(numbers.to_f16, U16, (F32,)),
         "cvt.rn.bf16x2.f32": Pure(_packed_conversion(numbers.to_bf16), U32, (F32, F32)),
         "cvt.rn.f16x2.f32": Pure(_packed_conversion(numbers.to_f16), U32, (F32, F32)),
+        "cvt.rn.satfinite.e4m3x2.f32": Pure(_to_e4m3x2, U16, (F32, F32)),
         "cvt.s64.s32": Pure(lambda a: a.astype(S64), S64, (S32,)),
         "cvt.u64.u32": Pure(lambda a: a.astype(U64), U64, (U32,)),
         "cvt.u32.u64": Pure(lambda a: a.astype(U32), U32, (U64,)),
@@ -168,7 +174,7 @@ def _pure() -> dict[str, Pure]:
     for kind, (widen, narrow) in formats.items():
         for name, function in numbers.arithmetic16(widen, narrow).items():
             sources = (U16,) * (3 if name == "fma" else 2)
-            for rounding in (".rn",) if name == "fma" else ("", ".rn"):
+            for rounding in {"fma": (".rn",), "max.NaN": ("",)}.get(name, ("", ".rn")):
                 table[f"{name}{rounding}.{kind}"] = Pure(function, U16, sources)
                 table[f"{name}{rounding}.{kind}x2"] = Pure(function, U16, sources, 2)
         mixed = _mixed(widen)
@@ -559,6 +565,19 @@ class Machine:
 
         return step
 
+    def _decode_reduction(self, instruction: Instruction) -> Step:
+        """The largest number of a warp, in all of its lanes."""
+        target, source, mask = instruction.operands
+        if mask != "-1":
+            raise Unsupported(f"{instruction}: a reduction over less than a warp")
+        write, read = self._target(instruction, target, 32), self._source(instruction, source, S32)
+
+        def step(active: Lanes) -> None:
+            self._check_full_warps(instruction, active)
+            write(active, read(active).reshape(-1, WARP).max(1).repeat(WARP))
+
+        return step
+
     def _check_full_warps(self, instruction: Instruction, active: Lanes) -> None:
         if active is Everyone:
             return
@@ -773,6 +792,7 @@ class Machine:
         "ret": _decode_return,
         "bar.sync": _decode_barrier,
         "bar.warp.sync": _decode_warp_barrier,
+        "redux.sync.max.s32": _decode_reduction,
         "atom.global.inc.u32": _decode_count,
         "mbarrier.init.shared.b64": _decode_mbarrier_init,
         "fence.mbarrier_init.release.cluster": _decode_fence,

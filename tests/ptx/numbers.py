@@ -18,6 +18,7 @@ Array = Any  # np.ndarray of one of many dtypes
 F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 U16, U32, U64 = np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)
 SMALLEST_NORMAL = np.float32(2.0**-126)
+LARGEST_E4M3 = np.float32(448)
 
 
 def _away_from_even(rounded: Array, error: Array, bits: np.dtype[Any]) -> Array:
@@ -103,6 +104,17 @@ def to_f16(a: Array) -> Array:
     return np.where(np.isnan(a), U16.type(0x7FFF), a.astype(F16).view(U16))
 
 
+def to_e4m3(a: Array) -> Array:
+    """fp32 to 8 bits of e4m3fn, .satfinite: what is too large, or infinite, becomes the largest; NaN becomes 0x7f."""
+    with np.errstate(invalid="ignore"):
+        size = np.minimum(np.abs(a), LARGEST_E4M3)
+        small = np.rint(size * F32.type(512)).astype(U32)  # in units of 2^-9, the smallest subnormal
+    bits = size.view(U32)
+    normal = (bits + U32.type(0x7FFFF) + (bits >> U32.type(20) & U32.type(1)) >> U32.type(20)) - U32.type(120 << 3)
+    rounded = np.where(size < F32.type(2.0**-6), small, normal)
+    return np.where(np.isnan(a), 0x7F, rounded | np.signbit(a).astype(U32) << U32.type(7)).astype(np.uint8)
+
+
 def wide_to_bf16(a: Array) -> Array:
     """fp64 to bf16."""
     narrow = a.astype(F32)
@@ -110,7 +122,7 @@ def wide_to_bf16(a: Array) -> Array:
 
 
 def arithmetic16(widen: Callable[[Array], Array], narrow: Callable[[Array], Array]) -> dict[str, Callable[..., Array]]:
-    """add, mul and fma of 16-bit patterns."""
+    """add, mul, fma and max.NaN of 16-bit patterns."""
 
     def add(a: Array, b: Array) -> Array:
         return narrow(_sum_to_odd(widen(a).astype(F64), widen(b).astype(F64)))
@@ -121,7 +133,11 @@ def arithmetic16(widen: Callable[[Array], Array], narrow: Callable[[Array], Arra
     def multiply_add(a: Array, b: Array, c: Array) -> Array:
         return narrow(fma(widen(a), widen(b), widen(c)))
 
-    return {"add": add, "mul": mul, "fma": multiply_add}
+    def largest(a: Array, b: Array) -> Array:
+        """NaN if one of them is: max.NaN."""
+        return narrow(np.maximum(widen(a), widen(b)))
+
+    return {"add": add, "mul": mul, "fma": multiply_add, "max.NaN": largest}
 
 
 def flushed(a: Array) -> Array:

@@ -88,6 +88,28 @@ def test_a_packed_conversion_puts_its_first_operand_into_the_upper_half(kind: st
     assert PURE[f"cvt.f32.{kind}"].function(packed).tolist() == [2.0, 1.0]
 
 
+def near_e4m3() -> Any:
+    """All bf16 numbers, a million fp32 numbers, and those at and beside the middle of two neighbours of e4m3."""
+    e4m3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    middles = ((e4m3[1:] + e4m3[:-1]) / F32(2)).view(U32)
+    ties = np.concatenate([middles, middles + U32(1), middles - U32(1)])
+    anything = rng.integers(0, 2**32, 500_000, dtype=np.uint64).astype(U32)
+    of_its_range = rng.integers(0x3A000000, 0x43F00000, 500_000, dtype=np.uint64).astype(U32)
+    return floats(PATTERNS.astype(U32) << U32(16), anything, of_its_range, ties, ties | U32(2**31))
+
+
+def test_fp32_becomes_8_bits_of_e4m3_as_in_torch_and_saturates() -> None:
+    values = near_e4m3()
+    with np.errstate(all="ignore"):
+        pairs = PURE["cvt.rn.satfinite.e4m3x2.f32"].function(values, -values)
+    nan, low, high = np.isnan(values), pairs & U16(0xFF), pairs >> U16(8)
+    for got, given in ((high, values), (low, -values)):
+        cast = torch.from_numpy(given).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        assert (got[~nan] == cast[~nan]).all()
+    assert (pairs[nan] == 0x7F7F).all() and nan.any()
+    assert computed("cvt.rn.satfinite.e4m3x2.f32", [math.inf, -math.inf], [464.1, -1e9]) == [0x7E7E, 0xFEFE]
+
+
 # --- arithmetic that rounds once ------------------------------------------------------------------------------------
 
 
@@ -206,6 +228,16 @@ def test_comparisons_with_nan_are_false() -> None:
         assert computed(f"setp.{name}.f32", nan, one) == [False] * 3
 
 
+@pytest.mark.parametrize("kind", DTYPES)
+def test_the_larger_of_two_is_nan_if_one_of_them_is(kind: str) -> None:
+    narrow, widen = PURE[f"cvt.rn.{kind}.f32"].function, PURE[f"cvt.f32.{kind}"].function
+    a, b = (np.array(values, F32) for values in ([1, math.nan, 2, -0.0, 3], [2, 1, math.nan, 0.0, -math.inf]))
+    with np.errstate(all="ignore"):
+        assert_same_bits(widen(PURE[f"max.NaN.{kind}x2"].function(narrow(a), narrow(b))), np.maximum(a, b))
+    assert np.isnan(computed("max.NaN.f32", [1.0, math.nan], [math.nan, 1.0])).all()
+    assert computed("max.NaN.f32", [1.0, -2.0], [2.0, -math.inf]) == [2, -2]
+
+
 def test_comparisons_know_signed_from_unsigned() -> None:
     assert computed("setp.lt.s32", [-1], [1]) == [True]
     assert computed("setp.lt.u32", [2**32 - 1], [1]) == [False]
@@ -296,6 +328,13 @@ def test_butterflies_exchange_within_the_warp() -> None:
 
 def test_an_indexed_shuffle_gives_every_lane_that_of_its_own_warp() -> None:
     assert stored_by_each_lane("shfl.sync.idx.b32 %r9, %r3, 5, 31, -1;") == [5] * 32 + [37] * 32
+
+
+def test_a_reduction_gives_every_lane_the_largest_number_of_its_own_warp() -> None:
+    body = "xor.b32 %r4, %r3, 21;\nredux.sync.max.s32 %r9, %r4, -1;"
+    assert stored_by_each_lane(body) == [31] * 32 + [63] * 32
+    with pytest.raises(Fault, match="waits for all of its warp"):
+        stored_by_each_lane("setp.lt.u32 %p1, %r1, 8;\nmov.b32 %r9, 1;\n@%p1 redux.sync.max.s32 %r9, %r9, -1;")
 
 
 def test_a_barrier_of_a_warp_takes_all_of_it() -> None:
