@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 from kernel_variants import variant, with_specs
 from ptx.device import ARCHS, compiled
 
-from dit_kernels.chain import GATED, SCALED, SECOND, NormChain, Stage
+from dit_kernels.chain import GATED, SCALED, SECOND, NormChain, SiluChain, Stage
 from dit_kernels.compile import Variant
 from dit_kernels.cute.spec import TensorSpec, Walk
 from dit_kernels.cute.tiling import machine, row_tiling
+from dit_kernels.families import OPS
 from dit_kernels.families.modulated_norm import FAMILY
-from dit_kernels.rounding import FORMS, stage_steps
+from dit_kernels.rounding import FORMS, FP8, QuantSteps, silu_steps, stage_steps
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPILED = (*ARCHS, "sm_89")  # sm_89 runs what sm_80 does, from the same PTX
@@ -121,12 +123,59 @@ def attributes(info: bytes) -> dict[str, int]:
 @pytest.mark.parametrize("arch", COMPILED)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nothing_spills_and_as_many_ctas_fit_as_are_launched(arch: str, name: str) -> None:
-    ptx, cubin = code(arch, VARIANTS[name])
-    used, tiling = resources(cubin), VARIANTS[name].tiling(arch)
+    assert_fits(arch, VARIANTS[name])
+
+
+def assert_fits(arch: str, variant: Variant) -> None:
+    ptx, cubin = code(arch, variant)
+    used, tiling = resources(cubin), variant.tiling(arch)
     assert ".local" not in ptx
     assert used["frame"] == 0
     ctas = 1 if tiling.schedule is None else tiling.schedule.ctas
     assert -(-used["registers"] // 8) * 8 * tiling.threads * ctas <= 65536
+
+
+def quantised(dual: Variant, **steps: Any) -> Variant:
+    """The same with q and s instead of z."""
+    quant = QuantSteps(**{"scale": BF16, "fmax": 448.0, "reciprocal": False, "clamp": True, **NO_SMALLEST, **steps})
+    z = dual.named["z"]
+    assert z is not None
+    q, s = replace(z, dtype=FP8), TensorSpec(FP32, "token", 4)
+    return with_specs(replace(dual, chain=replace(dual.chain, quant=quant)), z=None, q=q, s=s)
+
+
+NO_SMALLEST = {"smallest_amax": None, "smallest_scale": None}
+SILU_ROW = TensorSpec(BF16, "token", 16)
+SILU_CHAIN = SiluChain(silu_steps("model", BF16, BF16), QuantSteps(BF16, 448.0, None, None, False, True))
+SILU_RESULTS = {"q": replace(SILU_ROW, dtype=FP8), "s": TensorSpec(FP32, "token", 4)}
+QUANTISED = {
+    "dual": quantised(dual(3840)),
+    "dual-8192": quantised(dual(8192)),
+    "dual-per-token": quantised(dual(3840, walk="token")),
+    "dual-fp32": quantised(dual(3840, FP32), scale=FP32),
+    "scaled": quantised(scaled(dual(3840))),
+    "scaled-3072": quantised(scaled(dual(3072))),
+    "scaled-tail": quantised(scaled(dual(2544))),
+    "silu": variant(OPS["silu_mul_quant"].family, SILU_CHAIN, 10240, a=SILU_ROW, b=SILU_ROW, **SILU_RESULTS),
+    "silu-13824": variant(OPS["silu_mul_quant"].family, SILU_CHAIN, 13824, a=SILU_ROW, b=SILU_ROW, **SILU_RESULTS),
+}
+
+
+@pytest.mark.parametrize("arch", ("sm_89", *ARCHS[1:]))
+@pytest.mark.parametrize("name", QUANTISED)
+def test_what_quantises_does_not_spill_and_as_many_ctas_fit_as_are_launched(arch: str, name: str) -> None:
+    assert_fits(arch, QUANTISED[name])
+
+
+@pytest.mark.parametrize(("name", "rows_written"), (("dual", 1), ("scaled", 0), ("silu", 0)))
+def test_q_is_written_in_pieces_of_8_bytes_and_s_once_a_row(name: str, rows_written: int) -> None:
+    ptx, _ = code("sm_90a", QUANTISED[name])
+    vectors = QUANTISED[name].tiling("sm_90a").vectors
+    writes = re.findall(r"st\.global\S*", ptx)
+    assert sum(write.endswith(WIDE) for write in writes) == rows_written * vectors
+    assert sum(write.endswith(".v4.b16") for write in writes) == vectors
+    assert len(writes) == (rows_written + 1) * vectors + 1
+    assert ptx.count("redux.sync.max") == 2
 
 
 WIDE = (".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64")

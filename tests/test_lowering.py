@@ -18,7 +18,7 @@ import fusion_pass
 from dit_kernels import ops, tickets
 from dit_kernels.arguments import laid
 from dit_kernels.direct import DirectCall
-from dit_kernels.families import OPS, modulated_norm
+from dit_kernels.families import OPS, rows
 from dit_kernels.families.family import Op
 from fusion_pass import Backend, lowering
 
@@ -244,7 +244,7 @@ def gpu() -> Iterator[None]:
     """CPU tensors are taken for those of a GPU whose kernels are all `launch`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "run_into", lambda call, results: (launch, ()) if results[0].numel() else None)
-        patch.setattr(modulated_norm, "processors", lambda device: PROCESSORS)
+        patch.setattr(rows, "processors", lambda device: PROCESSORS)
         patch.setattr(tickets.COUNTERS, "address", lambda device, stream, batches: COUNTERS)
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
         yield

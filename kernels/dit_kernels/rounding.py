@@ -37,7 +37,7 @@ A quantiser of rows turns z into q (`FP8`) and s (fp32, one number a row):
     q = the cast of z / s, or of z * (1 / s), computed in fp32 and clamped to +-LARGEST if `clamp`
 
 It computes what the model's own operations compute. A row of zeros has s = 0 and q = NaN without a smallest value.
-PyTorch's cast does not saturate: without the clamp, what rounds to more than LARGEST becomes NaN, as infinity does.
+PyTorch's cast clamps from 2.12 on. Before, it makes NaN of infinity and of what rounds to more than LARGEST.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class QuantSteps:
     smallest_amax: float | None  # the least amax; None: no least
     smallest_scale: float | None  # the least scale, in fp32; None: no least
     reciprocal: bool  # True: z * (1 / s), where 1 / s is rounded to fp32; False: z / s
-    clamp: bool  # to +-LARGEST before the cast
+    clamp: bool  # to +-LARGEST before the cast, or by the cast
     out: torch.dtype = FP8
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 from ptx.device import call, gpu
 
 from dit_kernels import compile
-from dit_kernels.families.modulated_norm import processors
+from dit_kernels.families.rows import processors
 from dit_kernels.rounding import FORMS, NORMS
 
 OPS = ("norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "norm_scale")

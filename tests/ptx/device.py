@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_kernels import compile, ops, tickets
 from dit_kernels.arguments import Layout
 from dit_kernels.compile import Variant, compile_variant
-from dit_kernels.families import modulated_norm
+from dit_kernels.families import rows
 from dit_kernels.families.family import Call
 from ptx.host import Launch, host_function, launch
 from ptx.machine import Machine
@@ -98,7 +98,7 @@ def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] =
     with (
         mock.patch.object(compile.KERNELS, "get", kernel),
         mock.patch.object(compile, "_arch", return_value=arch),
-        mock.patch.object(modulated_norm, "processors", return_value=processors),
+        mock.patch.object(rows, "processors", return_value=processors),
     ):
         yield
 

@@ -54,8 +54,12 @@ def layer_norm(x: Tensor, _: Any, weight: Tensor | None, bias: Tensor | None, ep
     return (n if bias is None else n + bias.float()).to(x.dtype)
 
 
+def product_with_reciprocal(x: Tensor, divisor: float) -> Tensor:
+    return x * (np.float32(1.0) / np.float32(divisor)).item()
+
+
 class LikeCuda(torch.overrides.TorchFunctionMode):
-    """Computes rsqrt and products of complex numbers as a GPU does, and on demand layer norms."""
+    """Computes as a GPU does: rsqrt, products of complex numbers, division by a number, and on demand layer norms."""
 
     def __init__(self, layer_norms: bool = False) -> None:
         super().__init__()
@@ -66,6 +70,8 @@ class LikeCuda(torch.overrides.TorchFunctionMode):
             function = rsqrt
         elif function in (torch.mul, Tensor.mul) and isinstance(args[0], Tensor) and args[0].is_complex():
             function = complex_product
+        elif function in (Tensor.__truediv__, Tensor.div, torch.div) and not isinstance(args[1], Tensor):
+            function = product_with_reciprocal
         elif function is F.layer_norm and self.layer_norms:
             function = layer_norm
         return function(*args, **(kwargs or {}))

@@ -59,6 +59,10 @@ def _divide(a: Array, b: Array) -> Array:
     return (np.sign(wide[0]) * np.sign(wide[1]) * (np.abs(wide[0]) // np.abs(wide[1]))).astype(S32)
 
 
+def _negated(compare: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
+    return ~compare(a, b)
+
+
 def _select(a: Array, b: Array, p: Array) -> Array:
     return np.where(p, a, b)
 
@@ -164,6 +168,8 @@ def _pure() -> dict[str, Pure]:
     for name, compare in _COMPARISONS.items():
         for kind, dtype in {"f32": F32, "s16": S16, "s32": S32, "s64": S64, "u16": U16, "u32": U32, "u64": U64}.items():
             table[f"setp.{name}.{kind}"] = Pure(compare, BOOL, (dtype, dtype))
+    for name, opposite in {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}.items():  # true for a NaN
+        table[f"setp.{name}.f32"] = Pure(partial(_negated, _COMPARISONS[opposite]), BOOL, (F32, F32))
     for kind, dtype in {"b16": U16, "b32": U32, "b64": U64}.items():
         table[f"setp.eq.{kind}"] = Pure(np.equal, BOOL, (dtype, dtype))
         table[f"setp.ne.{kind}"] = Pure(np.not_equal, BOOL, (dtype, dtype))
@@ -568,12 +574,13 @@ class Machine:
     def _decode_reduction(self, instruction: Instruction) -> Step:
         """The largest number of a warp, in all of its lanes."""
         target, source, mask = instruction.operands
-        if mask != "-1":
-            raise Unsupported(f"{instruction}: a reduction over less than a warp")
         write, read = self._target(instruction, target, 32), self._source(instruction, source, S32)
+        mask_of = self._source(instruction, mask, S32)
 
         def step(active: Lanes) -> None:
             self._check_full_warps(instruction, active)
+            if (mask_of(active) != -1).any():
+                raise Unsupported(f"{instruction}: a reduction over less than a warp")
             write(active, read(active).reshape(-1, WARP).max(1).repeat(WARP))
 
         return step

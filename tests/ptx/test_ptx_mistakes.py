@@ -27,9 +27,9 @@ from cutlass import Float32, Int32
 
 from dit_kernels import compile, tickets
 from dit_kernels.arguments import COLUMN, Argument, Layout
-from dit_kernels.cute import modulated_norm, reduce, spec, stage
+from dit_kernels.cute import modulated_norm, reduce, rows, spec, stage
 from dit_kernels.families import OPS
-from dit_kernels.families import modulated_norm as family_of_norms
+from dit_kernels.families import rows as families_of_rows
 from ptx import device
 from ptx.device import ARCHS, compiled, gpu
 from ptx.host import launch
@@ -80,7 +80,7 @@ def run_with_strides_swapped(swapped: str, arch: str, tokens: int, per_token: bo
     o = bounds.operands(2, tokens, 2304)
     if per_token:
         o = replace(o, gate=random(2, tokens, 2304, seed=1), scale=random(2, tokens, 2304, seed=2))
-    run(modulated_norm.ModulatedNormKernel, "tensor", tensor, arch, o=o)
+    run(rows.RowKernel, "tensor", tensor, arch, o=o)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -218,7 +218,7 @@ def test_rows_drawn_one_too_few_or_too_many_are_found(arch: str, more: int, mess
         original(self, counters, batch, walkers, given, drawn + more)
 
     with pytest.raises(Fault, match=message):
-        run(modulated_norm._Tickets, "__init__", tickets, arch, batch=1, tokens=14)
+        run(rows._Tickets, "__init__", tickets, arch, batch=1, tokens=14)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -227,7 +227,7 @@ def test_a_row_that_is_drawn_twice_is_found(arch: str) -> None:
         return original(tickets, ticket // 2 * 2)
 
     with pytest.raises(Fault, match=WHERE + r".*writes y\[0, \d+, \d+\] a second time"):
-        run(modulated_norm._Tickets, "row_of", row_of, arch, batch=1, tokens=14)
+        run(rows._Tickets, "row_of", row_of, arch, batch=1, tokens=14)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -236,7 +236,7 @@ def test_tickets_of_another_batch_item_are_found(arch: str) -> None:
         original(self, counters, Int32(0), *others)
 
     with pytest.raises(Fault, match=WHERE + "|left counters|never written"):
-        run(modulated_norm._Tickets, "__init__", tickets, arch, batch=2, tokens=14)
+        run(rows._Tickets, "__init__", tickets, arch, batch=2, tokens=14)
 
 
 @pytest.mark.parametrize("arch", ARCHS[1:])
@@ -245,7 +245,7 @@ def test_a_copy_of_a_row_behind_the_last_is_found(arch: str) -> None:
         original(rings, arrived, token_at, batch, cutlass.select_(token < 0, Int32(5), token), stage)
 
     with pytest.raises(Fault, match=WHERE + "cp.async.bulk.*out of bounds"):
-        run(modulated_norm, "_fetch", fetch, arch, batch=1)
+        run(rows, "_fetch", fetch, arch, batch=1)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -291,7 +291,7 @@ def test_sums_of_two_rows_in_one_buffer_are_found_where_one_barrier_is_between(o
 
     # On sm_80: rows that bulk copies bring have one more barrier.
     with pytest.raises(Fault, match=WHERE + "(ld|st).shared.*of shared memory, which.*no barrier between"):
-        run(modulated_norm.ModulatedNormKernel, "partials", partials, "sm_80", op)
+        run(rows.RowKernel, "partials", partials, "sm_80", op)
 
 
 @pytest.mark.parametrize("arch", ARCHS[1:])
@@ -309,7 +309,7 @@ def test_a_wait_for_another_stage_is_found(arch: str) -> None:
         original(rings, arrived, token_at, batch, token, 1 - stage)
 
     with pytest.raises(Fault, match=WHERE + "(ld.shared.*nothing w|mbarrier.*)"):
-        run(modulated_norm, "_fetch", fetch, arch, batch=1, tokens=14)
+        run(rows, "_fetch", fetch, arch, batch=1, tokens=14)
 
 
 # --- the launch -----------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ class Far:
         numbers = self.family.launch_numbers(layouts)
         with (
             mock.patch.object(tickets.COUNTERS, "address", lambda d, s, batches: self.memory.add_counters(batches)),
-            mock.patch.object(family_of_norms, "processors", return_value=1),
+            mock.patch.object(families_of_rows, "processors", return_value=1),
         ):
             of_launch = self.family.of_launch(0, 0, BATCHES)
         if of_launch and self.tiling.schedule is not None:  # all rows but the last are drawn already

@@ -226,6 +226,8 @@ def test_comparisons_with_nan_are_false() -> None:
     nan, one = [math.nan, math.nan, 1.0], [1.0, math.nan, math.nan]
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
         assert computed(f"setp.{name}.f32", nan, one) == [False] * 3
+    for name, of_two_and_one in {"ltu": False, "leu": False, "gtu": True, "geu": True}.items():
+        assert computed(f"setp.{name}.f32", [*nan, 2.0], [*one, 1.0]) == [True, True, True, of_two_and_one]
 
 
 @pytest.mark.parametrize("kind", DTYPES)

@@ -6,6 +6,9 @@ Rows may have strides, so a and b can be halves of one tensor.
 s = a / (1 + exp(-a)). For fp32 results, s is computed as CUDA's own silu computes it. For 16-bit results, exp2 and the
 reciprocal are the approximate instructions. Their errors of about 2^-23 change about one result in ten thousand. With
 the exact instructions, the arithmetic takes longer than the memory accesses.
+
+A quantised result needs the largest number of its row. So there, CTAs work on whole rows, and the row stays in
+registers.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from cutlass import Float32, Int32, Int64
 from dit_kernels.cute.arith import elements_of, product, rounded, widen
 from dit_kernels.cute.fma import fma32
 from dit_kernels.cute.kernel import Kernel
+from dit_kernels.cute.quantise import quantise
+from dit_kernels.cute.rows import RowKernel
+from dit_kernels.cute.stage import Kept, Reader, RowPlace
 from dit_kernels.cute.tiling import MAX_GRID_Y
 from dit_kernels.cute.vectors import load, store, vector_at
 from dit_kernels.rounding import SiluSteps
@@ -54,7 +60,7 @@ def _silu_mul(a, b, steps: SiluSteps):
 
 
 class SiluMulKernel(Kernel):
-    """The kernel of a SiluChain."""
+    """The kernel of a SiluChain whose result is stored."""
 
     def launch(self, operands, batches, tokens, strides, of_launch, stream) -> None:
         t = self.tiling
@@ -92,3 +98,13 @@ class SiluMulKernel(Kernel):
             pieces.append((result, inside, left, right))
         for result, inside, left, right in pieces:
             store(_silu_mul(left.load(), right.load(), steps), result, inside)
+
+
+class SiluMulQuantKernel(RowKernel):
+    """The kernels of a SiluChain whose result is quantised."""
+
+    def run(self, place: RowPlace, rows: dict[str, Reader], shared: Any, operands, partials) -> None:
+        z = Kept(place)
+        for i in range(place.tiling.vectors):
+            z.store(i, _silu_mul(rows["a"](i), rows["b"](i), self.chain.steps))
+        quantise(z, self.chain.quant, self.writer(operands, "q", place), operands["s"], partials[None, 0, self.norms])

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 import torch
-from cutlass import BFloat16, Float16, Float32, Int32
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32
 from cutlass.cute.arch.nvvm_wrappers import inline_ptx
 from cutlass.cutlass_dsl import dsl_user_op
 
-CUTE_DTYPES = {torch.bfloat16: BFloat16, torch.float16: Float16, torch.float32: Float32}
+from dit_kernels.rounding import FP8
+
+CUTE_DTYPES = {torch.bfloat16: BFloat16, torch.float16: Float16, torch.float32: Float32, FP8: Float8E4M3FN}
 
 # fma is the only packed instruction that sm_80 also has for bf16. So a product is a * b - 0, and a sum is a * 1 + b.
 _PAIRS = {BFloat16: cute.arch.fma_packed_bf16x2, Float16: cute.arch.fma_packed_f16x2}
@@ -48,7 +50,7 @@ def widen(value):
     if value.dtype is not BFloat16 or cute.size(value.shape) % 2:
         return value.to(Float32)
     # Two instructions per pair; LLVM's conversion takes three.
-    words = _words(value)
+    words = words_of(value)
     bits = cute.make_rmem_tensor(value.shape, Int32)
     for i in range(cute.size(words)):
         bits[2 * i] = words[i] << 16
@@ -92,7 +94,7 @@ def _are_pairs(a, b, dtype: torch.dtype) -> bool:
 
 
 def _by_pairs(instruction, a, b):
-    left, right = _words(a), _words(b)
+    left, right = words_of(a), words_of(b)
     result = cute.make_rmem_tensor(a.shape, a.dtype)
     words = cute.recast_tensor(result, Int32)
     for i in range(cute.size(words)):
@@ -107,5 +109,6 @@ def elements_of(value) -> cute.Tensor:
     return elements
 
 
-def _words(value) -> cute.Tensor:
+def words_of(value) -> cute.Tensor:
+    """A vector as registers of 32 bits."""
     return cute.recast_tensor(elements_of(value), Int32)

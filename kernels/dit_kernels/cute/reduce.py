@@ -1,10 +1,10 @@
-"""Sums over the threads of a CTA."""
+"""Sums and largest numbers over the threads of a CTA."""
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from dit_kernels.cute.tiling import WARP
 
@@ -38,4 +38,22 @@ def cta_sum(value: Float32, partials: cute.Tensor) -> Float32:  # partials: (war
         if group_lane < warps:
             value = partials[group_lane]
         value = warp_sum(value, lanes)
+    return value
+
+
+@cute.jit
+def cta_max(value: Int32, partials: cute.Tensor) -> Int32:  # partials: (warps,) in shared memory
+    """The largest of the numbers of a CTA, none of them negative, in every thread of the CTA: as `cta_sum`."""
+    warps = const_expr(cute.size(partials))
+    value = cute.arch.warp_redux_sync(value, "max")
+    if const_expr(warps > 1):
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.thread_idx()[0] // WARP
+        if lane == 0:
+            partials[warp] = value
+        cute.arch.sync_threads()
+        value = Int32(0)
+        if lane < warps:
+            value = partials[lane]
+        value = cute.arch.warp_redux_sync(value, "max")
     return value

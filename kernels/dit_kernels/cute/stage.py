@@ -16,7 +16,7 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from dit_kernels.chain import Stage
-from dit_kernels.cute.arith import product, rounded, total, widen
+from dit_kernels.cute.arith import elements_of, product, rounded, total, widen
 from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
 from dit_kernels.cute.reduce import cta_sum
 from dit_kernels.cute.spec import TensorSpec
@@ -143,6 +143,20 @@ class Writer(Reader):
         if self.place.tiling.resident:
             self.fragments.append(fragment)
         return fragment
+
+
+class Kept(Reader):
+    """This thread's vectors of a result that is not stored."""
+
+    def __init__(self, place: RowPlace):
+        super().__init__(place, None)
+
+    def store(self, i, value) -> cute.Tensor:
+        self.fragments.append(elements_of(value))
+        return self.fragments[-1]
+
+    def __call__(self, i):
+        return self.fragments[i].load()
 
 
 @cute.jit

@@ -55,6 +55,12 @@ WALKING_VECTORS = 3
 # which the second number holds; threads per multiprocessor.
 UNSTAGED_THREADS = ((12, 1536), (24, 1024), (LOADED_REGISTERS, 768))
 
+# Rows without parameters take fewer registers: threads per CTA, and threads per multiprocessor if CTAs walk over rows.
+PLAIN_THREADS, WALKING_PLAIN_THREADS = 640, 1280
+
+# Bytes of the widest operand of a row that stays in registers.
+WIDEST_ROW, WIDEST_PLAIN_ROW = (4 * ROW_REGISTERS * threads for threads in (MAX_THREADS, PLAIN_THREADS))
+
 REGISTERS = 65536  # per multiprocessor
 OTHER_SHARED_BYTES = 1536  # per CTA: reserved by the system, mbarriers and partial sums
 
@@ -109,6 +115,7 @@ def row_tiling(
     arch: str,
     walks: bool = True,
     aligned: bool = True,
+    kept_width: int = 0,
 ) -> RowTiling:
     """The tiling for rows of `d` elements.
 
@@ -116,6 +123,7 @@ def row_tiling(
     per row (x, residual). parameter_widths: bytes per element, as it is kept, of each other operand that is read as
     vectors and loaded with the row. A vector is as wide as the narrowest row operand needs for a 16-byte access. walks:
     no parameter differs from row to row. aligned: rows start and end at multiples of 16 bytes, as bulk copies require.
+    kept_width: bytes per element of a result that stays in registers beside everything else; 0 if there is none.
     """
     vector = _vector_elements(d, min(row_widths))
     registers = _registers(vector, max(row_widths))
@@ -138,7 +146,8 @@ def row_tiling(
     schedule = None
     if walks and resident:
         if bulk and held <= HELD_REGISTERS:
-            used = 15 + held + held // 2 + 8 * tail + on.more_registers
+            kept = vectors * _registers(vector, kept_width)
+            used = 15 + held + held // 2 + kept + 8 * tail + on.more_registers
             most_ctas = min(WALKING_THREADS[rows] // threads, REGISTERS // (threads * used))
             schedule = _staged(most_ctas, d * sum(row_widths), on.shared_bytes)
         elif loaded <= LOADED_REGISTERS:
@@ -146,6 +155,20 @@ def row_tiling(
     most_loaded = LOADED_REGISTERS if walks else LOADED_REGISTERS_OF_A_ROW[rows]
     ahead = resident and (loaded <= most_loaded or schedule is not None)
     return RowTiling(threads, vector, vectors, tail, resident, ahead, schedule)
+
+
+def plain_row_tiling(d: int, row_widths: Sequence[int], arch: str, aligned: bool = True) -> RowTiling:
+    """The tiling for rows without parameters, of at most WIDEST_PLAIN_ROW bytes. Arguments: see `row_tiling`."""
+    vector = _vector_elements(d, min(row_widths))
+    registers, total, on = _registers(vector, max(row_widths)), d // vector, machine(arch)
+    threads, vectors = _split(total, ROW_REGISTERS // registers, -(-total // PLAIN_THREADS))
+    loaded, ctas = vectors * len(row_widths) * registers, max(1, min(WALKING_PLAIN_THREADS // threads, MAX_CTAS))
+    schedule = None
+    if aligned and on.shared_bytes > 0:
+        schedule = _staged(ctas, d * sum(row_widths), on.shared_bytes)
+    elif loaded <= LOADED_REGISTERS:
+        schedule = _unstaged(threads, loaded)
+    return RowTiling(threads, vector, vectors, threads * vectors != total, True, True, schedule)
 
 
 def _unstaged(threads: int, loaded: int) -> Schedule:

@@ -14,8 +14,9 @@ from torch import Tensor
 from dit_kernels import reference
 from dit_kernels.arguments import PER_ROW, QUANT_OPTIONS, ROW, Argument, Option, dtype_option
 from dit_kernels.chain import SiluChain
-from dit_kernels.cute.tiling import VectorTiling, vector_tiling
+from dit_kernels.cute.tiling import WIDEST_PLAIN_ROW, RowTiling, VectorTiling, plain_row_tiling, vector_tiling
 from dit_kernels.families.family import Family, Named, Op, Shaped, quant_options, quantised_results
+from dit_kernels.families.rows import RowFamily, are_copied_in_bulk, can_be_quantised
 from dit_kernels.rounding import SILU_FORMS, silu_steps
 
 _steps = lru_cache(maxsize=None)(silu_steps)
@@ -46,11 +47,11 @@ class Activation(Family):
 
         return SiluMulKernel
 
-    def tiling(self, chain: SiluChain, d: int, specs: Named, arch: str) -> VectorTiling:
+    def tiling(self, chain: SiluChain, d: int, specs: Named, arch: str) -> VectorTiling | RowTiling:
         return vector_tiling(d, min(specs[name].dtype.itemsize for name in ("a", "b")))
 
 
-class QuantisedActivation(Activation):
+class QuantisedActivation(RowFamily, Activation):
     """Computes a SiluChain and quantises it, row by row."""
 
     arguments = (
@@ -68,8 +69,19 @@ class QuantisedActivation(Activation):
         (z,) = super().definition(chain, named)
         return reference.quantised(z, chain.quant)
 
+    def fits_kernel(self, chain: SiluChain, named: Named) -> bool:
+        widths = [named["a"].dtype.itemsize, named["b"].dtype.itemsize, chain.steps.out.itemsize]
+        fits = can_be_quantised(named["a"].shape[-1], widths, WIDEST_PLAIN_ROW)
+        return fits and super().fits_kernel(chain, named)
+
     def kernel(self) -> Callable[..., Any]:
-        raise NotImplementedError("no kernel quantises yet")
+        from dit_kernels.cute.activation import SiluMulQuantKernel
+
+        return SiluMulQuantKernel
+
+    def tiling(self, chain: SiluChain, d: int, specs: Named, arch: str) -> RowTiling:
+        rows = (specs["a"], specs["b"])
+        return plain_row_tiling(d, [spec.dtype.itemsize for spec in rows], arch, are_copied_in_bulk(rows, d))
 
 
 _OPTIONS = (Option("rounding", "str", "model", SILU_FORMS), dtype_option("silu_dtype"), dtype_option("out_dtype"))

@@ -26,6 +26,10 @@ from dit_kernels.arguments import (
 )
 from dit_kernels.rounding import FP8, QuantSteps
 
+FP8_CAPABILITY = (8, 9)  # the first compute capability with conversions to FP8
+# From 2.12 on, PyTorch's cast to FP8 clamps (pytorch/pytorch#178817). Before, it makes NaN of what is too large.
+CAST_SATURATES = torch.__version__ >= "2.12"
+
 Named = Mapping[str, Any]  # the arguments of a call, by the family's names; None for absent ones
 Shaped = tuple[Sequence[Any], torch.dtype]  # shape and dtype of a result
 
@@ -247,13 +251,14 @@ class KernelArguments:
 
 
 def quantises_on(t: Tensor) -> bool:
-    """Can a kernel write FP8 on the device of this tensor? No kernel does yet."""
-    return False
+    """Can a kernel write FP8 on the device of this tensor?"""
+    return t.device.type == "cuda" and torch.cuda.get_device_capability(t.device) >= FP8_CAPABILITY
 
 
 def quant_options(options: Named, z: torch.dtype) -> QuantSteps:
     """The steps of the quantiser that the options of an op describe. z: the dtype of what is quantised."""
     given = {option.name: options[option.name] for option in QUANT_OPTIONS}
+    given["clamp"] = given["clamp"] or CAST_SATURATES
     return QuantSteps(given.pop("s_dtype") or z, **given)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,15 +31,15 @@ from dit_kernels.arguments import (
     reject,
 )
 from dit_kernels.chain import GATED, SCALED, SECOND, NormChain, Stage, StageNames
-from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling, row_tiling
-from dit_kernels.families.family import Family, Named, Op, Shaped, quant_options, quantised_results
+from dit_kernels.cute.tiling import WIDEST_ROW, RowTiling, row_tiling
+from dit_kernels.families.family import Named, Op, Shaped, quant_options, quantised_results
+from dit_kernels.families.rows import RowFamily, are_copied_in_bulk, can_be_quantised
 from dit_kernels.rounding import FORMS, NORMS, ROOTS, stage_steps
-from dit_kernels.tickets import COUNTERS
 
 _steps = lru_cache(maxsize=None)(stage_steps)
 
 
-class ModulatedNorm(Family):
+class ModulatedNorm(RowFamily):
     """Computes a NormChain over one row. An op has a result for each stage; q and s in place of the last, if it
     quantises."""
 
@@ -109,7 +109,14 @@ class ModulatedNorm(Family):
         # A 0-d operand does not promote. With a dtype other than x's, it makes a different chain, seen in no model.
         modulations = (named.get(argument.name) for argument in self.arguments if argument.role is MODULATION)
         scalars = (t for t in modulations if t is not None and t.ndim == 0)
-        return all(t.dtype == named["x"].dtype for t in scalars) and super().fits_kernel(chain, named)
+        if not all(t.dtype == named["x"].dtype for t in scalars):
+            return False
+        if chain.quant is not None:
+            x, *terms = (named[name] for name in ("x", *(stage.names.term for stage in chain.stages)) if name)
+            dtypes = [t.dtype for t in (x, *terms)] + [stage.steps.out for stage in chain.stages]
+            if not can_be_quantised(x.shape[-1], [dtype.itemsize for dtype in dtypes], WIDEST_ROW):
+                return False
+        return super().fits_kernel(chain, named)
 
     def kernel(self) -> Callable[..., Any]:
         from dit_kernels.cute.modulated_norm import ModulatedNormKernel
@@ -122,13 +129,11 @@ class ModulatedNorm(Family):
         walks = all(spec is None or spec.walk != "token" for spec in factors)
         # A CTA that takes one row loads the parameters of the second norm later.
         loaded = [width for stage in chain.stages[: None if walks else 1] for width in _held_widths(stage, specs)]
-        aligned = all(spec.access == ACCESS_BYTES and d * spec.dtype.itemsize % ACCESS_BYTES == 0 for spec in rows)
         widths = [spec.dtype.itemsize for spec in rows]
-        return row_tiling((len(rows), len(chain.stages)), d, widths, loaded, arch, walks, aligned)
-
-    def of_launch(self, device: int, stream: int, batches: int) -> tuple[int, ...]:
-        """The number of multiprocessors, and the address of the ticket counters."""
-        return processors(device), COUNTERS.address(device, stream, batches)
+        # Of two stages, z takes the registers of y.
+        kept = 0 if chain.quant is None or len(chain.stages) > 1 else chain.stages[-1].steps.out.itemsize
+        moved = len(rows), len(chain.stages)
+        return row_tiling(moved, d, widths, loaded, arch, walks, are_copied_in_bulk(rows, d), kept)
 
 
 def _dtype(t: Tensor | None) -> torch.dtype | None:
@@ -143,11 +148,6 @@ def _held_widths(stage: Stage, specs: Named) -> list[int]:
         if spec is not None and spec.walk != "element":
             held.append(stage.held_dtype(name, spec.dtype).itemsize)
     return held
-
-
-@cache
-def processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # --- the ops --------------------------------------------------------------------------------------------------------
