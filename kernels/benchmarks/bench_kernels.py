@@ -54,6 +54,11 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
+def op_of(name: str) -> Callable[..., Any]:
+    op: Callable[..., Any] = getattr(torch.ops.dit_kernels, name)
+    return op
+
+
 def name_of(op: str, *numbers: int, batch: int, dtype: torch.dtype, extra: str = "") -> str:
     words = [f"B={batch}"] * (batch > 1) + [str(dtype).removeprefix("torch.")] * (dtype != BF16) + [extra] * bool(extra)
     return " ".join([op, *map(str, numbers), *words])
@@ -102,13 +107,15 @@ class Case:
         y = r + g.tanh() * norm(x, w, 1e-5)
         return y if self.op == "gated" else (y, norm(y, w2, 1e-6) * (1 + s))
 
-    def ours(self, x: Tensor, r: Tensor, g: Tensor, s: Tensor, w: Tensor, w2: Tensor) -> Any:
-        ops, form = torch.ops.dit_kernels, self.rounding
+    def ours(self, x: Tensor, r: Tensor, g: Tensor, s: Tensor, w: Tensor, w2: Tensor, quant: str = "") -> Any:
+        """quant: "_quant" for the op whose last result is in FP8."""
+        form = self.rounding
         if self.op == "dual":
-            return ops.norm_tanh_mul_add_norm_scale(x, w, None, g, r, 1e-5, w2, None, s, 1e-6, rounding=form)
+            dual = op_of("norm_tanh_mul_add_norm_scale" + quant)
+            return dual(x, w, None, g, r, 1e-5, w2, None, s, 1e-6, rounding=form)
         if self.op == "gated":
-            return ops.norm_tanh_mul_add(x, w, None, g, r, 1e-5, rounding=form)
-        return ops.norm_scale(x, w, None, s, 1e-5, rounding=form)
+            return op_of("norm_tanh_mul_add")(x, w, None, g, r, 1e-5, rounding=form)
+        return op_of("norm_scale" + quant)(x, w, None, s, 1e-5, rounding=form)
 
 
 @dataclass(frozen=True)
@@ -192,11 +199,43 @@ class SiluCase:
     def eager(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.nn.functional.silu(a) * b
 
-    def ours(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.ops.dit_kernels.silu_mul(a, b)
+    def ours(self, a: Tensor, b: Tensor, quant: str = "") -> Any:
+        return op_of("silu_mul" + quant)(a, b)
 
 
-AnyCase = Case | HeadCase | SiluCase
+@dataclass(frozen=True)
+class QuantCase:
+    """Another case with its last result in FP8, quantised as torchao does it row by row."""
+
+    of: Case | SiluCase
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of.dtype
+
+    @property
+    def bytes(self) -> int:
+        rows = self.of.batch * self.of.tokens
+        return self.of.bytes - rows * self.of.d * (self.dtype.itemsize - 1) + 4 * rows
+
+    @property
+    def name(self) -> str:
+        return f"{self.of.name} quant"
+
+    def operand_sets(self, count: int) -> list[tuple[Tensor, ...]]:
+        return self.of.operand_sets(count)
+
+    def eager(self, *operands: Tensor) -> Any:
+        results = self.of.eager(*operands)
+        *others, z = results if isinstance(results, tuple) else (results,)
+        s = (z.abs().amax(-1, keepdim=True) / 448.0).float()
+        return (*others, (z.float() / s).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), s)
+
+    def ours(self, *operands: Tensor) -> Any:
+        return self.of.ours(*operands, quant="_quant")
+
+
+AnyCase = Case | HeadCase | SiluCase | QuantCase
 
 CASES: list[AnyCase] = [
     *(Case(op, 3840, tokens) for op in ("dual", "gated", "scaled") for tokens in (1056, 4128, 9248, 16416)),
@@ -215,6 +254,8 @@ CASES: list[AnyCase] = [
     *(SiluCase(10240, tokens) for tokens in (1056, 4128, 9248, 16416)),
     SiluCase(10240, 4128, halves=True),
     *(SiluCase(10240, 4128, dtype=dtype) for dtype in (FP16, FP32)),
+    *(QuantCase(Case(op, 3840, tokens)) for op in ("dual", "scaled") for tokens in (1056, 4128)),
+    *(QuantCase(SiluCase(10240, tokens)) for tokens in (1056, 4128)),
 ]
 
 

@@ -1,0 +1,70 @@
+"""The kernels that quantise, on the GPU: q and s have the bits of eager code on the same GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import quant_checks
+import torch
+from kernel_bounds import BF16, FP16, FP32, Device
+from ptx.machine import PURE
+from quant_checks import DUAL, NORM, SILU, every_quotient, special_rows
+
+from dit_kernels import ops
+from dit_kernels.families import OPS
+from dit_kernels.families.family import FP8_CAPABILITY
+
+GPU = Device()
+arguments = partial(quant_checks.arguments, device="cuda")
+check, check_rows = partial(quant_checks.check, GPU), partial(quant_checks.check_rows, GPU)
+FORMS = (
+    dict(),
+    dict(s_dtype=FP32),
+    dict(s_dtype=FP32, smallest_scale=1e-12),
+    dict(reciprocal=True, smallest_amax=1e-12),
+    dict(clamp=False),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_fp8() -> None:
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("the GPU has no conversions to FP8")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("op", (NORM, DUAL, SILU))
+@pytest.mark.parametrize("d", (2544, 3840, 10240))
+def test_q_and_s_have_the_bits_of_eager_code(op: str, d: int, form: dict) -> None:
+    given = arguments(op, d, tokens=264)
+    assert ops.has_kernel(OPS[op].call(*given, **form))
+    check(op, *given, **form)
+
+
+@pytest.mark.parametrize("dtype", (FP16, FP32))
+@pytest.mark.parametrize("op", (NORM, DUAL, SILU))
+def test_every_dtype_is_quantised(op: str, dtype: torch.dtype) -> None:
+    check(op, *arguments(op, 3840, dtype, tokens=264))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_extreme_rows_and_every_quotient_have_the_bits_of_eager_code(form: dict) -> None:
+    check_rows(special_rows().cuda(), **form)
+    check_rows(every_quotient().cuda(), **form)
+
+
+def test_many_rows_are_quantised_again_and_again_with_the_same_bits() -> None:
+    given = arguments(SILU, 10240, BF16, batch=1, tokens=4128)
+    q, s = torch.ops.dit_kernels.silu_mul_quant(*given)
+    for _ in range(20):
+        other_q, other_s = torch.ops.dit_kernels.silu_mul_quant(*given)
+        assert torch.equal(q.view(torch.uint8), other_q.view(torch.uint8)) and torch.equal(s, other_s)
+
+
+def test_the_interpreters_conversion_is_that_of_the_gpu() -> None:
+    z = every_quotient()
+    q, s = check_rows(z.cuda())
+    quotients = (z.float() / s.cpu()[0]).clamp(-448, 448).numpy()
+    pairs = PURE["cvt.rn.satfinite.e4m3x2.f32"].function(quotients[:, 1::2], quotients[:, ::2])
+    assert (pairs.view("uint8") == q.cpu()[0].view(torch.uint8).numpy()).all()

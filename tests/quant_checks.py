@@ -1,0 +1,88 @@
+"""What the kernels that quantise must give: q and s have the bits of eager code on the same z.
+
+z itself is not stored. The kernel of the same op without `_quant` stores it: both sum in the same order. tests/gpu runs
+these checks on a GPU, and tests/ptx in the interpreter of the PTX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from kernel_bounds import BF16, FP32, Device, operands, random
+from torch import Tensor
+
+from dit_kernels import reference
+from dit_kernels.arguments import QUANT_OPTIONS
+from dit_kernels.families import OPS
+from dit_kernels.rounding import FP8
+
+NORM, DUAL, SILU = "norm_scale_quant", "norm_tanh_mul_add_norm_scale_quant", "silu_mul_quant"
+LARGEST_BF16 = torch.finfo(BF16).max
+
+
+def arguments(
+    op: str, d: int, dtype: torch.dtype = BF16, batch: int = 2, tokens: int = 3, device: str = "cpu"
+) -> tuple[Any, ...]:
+    if op == SILU:
+        a, b = (random(batch, tokens, d, dtype=dtype, seed=seed, device=device) for seed in (1, 2))
+        return a * 3, b
+    return operands(batch, tokens, d, dtype, device=device).arguments(op.removesuffix("_quant"))
+
+
+def assert_same_bytes(name: str, got: Tensor, expected: Tensor) -> None:
+    """NaN is NaN: a cast on the CPU keeps its sign."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    a, b = got.float(), expected.float()
+    differs = ~((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan()))
+    if differs.any():
+        index = tuple(differs.nonzero()[0].tolist())
+        raise AssertionError(f"{name}{list(index)} is {a[index]}, by the definition {b[index]}: {differs.sum()} differ")
+
+
+def check(on: Device, op: str, *given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Runs an op that quantises. The results must be those of the definition on what the op without `_quant` stores."""
+    of_quant = {option.name for option in QUANT_OPTIONS}
+    *stored, q, s = on.run(op, *given, **options)
+    plain = {name: value for name, value in options.items() if name not in of_quant}
+    *others, z = on.run(op.removesuffix("_quant"), *given, **plain)
+    steps = OPS[op].call(*given, **options).chain.quant
+    with on.eager():
+        expected_q, expected_s = reference.quantised(z, steps)
+    if not steps.clamp:  # also where this version of PyTorch clamps
+        too_large = (z.float() / expected_s).abs() > 464
+        expected_q = torch.where(too_large, torch.nan, expected_q.float()).to(FP8)
+    for result, other in zip(stored, others, strict=True):
+        assert_same_bytes("y", result, other)
+    assert_same_bytes("s", s, expected_s)
+    assert_same_bytes("q", q, expected_q)
+    return q, s
+
+
+# --- z by hand ------------------------------------------------------------------------------------------------------
+
+
+def check_rows(on: Device, z: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Quantises rows of bf16 numbers, by the op whose z is b times a number: silu(64) = 64, and silu(2^-20) = 2^-21."""
+    large = z.float().abs() > 1
+    a = torch.where(large, 64.0, 2.0**-20).to(BF16)
+    b = torch.where(large, z.float() / 64, z.float() * 2.0**21).to(BF16)
+    return check(on, SILU, a[None], b[None], **options)
+
+
+def every_quotient() -> Tensor:
+    """Rows of 128 different amax, each with every bf16 number whose quotient by the scale is a number of FP8."""
+    significands = torch.arange(128) + 128.0
+    numbers = (significands * 2.0 ** torch.arange(-19, 1)[:, None]).flatten()
+    tops = significands[:, None]
+    return torch.cat((tops, *(sign * numbers.minimum(tops) for sign in (1, -1)), torch.zeros(128, 15)), 1).to(BF16)
+
+
+def special_rows() -> Tensor:
+    ordinary = random(1, 1024, dtype=FP32, seed=5)
+    ones = torch.zeros(1, 1024).index_fill(1, torch.tensor([700]), 1.0)
+    rows = [ordinary * 0, ordinary * -0.0, ones, ones * LARGEST_BF16, ordinary * 1e37, ordinary * 1e30]
+    rows += [ordinary * 2.0**-exponent for exponent in (90, 98, 100, 110, 118, 120, 124, 126, 128, 130, 132)]
+    rows += [ordinary + ones * special for special in (torch.inf, -torch.inf, torch.nan)]
+    rows += [torch.full((1, 1024), -torch.inf), ordinary.masked_fill(ordinary > 0, -0.0), ones * 2.0**-133]
+    return torch.cat(rows).nan_to_num(torch.nan, torch.inf, -torch.inf).to(BF16)
