@@ -375,7 +375,7 @@ class Far:
             tiling, d = self.tiling, self.variant.d
             assert tiling.threads * tiling.vectors * tiling.vector == d, "choose d so that a CTA has one row"
             return [last], (last, BATCH)
-        if "q" in self.values:
+        if "rotation" in self.values:
             at = last // self.tiling.tokens
             return [*range(at * self.tiling.tokens, self.tokens)], (at, BATCH)
         if self.tiling.schedule is None:
@@ -463,6 +463,13 @@ def test_no_offset_of_heads_and_their_rotation_is_computed_in_32_bits(rotation: 
 
 def test_no_offset_of_silu_mul_is_computed_in_32_bits() -> None:
     Far("sm_90a", "silu_mul", random(2, 3, 4096), random(2, 3, 4096, seed=1)).run()
+
+
+@pytest.mark.parametrize("arch", ("sm_89", "sm_90a"))
+def test_no_offset_of_what_is_quantised_is_computed_in_32_bits(arch: str) -> None:
+    o = bounds.operands(2, 3, 2304)
+    Far(arch, f"{bounds.DUAL}_quant", *o.arguments(bounds.DUAL)).run()
+    Far(arch, "silu_mul_quant", random(2, 3, 4096), random(2, 3, 4096, seed=1)).run()
 
 
 # --- the divisor of a mean, and the eps -----------------------------------------------------------------------------
