@@ -33,6 +33,9 @@ WORDS = {
     "norm_rope": "QK-norm + RoPE",
     "qk_norm_rope": "QK-norm + RoPE",
     "silu_mul": "SwiGLU",
+    "norm_scale_quant": "norms to FP8",
+    "norm_tanh_mul_add_norm_scale_quant": "norms to FP8",
+    "silu_mul_quant": "SwiGLU to FP8",
 }
 # What bench_kernels.py calls an op, and the name of the op.
 BENCHED = {"dual": "norm_tanh_mul_add_norm_scale", "gated": "norm_tanh_mul_add", "scaled": "norm_scale"}

@@ -8,40 +8,38 @@ import torch
 from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
+LARGEST = torch.finfo(FP8).max  # in the functions below as a literal: a global float is dynamic under dynamic=True
 Quantise = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def torchao(x: Tensor) -> tuple[Tensor, Tensor]:
     """torchao's Float8DynamicActivationFloat8WeightConfig with PerRow: operation by operation, version 0.18."""
     amax = torch.amax(torch.abs(x), dim=[x.ndim - 1], keepdim=True)
-    s = (amax / LARGEST).to(torch.float32)
-    return (x.to(torch.float32) / s).clamp(min=-LARGEST, max=LARGEST).to(FP8), s
+    s = (amax / 448.0).to(torch.float32)
+    return (x.to(torch.float32) / s).clamp(min=-448.0, max=448.0).to(FP8), s
 
 
 def by_hand(x: Tensor) -> tuple[Tensor, Tensor]:
-    s = (x.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
-    return (x / s).clamp(-LARGEST, LARGEST).to(FP8), s
+    s = (x.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-12)
+    return (x / s).clamp(-448.0, 448.0).to(FP8), s
 
 
 def by_reciprocal(x: Tensor) -> tuple[Tensor, Tensor]:
-    s = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5) / LARGEST
+    s = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5) / 448.0
     return (x.float() * s.reciprocal()).to(FP8), s
 
 
 def without_a_dimension(x: Tensor) -> tuple[Tensor, Tensor]:
     """The maximum drops a dimension, and rows come in two dimensions."""
     x = x.reshape(-1, x.shape[-1])
-    s = x.abs().max(dim=-1).values.clamp(min=1e-4) / LARGEST
-    return (x.float() * (1.0 / s.float().unsqueeze(-1))).clamp(-LARGEST, LARGEST).to(FP8), s.float()
+    s = x.abs().max(dim=-1).values.clamp(min=1e-4) / 448.0
+    return (x.float() * (1.0 / s.float().unsqueeze(-1))).clamp(-448.0, 448.0).to(FP8), s.float()
 
 
 def with_a_least_rounded_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """The scale is cast twice, for the quotient and for the matmul, and its least value is rounded with it."""
-    s = (x.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=1e-3).to(torch.bfloat16)
+    s = (x.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-3).to(torch.bfloat16)
     return (x.float() / s.float()).to(FP8), s.float()
-
-
 
 
 class Linear(nn.Module):

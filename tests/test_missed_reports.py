@@ -114,6 +114,7 @@ ELSEWHERE = {
     Reason.ADDED: "tests/test_left_to_inductor.py",
     Reason.APART: "tests/test_reported_faults.py",
     Reason.SILU: "tests/test_attention_sites.py",
+    Reason.QUANTISER: "tests/test_quantisers.py",
     Reason.UNFIT: "tests/test_attention_sites.py",
 }
 

@@ -154,18 +154,21 @@ def _match(cast: Node, z: Sequence[Node]) -> Quantisers:
     quotient, clamps = _under_clamps(cast.args[0])
     rows, divisor, reciprocal = _operands(quotient)
     scale, s, widened = _scale(divisor)
-    if not s:
-        raise _refusal(quotient, _FORM)
     amax, steps = _steps_to_amax(scale)
-    division = next((i for i, node in enumerate(steps) if is_call(node, aten.div.Tensor)), None)
-    if division is None or not _is_row_of(divisor, rows):
+    between = (*_path(rows, z), *_path(amax[-1].args[0], z))
+    if not _is_row_of(divisor, rows):
         raise _refusal(quotient, _ONE_A_ROW)
-    after, before = steps[: division + 1], steps[division + 1 :]
+    divisions = [i for i, node in enumerate(steps) if is_call(node, aten.div.Tensor)]
+    if len(divisions) != 1 or not s or dtype(quotient) != torch.float32:
+        raise _refusal(quotient, _FORM)
+    division = steps[divisions[0]]
+    after, before = steps[: divisions[0] + 1], steps[divisions[0] + 1 :]
     halves = {found for node in after if (found := dtype(node)) in HALVES}
     exact = {dtype(z[0]), torch.float32}
-    fmax = steps[division].args[1]
-    if len(halves) > 1 or not {dtype(node) for node in (amax[0], *before)} <= exact or not _is_exact(fmax, after[-1]):
-        raise _refusal(quotient, _FORM)
+    fmax = division.args[1]
+    if len(halves) > 1 or not {dtype(node) for node in (amax[0], *before)} <= exact or not _is_exact(fmax, division):
+        raise _refusal(division, _FORM)
+    passed = dict.fromkeys((*clamps, quotient, *reciprocal, *widened, *steps, *amax, *between))
     return Quantisers(
         steps=QuantSteps(
             scale=next(iter(halves), torch.float32),
@@ -177,13 +180,7 @@ def _match(cast: Node, z: Sequence[Node]) -> Quantisers:
         ),
         q=(cast,),
         s=s,
-        interior=tuple(
-            node
-            for node in dict.fromkeys(
-                (*clamps, quotient, *reciprocal, *widened, *steps, *amax, *_path(rows, z), *_path(amax[-1].args[0], z))
-            )
-            if node not in s
-        ),
+        interior=tuple(node for node in passed if node not in s),
     )
 
 
@@ -203,7 +200,7 @@ def _bounds(clamp: Node) -> list[Any]:
 
 def _operands(quotient: Node) -> tuple[Node, Node, tuple[Node, ...]]:
     """The rows; what divides them; and the nodes that compute its reciprocal, if the rows are multiplied by it."""
-    if dtype(quotient) == torch.float32 and len(quotient.all_input_nodes) == 2:
+    if len(quotient.all_input_nodes) == 2:
         left, right = quotient.all_input_nodes
         if is_call(quotient, aten.div.Tensor):
             return left, right, ()
