@@ -119,7 +119,7 @@ def test_the_quotient_of_any_two_significands_is_that_of_a_division(options: dic
         quantised(every_quotient(), **options)
 
 
-def test_the_row_finds_a_quotient_that_is_not_corrected() -> None:
+def test_a_quotient_that_is_not_corrected_is_found() -> None:
     uncorrected = mock.patch.object(quantise, "_quotient", lambda z, scale, reciprocal: z * reciprocal)
     with gpu("sm_90a", 64, compiled.__wrapped__), uncorrected, pytest.raises(AssertionError, match=r"q\[.*differ"):
         quantised(every_quotient())
