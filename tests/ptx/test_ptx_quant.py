@@ -74,6 +74,16 @@ def test_a_cta_that_walks_quantises_every_row(arch: str) -> None:
         check(SILU, a[..., :640], b[..., 640:])
 
 
+def test_rows_of_other_shapes_strides_and_alignments_are_quantised() -> None:
+    with gpu("sm_90a", 1):
+        for lead in ((5,), (2, 2, 3), (1, 1)):
+            check(NORM, random(*lead, 512), None, None, None, 1e-5)
+            check(SILU, *random(*lead, 1024).chunk(2, -1))
+        for x in (random(2, 3, 520)[..., 8:], random(2, 3, 513)[..., 1:], random(3, 2, 512).transpose(0, 1)):
+            check(NORM, x, None, None, None, 1e-5)
+            check(SILU, x, x)
+
+
 def test_a_row_as_wide_as_the_registers_allow_is_quantised() -> None:
     with gpu("sm_90a", 1):
         check(DUAL, *arguments(DUAL, 16384, batch=1, tokens=1))
