@@ -193,6 +193,27 @@ def kernels(link: Link) -> str:
     return table(head, rows) + h200_source(link, "bf16, microseconds")
 
 
+def quant_kernels(link: Link) -> str:
+    head = ("op", "D", "tokens", "copy", "fusion_pass", "over the copy", "Inductor")
+    rows = []
+    for row in results("h100_quant.json")["rows"]:
+        us, (_, width, tokens, _) = row["us"], row["case"].split()
+        op = f"`{case_of(row['case'])[0]}_quant`"
+        rows.append(
+            (
+                op,
+                width,
+                tokens,
+                *(f"{us[name]:.1f}" for name in ("copy", "ours")),
+                f"{us['ours'] / us['copy']:.2f}",
+                f"{us['default']:.1f}",
+            )
+        )
+    header = results("h100_quant.json")
+    facts = (f"One {header['gpu']}", header["date"][:10], f"torch {header['torch']}", "bf16 to FP8, microseconds")
+    return table(head, rows) + source(link, "h100_quant.json", *facts)
+
+
 def measured_cases() -> Iterator[tuple[str, Mapping[str, float], str]]:
     """Each case, its microseconds, and the file that has it."""
     for row in results("h200.json")["rows"]:
@@ -355,6 +376,7 @@ BLOCKS: dict[str, Callable[[Link], str]] = {
     "zimage": zimage,
     "zimage-line": zimage_line,
     "kernels": kernels,
+    "quant-kernels": quant_kernels,
     "slower": slower,
     "host": host,
     "cold-start": cold_start,
