@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from quantized import FP8, Quantise
 from site_modules import diffusers_norm
 from torch import Tensor
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.autograd import forward_ad
 
+import fusion_pass
 from dit_kernels.families import OPS, family
 from fusion_pass import eligibility
 from fusion_pass.dataflow import aten
@@ -157,7 +159,7 @@ def compiled(form: Quantise, dtype: torch.dtype, width: int) -> tuple[Model, Mod
 
 @needs_casts
 @pytest.mark.parametrize("form", STEPS, ids=lambda form: form.__name__)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     dtype=st.sampled_from((BF16, torch.float16, FP32)),
     width=st.sampled_from((16, 17)),
@@ -304,9 +306,12 @@ REFUSED: dict[Model, str] = {
 
 
 @needs_casts
-@pytest.mark.parametrize("site", (scaled, dual, silu), ids=lambda site: site.__name__)
-@pytest.mark.parametrize("quantise", REFUSED, ids=lambda quantise: quantise.__name__)
-def test_another_quantiser_leaves_the_site_as_it_is_and_is_reported(quantise: Model, site: Model) -> None:
+@pytest.mark.parametrize(
+    ("site", "quantise"),
+    [(scaled, quantise) for quantise in REFUSED] + [(site, q) for site in (dual, silu) for q in (per_tensor, two_ways)],
+    ids=lambda value: value.__name__,
+)
+def test_another_quantiser_leaves_the_site_as_it_is_and_is_reported(site: Model, quantise: Model) -> None:
     model, args = site(quantise), arguments()
     got, backend = run(model, *args, strict=True)  # by design: no error
     assert_equal(got, model(*args))
@@ -388,6 +393,15 @@ def test_with_a_kernel_for_fp8_the_quantiser_is_fused(site: Model, monkeypatch: 
     _, backend = run(model, *args, kernels="auto", strict=True)
     assert backend.report.counts() == {SITES[site]: 1}
     assert [call.chain.quant.scale for call in prepared] == [BF16]
+
+
+def test_inductors_code_calls_the_op_directly() -> None:
+    model, args = silu(quantized.torchao), arguments()
+    with fresh_cache(), torch.no_grad():
+        compiled = torch.compile(model, backend=fusion_pass.Backend(kernels="reference"))
+        got, (code,) = run_and_get_code(compiled, *args)
+    assert_equal(got, model(*args))
+    assert "DirectCall('silu_mul_quant', " in code
 
 
 # --- a whole model ----------------------------------------------------------------------------------------------------
