@@ -116,7 +116,7 @@ def test_the_quantisers_of_several_layers_become_one_op(form: Quantise, site: Mo
 def test_every_dtype_and_shape(dtype: torch.dtype, site: Model) -> None:
     for form, tokens, width, dynamic in (
         (quantized.torchao, (2, 2, 3), 17, False),
-        (quantized.torchao, (7,), 1, False),
+        (quantized.torchao, (11,), 1, False),
         (quantized.without_a_dimension, (2, 5), 16, True),
     ):
         model, args = site(form), arguments(dtype, tokens, width)
