@@ -268,16 +268,20 @@ def region(node: Node) -> tuple[int, Any]:
     return get_mutation_region_id(node.graph, node), stream(node)
 
 
-def readers(node: Node) -> Iterator[Node]:
-    """The nodes that compute with a node's value, read directly or through copies, views and pointwise operations."""
+def is_copy_or_pointwise(node: Node) -> bool:
+    """Does a node copy, view or join values, or compute them element by element?"""
     copies = (*VIEWS, aten.expand.default, aten.clone.default, aten.cat.default, aten.repeat.default, aten.slice.Tensor)
+    return is_call(node, *copies) or is_pointwise(node)
+
+
+def readers(node: Node, passes: Callable[[Node], bool] = is_copy_or_pointwise) -> Iterator[Node]:
+    """The nodes that read a node's value, directly or through nodes that pass. Yields each of them once."""
     seen = set()
     pending = list(node.users)
-    while pending:
-        user = pending.pop()
+    for user in pending:  # the list grows
         if user not in seen:
             seen.add(user)
-            if is_call(user, *copies) or is_pointwise(user):
+            if passes(user):
                 pending.extend(user.users)
             else:
                 yield user

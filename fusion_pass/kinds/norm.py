@@ -23,7 +23,6 @@ operator that they come from, shows which one it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +46,7 @@ from fusion_pass.dataflow import (
     keeps_rows,
     keeps_sums,
     other_operands,
+    readers,
     same_shape,
     same_value,
     sole_user,
@@ -142,19 +142,14 @@ class NormValue(Value[Norm]):
     def has_gates(self, graph: Graph) -> bool:
         """Does any product read a tanh, as the gates of these models do? (A GELU adds 1 to its tanh first.)"""
         tanhs = graph.find_nodes(op="call_function", target=aten.tanh.default)
-        return any(is_call(user, aten.mul.Tensor) for tanh in tanhs for user in _readers(tanh))
+        return any(is_call(user, aten.mul.Tensor) for tanh in tanhs for user in readers(tanh, _is_view))
 
 
 NORM = NormValue()
 
 
-def _readers(node: Node) -> Iterator[Node]:
-    """The nodes that read a node or a view of it."""
-    for user in node.users:
-        if is_call(user, *VIEWS, aten.expand.default):
-            yield from _readers(user)
-        else:
-            yield user
+def _is_view(node: Node) -> bool:
+    return is_call(node, *VIEWS, aten.expand.default)
 
 
 # --- before the root: the statistic ----------------------------------------------------------------------------------

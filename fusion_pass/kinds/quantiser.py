@@ -14,7 +14,8 @@ dit_kernels/rounding.py has the steps. The code of two users, and their graphs f
         a = convert(amax(abs(z), [-1], True), f32); s = clamp_min(div(a, 448.0), 1e-12)
         q = convert(mul(z, reciprocal(s)), float8_e4m3fn)
 
-Views that keep the rows, and casts up to fp32, may be in between. Each linear layer has a quantiser of its own.
+The pass follows views that keep the rows and casts up to fp32 between these nodes. Each linear layer has its own
+quantiser.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from fusion_pass.dataflow import (
     is_pointwise,
     is_widening,
     keeps_rows,
+    readers,
     value,
 )
 from fusion_pass.refusal import Reason, Refused
@@ -118,7 +121,7 @@ def _casts(z: Sequence[Node]) -> Iterator[Node]:
 
 
 def _check_readers(z: Sequence[Node], found: Quantisers) -> None:
-    """Only quantisers read the value, and only what reads q reads s: the matmul."""
+    """Raises Refused unless only quantisers read the value, and only the matmuls that read q read s."""
     inside = {*z, *found.q, *found.s, *found.interior}
     for node in (*z, *found.interior):
         for user in node.users:
@@ -136,12 +139,11 @@ def _check_readers(z: Sequence[Node], found: Quantisers) -> None:
 
 def _readers(nodes: Sequence[Node]) -> Iterator[Node]:
     """The nodes that read one of these, directly or through views and copies."""
-    for node in nodes:
-        for user in node.users:
-            if is_call(user, *VIEWS, *PARTS, aten.expand.default, aten.clone.default):
-                yield from _readers((user,))
-            else:
-                yield user
+    return chain.from_iterable(readers(node, _is_view_or_copy) for node in nodes)
+
+
+def _is_view_or_copy(node: Node) -> bool:
+    return is_call(node, *VIEWS, *PARTS, aten.expand.default, aten.clone.default)
 
 
 # --- one quantiser ----------------------------------------------------------------------------------------------------

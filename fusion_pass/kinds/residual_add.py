@@ -5,7 +5,6 @@ Nothing fuses it yet. Inductor computes the add in the kernel of the norm that r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from fusion_pass.dataflow import (
     is_cast,
     is_plain_add,
     keeps_rows,
-    through_casts,
+    readers,
     value,
 )
 from fusion_pass.kinds.kind import Value
@@ -82,22 +81,18 @@ def _may_be_normed(y: Node) -> bool:
     """
     return any(
         is_call(user, aten.var_mean.correction) or square_root_of(user) is not None or user.op == "output"
-        for user in _readers(y)
+        for user in readers(y, _keeps_or_joins_rows)
     )
 
 
-def _readers(node: Node) -> Iterator[Node]:
-    for user in node.users:
-        if is_cast(user) or keeps_rows(user) or is_call(user, *PARTS, aten.cat.default):
-            yield from _readers(user)
-        else:
-            yield user
+def _keeps_or_joins_rows(node: Node) -> bool:
+    return is_cast(node) or keeps_rows(node) or is_call(node, *PARTS, aten.cat.default)
 
 
 def _stored(node: Any) -> Node:
     """The node before casts and views of the same rows."""
     while is_cast(node) or keeps_rows(node):
-        node = through_casts(node.args[0])
+        node = node.args[0]
     return node
 
 
