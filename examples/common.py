@@ -84,6 +84,22 @@ def first_call(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ..
     return seen[0]
 
 
+def compile_and_run(pipe: Any, backend: Any, run: Callable[..., list[Any]], steps: int, output: Path) -> dict[str, Any]:
+    """Compiles the transformers of a pipeline, prints what is fused, and saves what the pipeline makes.
+
+    run: called with the number of steps and, for a trial run, the output type "latent"; returns images or frames.
+    """
+    # A trial run gives the report the arguments of a call, and lets Z-Image build its RoPE table, which would break the
+    # compiled graph.
+    positional, named = first_call(pipe.transformer, lambda: run(1, "latent"))
+    for transformer in (pipe.transformer, getattr(pipe, "transformer_2", None)):  # Wan 2.2 has two
+        if transformer is not None:
+            transformer.compile(backend=backend)  # all that your own program needs
+    report = explain(pipe.transformer, backend, *positional, **named)
+    save(run(steps), output)
+    return {"fused": report.counts()}
+
+
 def small_model(name: str, layers: str = "1") -> tuple[nn.Module, dict[str, Any]]:
     """A small random model of zoo_models.py, and the arguments of a forward pass."""
     from zoo_models import MODELS

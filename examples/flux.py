@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 import torch
-from common import arguments, choose_backend, compare, device, explain, first_call, save, small_model, write_json
+from common import arguments, choose_backend, compare, compile_and_run, device, small_model, write_json
 from diffusers import FluxPipeline
 
 
@@ -23,12 +23,7 @@ def make_image(args: argparse.Namespace, backend: Any) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
         return pipe(args.prompt, num_inference_steps=steps, generator=generator, output_type=output_type).images
 
-    # The report needs the arguments of one call of the transformer. Your own program needs only the next line.
-    positional, named = first_call(pipe.transformer, lambda: run(1, "latent"))
-    pipe.transformer.compile(backend=backend)
-    report = explain(pipe.transformer, backend, *positional, **named)
-    save(run(args.steps), args.output)
-    return {"fused": report.counts()}
+    return compile_and_run(pipe, backend, run, args.steps, args.output)
 
 
 def main() -> None:

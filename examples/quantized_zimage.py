@@ -14,7 +14,7 @@ import argparse
 from typing import Any
 
 import torch
-from common import arguments, choose_backend, compare, device, explain, first_call, save, small_model, write_json
+from common import arguments, choose_backend, compare, compile_and_run, device, small_model, write_json
 from diffusers import ZImagePipeline
 from torch import nn
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow, quantize_
@@ -42,12 +42,7 @@ def make_image(args: argparse.Namespace, backend: Any) -> dict[str, Any]:
         given = {"num_inference_steps": steps, "guidance_scale": 0.0, "generator": generator}  # 0 for Z-Image-Turbo
         return pipe(args.prompt, output_type=output_type, **given).images
 
-    # Z-Image builds its RoPE table in its first pass, which would break the compiled graph.
-    positional, named = first_call(pipe.transformer, lambda: run(1, "latent"))
-    pipe.transformer.compile(backend=backend)
-    report = explain(pipe.transformer, backend, *positional, **named)
-    save(run(args.steps), args.output)
-    return {"fused": report.counts()}
+    return compile_and_run(pipe, backend, run, args.steps, args.output)
 
 
 def main() -> None:

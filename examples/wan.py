@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 import torch
-from common import arguments, choose_backend, compare, device, explain, first_call, save, small_model, write_json
+from common import arguments, choose_backend, compare, compile_and_run, device, small_model, write_json
 from diffusers import WanPipeline
 
 
@@ -30,14 +30,7 @@ def make_video(args: argparse.Namespace, backend: Any) -> dict[str, Any]:
             output_type=output_type,
         ).frames[0]
 
-    # The report needs the arguments of one call of the transformer. Your own program needs only the next three lines.
-    positional, named = first_call(pipe.transformer, lambda: run(1, "latent"))
-    for transformer in (pipe.transformer, pipe.transformer_2):  # Wan 2.2 has a second one, for the last steps
-        if transformer is not None:
-            transformer.compile(backend=backend)
-    report = explain(pipe.transformer, backend, *positional, **named)
-    save(run(args.steps), args.output)
-    return {"fused": report.counts()}
+    return compile_and_run(pipe, backend, run, args.steps, args.output)
 
 
 def main() -> None:
