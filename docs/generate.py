@@ -3,7 +3,8 @@
     python docs/generate.py            rewrite what has changed
     python docs/generate.py --check    change nothing; fail if something would change
 
-A table stands between `<!-- generated: NAME -->` and `<!-- end -->`. BLOCKS has the function that makes it.
+Each table is between the comments `<!-- generated: NAME -->` and `<!-- end -->`. BLOCKS maps NAME to the function that
+makes the table.
 tests/test_docs.py fails if a table or the plot is not what this program makes.
 """
 
@@ -162,9 +163,10 @@ def zimage_line(link: Link) -> str:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def h200_source(link: Link, *facts: str) -> str:
-    header = results("h200.json")
-    return source(link, "h200.json", f"One {header['gpu']}", header["date"][:10], f"torch {header['torch']}", *facts)
+def kernels_source(link: Link, name: str, *facts: str) -> str:
+    """The line under a table of a file that bench_kernels.py has written."""
+    header = results(name)
+    return source(link, name, f"One {header['gpu']}", header["date"][:10], f"torch {header['torch']}", *facts)
 
 
 def case_of(text: str) -> tuple[str, str]:
@@ -175,6 +177,11 @@ def case_of(text: str) -> tuple[str, str]:
     *width, tokens = numbers
     size = f"D={width[0]}" if len(width) == 1 else f"{width[0]} and {width[1]} heads of {width[2]}"
     return BENCHED.get(name, name), ", ".join([size, f"{tokens} tokens", *([" ".join(rest)] if rest else [])])
+
+
+def beside_copy(us: Mapping[str, float]) -> tuple[str, str, str]:
+    """The times of the copy and of ours, and their quotient."""
+    return f"{us['copy']:.1f}", f"{us['ours']:.1f}", f"{us['ours'] / us['copy']:.2f}"
 
 
 def kernels(link: Link) -> str:
@@ -188,9 +195,8 @@ def kernels(link: Link) -> str:
             others = (f"{us[name]:.1f}" if name in us else "–" for name in SERIES)
             op = f"`{case_of(row['case'])[0]}`"
             tokens = row["case"].split()[-1]
-            own = (f"{us['copy']:.1f}", f"{us['ours']:.1f}", f"{us['ours'] / us['copy']:.2f}")
-            rows.append((op, tokens, *own, *others))
-    return table(head, rows) + h200_source(link, "bf16, microseconds")
+            rows.append((op, tokens, *beside_copy(us), *others))
+    return table(head, rows) + kernels_source(link, "h200.json", "bf16, microseconds")
 
 
 def quant_kernels(link: Link) -> str:
@@ -199,19 +205,8 @@ def quant_kernels(link: Link) -> str:
     for row in results("h100_quant.json")["rows"]:
         us, (_, width, tokens, _) = row["us"], row["case"].split()
         op = f"`{case_of(row['case'])[0]}_quant`"
-        rows.append(
-            (
-                op,
-                width,
-                tokens,
-                *(f"{us[name]:.1f}" for name in ("copy", "ours")),
-                f"{us['ours'] / us['copy']:.2f}",
-                f"{us['default']:.1f}",
-            )
-        )
-    header = results("h100_quant.json")
-    facts = (f"One {header['gpu']}", header["date"][:10], f"torch {header['torch']}", "bf16 to FP8, microseconds")
-    return table(head, rows) + source(link, "h100_quant.json", *facts)
+        rows.append((op, width, tokens, *beside_copy(us), f"{us['default']:.1f}"))
+    return table(head, rows) + kernels_source(link, "h100_quant.json", "bf16 to FP8, microseconds")
 
 
 def measured_cases() -> Iterator[tuple[str, Mapping[str, float], str]]:
@@ -240,7 +235,7 @@ def slower(link: Link) -> str:
 def host(link: Link) -> str:
     us = results("h200.json")["host_us"]
     rows = [(f"`{BENCHED.get(name, name)}`", f"{value:.1f}") for name, value in us.items()]
-    return table(("call", "µs on the host"), rows) + h200_source(link, "host times 2026-11-26")
+    return table(("call", "µs on the host"), rows) + kernels_source(link, "h200.json", "host times 2026-11-26")
 
 
 def cold_start(link: Link) -> str:
@@ -251,7 +246,7 @@ def cold_start(link: Link) -> str:
     }  # fmt: skip
     rows = [(text, *(f"{times[state][step]:.0f}" for state in ("compiled", "on disk"))) for step, text in words.items()]
     head = ("step", "first time, ms", "kernels already on disk, ms")
-    return table(head, rows) + h200_source(link, "Python without bytecode files")
+    return table(head, rows) + kernels_source(link, "h200.json", "Python without bytecode files")
 
 
 # --- tests, examples, ops ---------------------------------------------------------------------------------------------

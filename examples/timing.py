@@ -114,7 +114,7 @@ def first_look(step: Callable[..., Any], inputs: Inputs, mode: str) -> tuple[Res
         torch.cuda.synchronize()
     result = Result(first_call_s=time.perf_counter() - start, step_ms=[])
     if cuda and mode not in GRAPH_MODES:
-        # Compiling takes memory of its own. A replayed CUDA graph allocates nothing: there the capture counts.
+        # Leaves out what the compilation allocates. A replayed CUDA graph allocates nothing, so its capture is counted.
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3 if cuda else 1):
         output = run_step(step, inputs).float()
