@@ -2,6 +2,7 @@
 
     python examples/bench_zoo.py --json out/zoo.json --plot out/zoo.svg
     python examples/bench_zoo.py --models z-image,flux1 --fp8 --coordinate-descent --json out/zoo_fp8.json
+    python examples/bench_zoo.py --models z-image --fp8 --size pixels=512 --steps 4 --json out/zoo_512.json
     python examples/bench_zoo.py --merge out/zoo.json out/zoo_fp8.json --json out/all.json --plot out/all.svg
 
 The models (zoo_models.py) are diffusers' own, as wide as the published ones and with as many tokens, but with few
@@ -10,7 +11,9 @@ how far each variant is from eager; what was fused; and whether the generated co
 should be where nothing is fused. A model that fails becomes a row with its error. Results are written after each model.
 
 Needs a GPU that the kernels run on; --small runs tiny models on the CPU, with the ops run by their PyTorch definitions.
---fp8 needs torchao, which by itself also turns coordinate descent tuning on; here that is an option, for both variants.
+--fp8 and --int8 need torchao, which by itself also turns coordinate descent tuning on; here that is an option, for both
+variants. torchao's weights take the host several milliseconds a step. By default a time is that of one step alone, and
+the GPU waits that long. In a denoising run the host is ahead of the GPU, as it is with --steps 4.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from dit_kernels.versions import installed_version
 from fusion_pass.environment import why_no_kernels
 
 PLAIN, FUSED = "torch.compile", "fusion_pass"
-FP8_MODELS = ("z-image", "flux1")  # what --fp8 runs where no models are named
+FP8_MODELS = ("z-image", "flux1")  # what --fp8 and --int8 run where no models are named
 LEVELS = {"interval_95": 0.95, "interval_999": 0.999}
 CLASSES = ("matmul", "attention", "ours", "rest")  # of kernels
 RESAMPLES = 20_000
@@ -87,12 +90,18 @@ class Step:
         return ([tensor for each in outputs for tensor in (each if isinstance(each, list) else (each,))],)
 
 
-def quantize(model: nn.Module, recommended_settings: bool) -> None:
-    """FP8 weights, and inputs that are quantised row by row: torchao's, in every linear layer that it can take."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+def quantize(model: nn.Module, precision: str, recommended_settings: bool) -> None:
+    """FP8 or int8 weights, and inputs that are quantised row by row: torchao's, in every linear layer it can take."""
+    from torchao import quantization
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=recommended_settings)
-    quantize_(model, config)
+    if precision == "fp8":
+        rows = quantization.PerRow()
+        config = quantization.Float8DynamicActivationFloat8WeightConfig(
+            granularity=rows, set_inductor_config=recommended_settings
+        )
+    else:
+        config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=recommended_settings)
+    quantization.quantize_(model, config)
     torch._inductor.config.fx_graph_cache = False  # which the recommended settings turn on
 
 
@@ -172,7 +181,13 @@ def times_as_fast(plain: Sequence[float], fused: Sequence[float]) -> dict[str, A
 
 
 def measure(
-    spec: ZooModel, layers: Mapping[str, int], options: Mapping[str, Any], precision: str, pairs: int, tell: Tell
+    spec: ZooModel,
+    layers: Mapping[str, int],
+    sizes: Mapping[str, int],
+    options: Mapping[str, Any],
+    precision: str,
+    pairs: int,
+    tell: Tell,
 ) -> Row:
     """One model: what MEASURED names."""
     small, mode = options["small"], options["mode"]
@@ -180,9 +195,9 @@ def measure(
     tell("building")
     model = spec.build(layers, small, device)
     row: Row = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    arguments = spec.inputs(model, small, options["batch"], device)
-    if precision == "fp8":
-        quantize(model, options["coordinate_descent"])
+    arguments = spec.inputs(model, sizes, options["batch"], device)
+    if precision != "bf16":
+        quantize(model, precision, options["coordinate_descent"])
     inputs: Any = ([], torch.zeros((), device=device), [])
     # First eager: some models build their tables of rotations in their first pass, which would break the graph.
     tell("eager")
@@ -216,7 +231,9 @@ def measure(
     row |= {"missed": counts.get("missed", 0), "graphs": counts.get("graphs", 0)}
     row["same_code"] = codes[PLAIN] == codes[FUSED]
     tell(f"timing {pairs} pairs")
-    for name, times in zip(steps, alternate(steps[PLAIN], steps[FUSED], inputs, pairs), strict=True):
+    for name, times in zip(
+        steps, alternate(steps[PLAIN], steps[FUSED], inputs, pairs, steps=options["steps"]), strict=True
+    ):
         row[name] |= {"ms": statistics.median(times), "step_ms": [round(ms, 4) for ms in times]}
     row["speedup"] = times_as_fast(row[PLAIN]["step_ms"], row[FUSED]["step_ms"])
     return row
@@ -236,9 +253,9 @@ def run_model(name: str, header: Results, args: argparse.Namespace, tell: Tell) 
     row: Row = {
         "model": name,
         "title": spec.title,
-        "precision": "fp8" if args.fp8 else "bf16",
+        "precision": precision_of(args),
         "layers": None,
-        "sizes": dict(spec.small_sizes if args.small else spec.sizes),
+        "sizes": spec.with_sizes(args.size, args.small),
         "options": header["options"],
         "pairs": args.pairs,
         "date": now(),
@@ -251,7 +268,8 @@ def run_model(name: str, header: Results, args: argparse.Namespace, tell: Tell) 
     try:
         row["layers"] = spec.with_layers(args.layers or ("1" if args.small else None))
         with inductor_settings(args.coordinate_descent), torch.no_grad():
-            row |= measure(spec, row["layers"], row["options"], row["precision"], args.pairs, tell)
+            given = (row[name] for name in ("layers", "sizes", "options", "precision", "pairs"))
+            row |= measure(spec, *given, tell)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}".strip()[:2000]
     release()
@@ -260,6 +278,10 @@ def run_model(name: str, header: Results, args: argparse.Namespace, tell: Tell) 
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    return "fp8" if args.fp8 else "int8" if args.int8 else "bf16"
 
 
 def now() -> str:
@@ -271,7 +293,7 @@ def header_of(args: argparse.Namespace) -> Results:
     header = environment("cpu" if args.small else "cuda")
     header["versions"]["torchao"] = installed_version("torchao") or None
     header["commit"] = args.commit or header["commit"]
-    names = ("batch", "dynamic", "per_block", "mode", "coordinate_descent", "small")
+    names = ("batch", "dynamic", "per_block", "mode", "coordinate_descent", "steps", "small")
     return header | {"options": {name: getattr(args, name) for name in names}}
 
 
@@ -284,8 +306,11 @@ def write(path: Path, results: Results) -> None:
 
 
 def key(row: Row) -> str:
-    """Rows with one key are measurements of the same: of one model, precision, set of options and GPU."""
-    return json.dumps([row[name] for name in ("model", "precision", "layers", "options", "gpu")], sort_keys=True)
+    """Rows with one key are measurements of the same: of one model, precision, size, set of options and GPU."""
+    options = {"steps": 1} | row["options"]  # results of before 2026-11-27 do not name the steps
+    return json.dumps(
+        [*(row[name] for name in ("model", "precision", "layers", "sizes", "gpu")), options], sort_keys=True
+    )
 
 
 def merge(runs: Sequence[Results]) -> Results:
@@ -315,6 +340,8 @@ def label(row: Row) -> str:
     words = [row["title"]]
     if row["precision"] != "bf16":
         words.append(row["precision"].upper())
+    usual = MODELS[row["model"]].sizes if row["model"] in MODELS and not options["small"] else row["sizes"]
+    words += [f"{name} {number}" for name, number in row["sizes"].items() if number != usual.get(name)]
     if options["batch"] > 1:
         words.append(f"batch {options['batch']}")
     words += [
@@ -322,6 +349,8 @@ def label(row: Row) -> str:
     ]
     if options["mode"] != "default":
         words.append(options["mode"])
+    if options.get("steps", 1) > 1:
+        words.append(f"{options['steps']} steps")
     return ", ".join(words)
 
 
@@ -430,6 +459,14 @@ def summary(row: Row) -> str:
     )
 
 
+def size(text: str) -> tuple[str, int]:
+    """ "pixels=512" as a name and a number."""
+    name, _, number = text.partition("=")
+    if not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, like pixels=512")
+    return name, int(number)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -438,7 +475,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", metavar="N[+M]", help="layers of each sort, other than the usual few")
     parser.add_argument("--batch", type=int, default=1, help="images or videos at once (%(default)s)")
     parser.add_argument("--pairs", type=int, default=40, help="steps of each compiled variant (%(default)s)")
-    parser.add_argument("--fp8", action="store_true", help="linear layers in FP8, by torchao; else bf16")
+    parser.add_argument("--steps", type=int, default=1, help="steps without a wait in each time (%(default)s)")
+    parser.add_argument(
+        "--size", type=size, action="append", default=[], help="of the input, as pixels=512; repeatable"
+    )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp8", action="store_true", help="linear layers in FP8, by torchao; else bf16")
+    precision.add_argument("--int8", action="store_true", help="linear layers in int8, by torchao; else bf16")
     parser.add_argument("--coordinate-descent", action="store_true", help="Inductor's coordinate descent tuning (slow)")
     parser.add_argument("--dynamic", action="store_true", help="compile for any shapes")
     parser.add_argument("--per-block", action="store_true", help="compile the repeated blocks, not the whole model")
@@ -453,7 +496,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: join results, newer rows win"
     )
     args = parser.parse_args(argv)
-    args.models = args.models.split(",") if args.models else list(FP8_MODELS if args.fp8 else MODELS)
+    args.models = args.models.split(",") if args.models else list(FP8_MODELS if args.fp8 or args.int8 else MODELS)
     for name in args.models:
         if name not in MODELS:
             parser.error(f"--models: no {name}, only {', '.join(MODELS)}")
@@ -461,7 +504,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             MODELS[name].with_layers(args.layers)
         except ValueError as error:
             parser.error(f"--layers: {error}")
-    for name in ("batch", "pairs"):
+        try:
+            MODELS[name].with_sizes(args.size, args.small)
+        except ValueError as error:
+            parser.error(f"--size: {error}")
+    for name in ("batch", "pairs", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.plot and importlib.util.find_spec("matplotlib") is None:

@@ -106,7 +106,7 @@ def small_model(name: str, layers: str = "1") -> tuple[nn.Module, dict[str, Any]
 
     spec = MODELS[name]
     model = spec.build(spec.with_layers(layers), small=True, device=device())
-    return model, spec.inputs(model, small=True, batch=1, device=device())
+    return model, spec.inputs(model, spec.small_sizes, batch=1, device=device())
 
 
 @torch.no_grad()

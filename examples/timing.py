@@ -86,19 +86,21 @@ def run_step(step: Callable[..., Any], inputs: Inputs) -> Tensor:
     return torch.cat([image.flatten() for image in step(*inputs, return_dict=False)[0]])
 
 
-def time_step(step: Callable[..., Any], inputs: Inputs, cuda: bool) -> float:
-    """Milliseconds of one forward pass."""
+def time_step(step: Callable[..., Any], inputs: Inputs, cuda: bool, steps: int = 1) -> float:
+    """Milliseconds of one forward pass: of `steps` passes without a wait between them, divided by their number."""
     if not cuda:
         start = time.perf_counter()
-        run_step(step, inputs)
-        return (time.perf_counter() - start) * 1e3
+        for _ in range(steps):
+            run_step(step, inputs)
+        return (time.perf_counter() - start) * 1e3 / steps
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     before.record()
-    run_step(step, inputs)
+    for _ in range(steps):
+        run_step(step, inputs)
     after.record()
     after.synchronize()
-    return before.elapsed_time(after)
+    return before.elapsed_time(after) / steps
 
 
 def first_look(step: Callable[..., Any], inputs: Inputs, mode: str) -> tuple[Result, Tensor]:
@@ -124,13 +126,14 @@ def first_look(step: Callable[..., Any], inputs: Inputs, mode: str) -> tuple[Res
 
 
 def alternate(
-    first: Callable[..., Any], second: Callable[..., Any], inputs: Inputs, pairs: int, lead: int = 0
+    first: Callable[..., Any], second: Callable[..., Any], inputs: Inputs, pairs: int, lead: int = 0, steps: int = 1
 ) -> list[list[float]]:
     """Milliseconds of each of the two, in turns: first, second, second, first, and so on.
 
     A GPU at its power limit gives a step the clocks that the steps before it have left, which differ by more than
     what is looked for. So the two take turns, nothing else runs between them, and each follows each equally often.
-    lead: steps that run before each one that counts, of the same variant, for the clocks that it gives itself.
+    lead: steps that run before each one that counts, of the same variant, for the clocks that it gives itself. steps:
+    see time_step.
     """
     cuda = inputs[1].is_cuda
     times: list[list[float]] = [[], []]
@@ -141,7 +144,7 @@ def alternate(
             step = (first, second)[which]
             for _ in range(lead):
                 run_step(step, inputs)
-            times[which].append(time_step(step, inputs, cuda))
+            times[which].append(time_step(step, inputs, cuda, steps))
     return times
 
 

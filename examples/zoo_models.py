@@ -8,7 +8,7 @@ Nothing is read or downloaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,10 +88,18 @@ class ZooModel:
             model._repeated_blocks = list(self.blocks)
         return model.eval().requires_grad_(False)
 
-    def inputs(self, model: nn.Module, small: bool, batch: int, device: str) -> Arguments:
+    def inputs(self, model: nn.Module, sizes: Mapping[str, int], batch: int, device: str) -> Arguments:
         """The arguments of a forward pass, by name."""
         draw = Draw(device, torch.bfloat16, batch, torch.Generator(device).manual_seed(1))
-        return self.make_inputs(draw, model, self.small_sizes if small else self.sizes)
+        return self.make_inputs(draw, model, sizes)
+
+    def with_sizes(self, given: Sequence[tuple[str, int]], small: bool) -> dict[str, int]:
+        """The usual sizes, apart from the given ones."""
+        sizes = dict(self.small_sizes if small else self.sizes)
+        unknown = [name for name, _ in given if name not in sizes]
+        if unknown:
+            raise ValueError(f"{self.title} has the sizes {', '.join(sizes)}, and got {', '.join(unknown)}")
+        return sizes | dict(given)
 
     def with_layers(self, text: str | None) -> dict[str, int]:
         """The numbers of layers: `text` is "N", for each sort of layer, or "N+M"; None for the usual ones."""

@@ -10,7 +10,7 @@ import pytest
 from processes import ROOT, run_python
 
 HEADER = {"date", "gpu", "commit", "versions", "options", "rows"}
-OPTIONS = {"batch", "dynamic", "per_block", "mode", "coordinate_descent", "small"}
+OPTIONS = {"batch", "dynamic", "per_block", "mode", "coordinate_descent", "steps", "small"}
 IDENTITY = {"model", "title", "precision", "layers", "sizes", "options", "pairs", "date", "gpu", "commit", "versions"}
 TIMES = {"eager_ms", "eager_peak_bytes", "torch.compile", "fusion_pass", "speedup"}
 ROW = IDENTITY | TIMES | {"parameters", "fused", "missed", "graphs", "same_code", "error", "seconds"}
