@@ -16,7 +16,7 @@ from dit_kernels.arguments import PER_ROW, QUANT_OPTIONS, ROW, Argument, Option,
 from dit_kernels.chain import SiluChain
 from dit_kernels.cute.tiling import WIDEST_PLAIN_ROW, RowTiling, VectorTiling, plain_row_tiling, vector_tiling
 from dit_kernels.families.family import Family, Named, Op, Shaped, quant_options, quantised_results
-from dit_kernels.families.rows import RowFamily, are_copied_in_bulk, can_be_quantised
+from dit_kernels.families.rows import RowFamily, can_be_quantised
 from dit_kernels.rounding import SILU_FORMS, silu_steps
 
 _steps = lru_cache(maxsize=None)(silu_steps)
@@ -80,8 +80,7 @@ class QuantisedActivation(RowFamily, Activation):
         return SiluMulQuantKernel
 
     def tiling(self, chain: SiluChain, d: int, specs: Named, arch: str) -> RowTiling:
-        rows = (specs["a"], specs["b"])
-        return plain_row_tiling(d, [spec.dtype.itemsize for spec in rows], arch, are_copied_in_bulk(rows, d))
+        return plain_row_tiling(d, [specs[name].dtype.itemsize for name in ("a", "b")])
 
 
 _OPTIONS = (Option("rounding", "str", "model", SILU_FORMS), dtype_option("silu_dtype"), dtype_option("out_dtype"))
