@@ -80,6 +80,8 @@ def zoo_label(row: Row) -> str:
     options = row["options"]
     words = [row["title"], *([] if row["precision"] == "bf16" else [row["precision"].upper()])]
     words += [name.replace("_", " ") for name in ("dynamic", "per_block", "coordinate_descent") if options[name]]
+    words += [f"{options['steps']} steps at once"] if options.get("steps", 1) > 1 else []
+    words += [f"{row['sizes']['pixels']}²"] if row["sizes"].get("pixels", 1024) != 1024 else []
     return ", ".join(words)
 
 
