@@ -284,11 +284,13 @@ ROLES = {
     "column": "`[D]`",
     "heads": "`[B, S, H, Dh]`: H heads of Dh features; k may have another H than q",
     "table": "`[S, n]`, `[1 or B, S, n]`, `[S, 1, n]` or `[1 or B, S, 1, n]`",
+    "scalar": "one element",
     "eps": "a number ≥ 0. The overload `.eps_tensor` takes a CPU tensor of one element",
 }
 MORE = {  # what the role of an argument does not say
     "rotation": "Without `sin` complex, n = Dh/2. With `sin` the cosines, n = Dh or Dh/2",
     "sin": "The sines",
+    "static_scale": "Without it, nothing is scaled",
 }
 OPTIONS = {
     "norm": "The norm: RMSNorm or LayerNorm",
@@ -310,11 +312,16 @@ OPTIONS = {
     "smallest_scale": "What s is at least",
     "reciprocal": "q is z · (1 / s); otherwise z / s",
     "clamp": "Clamp to ±448 before the cast to FP8",
+    "scaling": "How q is computed: z / static_scale, z · (1 / static_scale), or z · static_scale",
+    "factor_dtype": "The dtype that static_scale, or its reciprocal, is rounded to before it scales",
+    "scaled_dtype": "The dtype that the quotient or the product is rounded to before the cast to FP8",
 }
 UNSET = {  # what None means, for an option that has no default by type promotion
     "s_dtype": "the dtype of what is quantised",
     "smallest_amax": "there is no least",
     "smallest_scale": "there is no least",
+    "factor_dtype": "fp32",
+    "scaled_dtype": "fp32",
 }
 MEANS = {
     "norm_tanh_mul_add": "y = residual + tanh(gate) · norm(x)",
@@ -328,6 +335,11 @@ MEANS = {
     ),
     "norm_scale_quant": "q, s = quantised(norm(x) · (1 + scale))",
     "silu_mul_quant": "q, s = quantised(silu(a) · b)",
+}
+OVERLOADS = {  # what an overload of an op does in another way
+    "keep_z": "What is quantised is returned, too, in front of q.",
+    "static": "All rows are scaled by `static_scale`, and q is returned without s.",
+    "static_keep_z": "All rows are scaled by `static_scale`. What is quantised and q are returned, without s.",
 }
 
 
@@ -352,11 +364,14 @@ def ops(link: Link) -> str:
 
     parts = []
     for op in OPS.values():
-        arguments = [(f"`{name}`", told_of_argument(name, role)) for name, role in op.roles.items()]
-        options = [(f"`{o.name}={o.default!r}`", told_of_option(o)) for o in op.options]
+        name, _, overload = op.name.partition(".")
+        told = {*OPS[name].roles, *OPS[name].options} if overload else {}
+        arguments = [(f"`{n}`", told_of_argument(n, role)) for n, role in op.roles.items() if n not in told]
+        options = [(f"`{o.name}={o.default!r}`", told_of_option(o)) for o in op.options if o not in told]
         schema = f"```text\n{op.name}{op.schema('float')}\n```\n"
-        meaning = table(("argument", "meaning"), arguments + options)
-        parts.append(f"## {op.name}\n\n{MEANS[op.name]}\n\n{schema}\n{meaning}")
+        meaning = "\n" + table(("argument", "meaning"), arguments + options) if arguments + options else ""
+        heading, means = ("###", OVERLOADS[overload]) if overload else ("##", MEANS[name])
+        parts.append(f"{heading} {op.name}\n\n{means}\n\n{schema}{meaning}")
     return "\n".join(parts)
 
 

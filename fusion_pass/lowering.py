@@ -17,7 +17,7 @@ from torch._inductor.lowering import empty_strided, fallback_handler, register_l
 from torch._inductor.virtualized import V
 
 from dit_kernels.arguments import HEADS, Argument, Layout
-from dit_kernels.families import OPS
+from dit_kernels.families import OPS, op_of
 from dit_kernels.families.family import Op
 from dit_kernels.plans import ALIGNMENT
 from fusion_pass.dataflow import stream
@@ -64,13 +64,14 @@ class DirectKernel(ir.ExternKernel):
     def codegen(self, wrapper: Any) -> None:
         name = f"dit_kernel_{wrapper.next_kernel_suffix()}"
         given = [*self.operands.values(), *self.results]
-        addresses = OPS[self.op._opname].arranged([_address(value) for value in given])
+        op = op_of(self.op)
+        addresses = op.arranged([_address(value) for value in given])
         numbers = wrapper.codegen_shape_tuple(self.constant_args)
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         wrapper.add_import_once("from dit_kernels.direct import DirectCall")
         # Without the emitted comment, graphs that differ only in dtypes would share one source, and so one DirectCall.
         types = ", ".join(str(node.get_dtype()) for node in (*self.inputs, *self.results))
-        wrapper.header.writeline(f"{name} = DirectCall({self.op._opname!r}{options})  # {types}")
+        wrapper.header.writeline(f"{name} = DirectCall({op.name!r}{options})  # {types}")
         wrapper.writeline(f"if not {name}(({', '.join(map(str, addresses))}), {numbers}):")
         wrapper.writeline(f"    {name}.checked({', '.join(map(_written, given))})")
 
@@ -112,7 +113,7 @@ def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     if stream(V.graph.current_node):
         # Inductor allocates the buffers on the stream of the previous node; the dispatcher uses the stream of the call.
         raise Unusual("it does not run on the default stream")
-    known = OPS[op._opname]
+    known = op_of(op)
     operands = {argument.name: value for argument, value in zip(known.inputs, known.filled(tuple(args)), strict=True)}
     if not all(isinstance(operands[a.name], float) for a in known.inputs if not a.is_tensor):
         raise Unusual("eps is not a constant")
@@ -189,5 +190,5 @@ def _register(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return lower
 
 
-for _name in OPS:
-    _register(getattr(torch.ops.dit_kernels, _name).default)
+for _op in OPS.values():
+    _register(_op.overload())

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class Device:
     """Runs the ops, and applies the bounds to a result by its name. This one is the device that the tensors are on."""
 
     def run(self, op: str, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-        results = getattr(torch.ops.dit_kernels, op)(*arguments, **options)
+        results = attrgetter(op)(torch.ops.dit_kernels)(*arguments, **options)
         return results if isinstance(results, tuple) else (results,)
 
     def eager(self) -> AbstractContextManager[Any]:

@@ -1,11 +1,12 @@
 """What the kernels that quantise must give: q and s have the bits of eager code on the same z.
 
-z itself is not stored. The kernel of the same op without `_quant` stores it: both sum in the same order. tests/gpu runs
-these checks on a GPU, and tests/ptx in the interpreter of the PTX.
+z itself may not be stored. The kernel of the same op without `_quant` stores it: both sum in the same order. tests/gpu
+runs these checks on a GPU, and tests/ptx in the interpreter of the PTX.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from kernel_bounds import BF16, FP32, Device, operands, random
 from torch import Tensor
 
 from dit_kernels import reference
-from dit_kernels.arguments import QUANT_OPTIONS
 from dit_kernels.families import OPS
 from dit_kernels.rounding import FP8
 
@@ -40,34 +40,41 @@ def assert_same_bytes(name: str, got: Tensor, expected: Tensor) -> None:
         raise AssertionError(f"{name}{list(index)} is {a[index]}, by the definition {b[index]}: {differs.sum()} differ")
 
 
-def check(on: Device, op: str, *given: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Runs an op that quantises. The results must be those of the definition on what the op without `_quant` stores."""
-    of_quant = {option.name for option in QUANT_OPTIONS}
-    *stored, q, s = on.run(op, *given, **options)
-    plain = {name: value for name, value in options.items() if name not in of_quant}
-    *others, z = on.run(op.removesuffix("_quant"), *given, **plain)
-    steps = OPS[op].call(*given, **options).chain.quant
+def check(on: Device, op: str, *given: Any, **options: Any) -> tuple[Tensor, ...]:
+    """Runs an op that quantises. The results must be those of the definition on what the op without `_quant` stores.
+
+    op: with its overload. Returns q, and s if the op does.
+    """
+    call = OPS[op].call(*given, **options)
+    results = on.run(op, *given, **options)
+    plain = OPS[op.partition("_quant")[0]]
+    of_plain = {option.name: options[option.name] for option in plain.options if option.name in options}
+    *others, z = on.run(plain.name, *given[: len(plain.inputs)], **of_plain)
+    steps, scale = call.chain.quant, call.named.get("static_scale")
     with on.eager():
-        expected_q, expected_s = reference.quantised(z, steps)
+        q, *s = reference.quantised(z, steps, scale)
+        unclamped = reference.quantised(z, replace(steps, clamp=False, out=FP32), scale)[0]
     if not steps.clamp:  # also where this version of PyTorch clamps
-        too_large = (z.float() / expected_s).abs() > 464
-        expected_q = torch.where(too_large, torch.nan, expected_q.float()).to(FP8)
-    for result, other in zip(stored, others, strict=True):
-        assert_same_bytes("y", result, other)
-    assert_same_bytes("s", s, expected_s)
-    assert_same_bytes("q", q, expected_q)
-    return q, s
+        q = torch.where(unclamped.abs() > 464, torch.nan, q.float()).to(FP8)
+    stored = (*others, z) if call.chain.keeps else others
+    names = [result.name for result in call.op.results]
+    for name, got, expected in reversed(list(zip(names, results, (*stored, q, *s), strict=True))):  # q depends on s
+        assert_same_bytes(name, got, expected)
+    return results[len(stored) :]
 
 
 # --- z by hand ------------------------------------------------------------------------------------------------------
 
 
-def check_rows(on: Device, z: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Quantises rows of bf16 numbers, by the op whose z is b times a number: silu(64) = 64, and silu(2^-20) = 2^-21."""
+def check_rows(on: Device, z: Tensor, *scale: Tensor, op: str = SILU, **options: Any) -> tuple[Tensor, ...]:
+    """Quantises rows of bf16 numbers, by an op whose z is b times a number: silu(64) = 64, and silu(2^-20) = 2^-21.
+
+    scale: the static scale, for an op that takes one.
+    """
     large = z.float().abs() > 1
     a = torch.where(large, 64.0, 2.0**-20).to(BF16)
     b = torch.where(large, z.float() / 64, z.float() * 2.0**21).to(BF16)
-    return check(on, SILU, a[None], b[None], **options)
+    return check(on, op, a[None], b[None], *scale, **options)
 
 
 def every_quotient() -> Tensor:

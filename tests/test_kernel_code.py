@@ -21,7 +21,7 @@ from dit_kernels.cute.spec import TensorSpec, Walk
 from dit_kernels.cute.tiling import machine, row_tiling
 from dit_kernels.families import OPS
 from dit_kernels.families.modulated_norm import FAMILY
-from dit_kernels.rounding import FORMS, FP8, QuantSteps, silu_steps, stage_steps
+from dit_kernels.rounding import FORMS, FP8, QuantSteps, StaticSteps, silu_steps, stage_steps
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPILED = (*ARCHS, "sm_89")  # sm_89 runs what sm_80 does, from the same PTX
@@ -144,6 +144,14 @@ def quantised(dual: Variant, **steps: Any) -> Variant:
     return with_specs(replace(dual, chain=replace(dual.chain, quant=quant)), z=None, q=q, s=s)
 
 
+def static_with_z(of: Variant) -> Variant:
+    """The same with a static scale, and with the result itself in bf16."""
+    chain = replace(of.chain, quant=StaticSteps("quotient", FP32, FP32, True), keeps=True)
+    kept = "out" if "out" in of.named else "z"
+    results = {kept: TensorSpec(BF16, "token", 16), "static_scale": TensorSpec(FP32, "element", 4), "s": None}
+    return with_specs(replace(of, chain=chain), **results)
+
+
 NO_SMALLEST = {"smallest_amax": None, "smallest_scale": None}
 SILU_ROW = TensorSpec(BF16, "token", 16)
 SILU_CHAIN = SiluChain(silu_steps("model", BF16, BF16), QuantSteps(BF16, 448.0, None, None, False, True))
@@ -159,6 +167,8 @@ QUANTISED = {
     "silu": variant(OPS["silu_mul_quant"].family, SILU_CHAIN, 10240, a=SILU_ROW, b=SILU_ROW, **SILU_RESULTS),
     "silu-13824": variant(OPS["silu_mul_quant"].family, SILU_CHAIN, 13824, a=SILU_ROW, b=SILU_ROW, **SILU_RESULTS),
 }
+
+QUANTISED |= {f"{name}-static-with-z": static_with_z(QUANTISED[name]) for name in ("dual", "silu")}
 
 
 @pytest.mark.parametrize("arch", ("sm_89", *ARCHS[1:]))

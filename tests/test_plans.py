@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_kernels import ops, plans
-from dit_kernels.arguments import COLUMN, EPS, HEADS, MODULATION, TABLE
+from dit_kernels.arguments import COLUMN, EPS, HEADS, MODULATION, SCALAR, TABLE
 from dit_kernels.families import OPS
 from dit_kernels.families.family import Family, Op
 from dit_kernels.plans import ALIGNMENT, Plans, can_be_planned
@@ -116,7 +116,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 
 def given_to(op: Op, tokens: int = 4) -> tuple[Any, ...]:
     """Arguments of an op, without biases, a second weight of heads or sines."""
-    shapes = {COLUMN: (8,), MODULATION: (1, 1, 8), HEADS: (1, tokens, 2, 8), TABLE: (tokens, 4)}
+    shapes = {COLUMN: (8,), MODULATION: (1, 1, 8), HEADS: (1, tokens, 2, 8), TABLE: (tokens, 4), SCALAR: ()}
     absent = ("bias", "bias2", "k_weight", "sin")
     return tuple(
         1e-5

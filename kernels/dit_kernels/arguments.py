@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dit_kernels.rounding import LARGEST
+from dit_kernels.rounding import LARGEST, SCALINGS
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -117,6 +117,14 @@ def _lay_table(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Stri
     return (*(3 - len(sizes)) * (1,), *sizes), (*(3 - len(sizes)) * (0,), *strides)
 
 
+def _fits_scalar(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
+    return all(equal(size, 1) for size in sizes)
+
+
+def _lay_scalar(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Strided | None:
+    return (1, 1, 1), (0, 0, 1)
+
+
 def _no_tensor(*_: Any) -> Any:
     raise TypeError("an eps has no shape and no strides")
 
@@ -176,6 +184,8 @@ TABLE = Role(
     _lay_table,
     2,
 )
+# One element on the device, as a static scale. A kernel takes it as (1, 1, 1).
+SCALAR = Role("scalar", "[]", "one element", _fits_scalar, _lay_scalar)
 # A number that is not negative, or one floating-point element on the CPU.
 EPS = Role("eps", "", "a number >= 0, or one floating-point element on the CPU", _no_tensor, _no_tensor)
 
@@ -235,6 +245,13 @@ QUANT_OPTIONS = (
     Option("smallest_amax", "float?", None),
     Option("smallest_scale", "float?", None),
     Option("reciprocal", "bool", False),
+    Option("clamp", "bool", True),
+)
+# How an op quantises with a static scale: the fields of rounding.StaticSteps.
+STATIC_OPTIONS = (
+    Option("scaling", "str", SCALINGS[0], SCALINGS),
+    dtype_option("factor_dtype"),
+    dtype_option("scaled_dtype"),
     Option("clamp", "bool", True),
 )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dit_kernels.rounding import QuantSteps, RotatedSteps, SiluSteps, StageSteps
+from dit_kernels.rounding import QuantSteps, RotatedSteps, SiluSteps, StageSteps, StaticSteps
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,13 @@ class Stage:
 class NormChain:
     """One or more stages. The first stage reads x; each later stage reads the result of the stage before it.
 
-    quant: how the result of the last stage is quantised; q and s are then stored in its place. None: it is stored.
+    quant: how the result of the last stage is quantised. q is then stored in its place, and with QuantSteps also s.
+    None: the result is stored. keeps: the result is stored beside q, too.
     """
 
     stages: tuple[Stage, ...]
-    quant: QuantSteps | None = None
+    quant: QuantSteps | StaticSteps | None = None
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class RotatedChain:
 
 @dataclass(frozen=True)
 class SiluChain:
-    """silu(a) * b. quant: how it is quantised; q and s are then stored in its place. None: it is stored."""
+    """silu(a) * b. quant and keeps: as for a NormChain."""
 
     steps: SiluSteps
-    quant: QuantSteps | None = None
+    quant: QuantSteps | StaticSteps | None = None
+    keeps: bool = False

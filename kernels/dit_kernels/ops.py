@@ -26,6 +26,11 @@ An op with `_quant` returns each row of z in FP8: q, float8_e4m3fn, has the shap
 `s_dtype` (z's dtype by default), `fmax`, `smallest_amax`, `smallest_scale`, `reciprocal` and `clamp` are the steps of
 dit_kernels.rounding.QuantSteps. These ops have no gradient; a call that needs one raises RuntimeError.
 
+Each op with `_quant` has three overloads. `.keep_z` also returns z, in front of q. `.static` takes `static_scale`, one
+element on the device or None, as its last positional argument and returns q without s; `scaling`, `factor_dtype` (fp32
+by default), `scaled_dtype` (fp32 by default) and `clamp` are the steps of dit_kernels.rounding.StaticSteps.
+`.static_keep_z` does both.
+
 Results are newly allocated and contiguous, with the shape of x, of q and k, or of a. Each operand is bfloat16, float16
 or float32, independently of the others. A rotation may be complex64 or complex128. The definition also takes float64.
 
@@ -33,7 +38,8 @@ or float32, independently of the others. A rotation may be complex64 or complex1
 dit_kernels.rounding also gives the defaults of the other dtypes: `norm_dtype`, `norm_dtype2` (of the second norm),
 `rope_dtype`, `out_dtype` and `silu_dtype`.
 
-Each op with an eps has an overload `.eps_tensor`. It takes eps as a one-element CPU tensor and reads it on the host.
+Each op with an eps has an overload `.eps_tensor`; that of an overload ends in `_eps_tensor`. It takes eps as a
+one-element CPU tensor and reads it on the host.
 Bad arguments raise ValueError. The message names the argument, the given value and what was expected.
 
 On the CPU, and if autograd needs a gradient, an op runs its PyTorch definition (dit_kernels.reference). On CUDA it runs
@@ -52,7 +58,7 @@ from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
-from dit_kernels.families import OPS
+from dit_kernels.families import OPS, op_of
 from dit_kernels.families.family import Call, Op
 from dit_kernels.plans import Launch, Plans, can_be_planned, make_launch, no_launch
 from dit_kernels.warn import warn_once
@@ -128,7 +134,7 @@ def prepare(call: Call) -> None:
 
 def checked_call(op: torch._ops.OpOverload, *args: Any, **options: Any) -> Call:
     """The checked arguments of an op of this library. Raises ValueError if the op would."""
-    return OPS[op._opname].call(*args, **options)
+    return op_of(op).call(*args, **options)
 
 
 def _definition(call: Call) -> Results:
@@ -218,7 +224,7 @@ def _is_on_gpu(t: Tensor | None) -> bool:
 
 
 def register(library: torch.library.Library, op: Op) -> None:
-    """Registers an op in a library of the namespace dit_kernels; with an eps, also the overload `.eps_tensor`."""
+    """Registers an op in a library of the namespace dit_kernels; with an eps, also its overload for an eps tensor."""
     OPS[op.name] = op
 
     def definition(*args: Any, **options: Any) -> Any:
@@ -228,16 +234,15 @@ def register(library: torch.library.Library, op: Op) -> None:
         return _returned(op.call(*args, **options).empty_results())
 
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-    for overload, eps in (("", "float?"), (".eps_tensor", "Tensor?"))[: 2 if op.has_eps else 1]:
+    for eps_tensor in (False, True) if op.has_eps else (False,):
         # A CUDA graph would replay the eps of its capture, and Inductor's graphs take no CPU tensor into their pool.
-        unsafe = (torch.Tag.cudagraph_unsafe,) if overload else ()
-        name = op.name + overload
+        unsafe, eps = ((torch.Tag.cudagraph_unsafe,), "Tensor?") if eps_tensor else ((), "float?")
+        name = op.registered_name(eps_tensor)
         library.define(name + op.schema(eps), tags=tags + unsafe)
         library.impl(name, definition, "CompositeExplicitAutograd")
         library.impl(name, _filled(op, _on_cuda(op)), "CUDA")
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-        registered = getattr(getattr(torch.ops.dit_kernels, op.name), overload[1:] or "default")
-        library.impl(name, _filled(op, _autograd(op, registered, definition)), "Autograd")
+        library.impl(name, _filled(op, _autograd(op, op.overload(eps_tensor), definition)), "Autograd")
 
 
 _LIBRARY = torch.library.Library("dit_kernels", "DEF")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels.chain import Stage
-from dit_kernels.rounding import LARGEST, NormSteps, QuantSteps, RotatedSteps, SiluSteps, compute_dtype
+from dit_kernels.rounding import LARGEST, NormSteps, QuantSteps, RotatedSteps, SiluSteps, StaticSteps, compute_dtype
 
 
 def norm(
@@ -124,8 +124,13 @@ def silu_mul(a: Tensor, b: Tensor, steps: SiluSteps) -> Tensor:
     return (s * b).to(steps.product).to(steps.out)
 
 
-def quantised(z: Tensor, steps: QuantSteps) -> tuple[Tensor, Tensor]:
-    """The rows of z in FP8, and the scale of each row: [..., D] and [..., 1]."""
+def quantised(z: Tensor, steps: QuantSteps | StaticSteps, static_scale: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The rows of z in FP8, [..., D], and with QuantSteps the scale of each row, [..., 1].
+
+    static_scale: the one element that StaticSteps scale by; None: 1.
+    """
+    if isinstance(steps, StaticSteps):
+        return (_in_fp8(z.float() if static_scale is None else _scaled(z, static_scale, steps), steps),)
     amax = z.abs().amax(-1, keepdim=True).float()
     if steps.smallest_amax is not None:
         amax = amax.clamp(min=steps.smallest_amax)
@@ -133,5 +138,14 @@ def quantised(z: Tensor, steps: QuantSteps) -> tuple[Tensor, Tensor]:
     if steps.smallest_scale is not None:
         s = s.clamp(min=steps.smallest_scale)
     wide = z.float()
-    q = wide * s.reciprocal() if steps.reciprocal else wide / s
-    return (q.clamp(-LARGEST, LARGEST) if steps.clamp else q).to(steps.out), s
+    return _in_fp8(wide * s.reciprocal() if steps.reciprocal else wide / s, steps), s
+
+
+def _scaled(z: Tensor, static_scale: Tensor, steps: StaticSteps) -> Tensor:
+    s = static_scale.float().reshape(())
+    f = (s.reciprocal() if steps.scaling == "reciprocal" else s).to(steps.factor).float()
+    return (z.float() / f if steps.scaling == "quotient" else z.float() * f).to(steps.scaled).float()
+
+
+def _in_fp8(q: Tensor, steps: QuantSteps | StaticSteps) -> Tensor:
+    return (q.clamp(-LARGEST, LARGEST) if steps.clamp else q).to(steps.out)

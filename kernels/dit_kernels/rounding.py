@@ -37,6 +37,12 @@ A quantiser of rows turns z into q (`FP8`) and s (fp32, one number a row):
     q = the cast of z / s, or of z * (1 / s), computed in fp32 and clamped to +-LARGEST if `clamp`
 
 It computes what the model's own operations compute. A row of zeros has s = 0 and q = NaN without a smallest value.
+
+A static quantiser is given one scale s for all rows and returns q alone. `scaling` says what f is and how it is used:
+
+    f = R(s), or R(1 / s)
+    q = the cast of R(z / f), or of R(z * f), clamped to +-LARGEST if `clamp`
+
 PyTorch's cast clamps from 2.12 on. Before, it makes NaN of infinity and of what rounds to more than LARGEST.
 """
 
@@ -50,6 +56,7 @@ FORMS: tuple[str, ...] = ("cast_then_weight", "weight_then_cast", "native", "gat
 NORMS: tuple[str, ...] = ("rms", "layer")
 SILU_FORMS: tuple[str, ...] = ("model", "fp32")
 ROOTS: tuple[str, ...] = ("rsqrt", "reciprocal", "quotient")
+SCALINGS: tuple[str, ...] = ("quotient", "reciprocal", "product")  # by a static s: z / s, z * (1 / s), z * s
 
 FP8 = torch.float8_e4m3fn  # the dtype of quantised results
 LARGEST = torch.finfo(FP8).max  # 448.0
@@ -106,6 +113,17 @@ class QuantSteps:
     smallest_amax: float | None  # the least amax; None: no least
     smallest_scale: float | None  # the least scale, in fp32; None: no least
     reciprocal: bool  # True: z * (1 / s), where 1 / s is rounded to fp32; False: z / s
+    clamp: bool  # to +-LARGEST before the cast, or by the cast
+    out: torch.dtype = FP8
+
+
+@dataclass(frozen=True)
+class StaticSteps:
+    """How rows are quantised with a given scale. Every step is computed in fp32, and then rounded to its dtype."""
+
+    scaling: str  # one of SCALINGS
+    factor: torch.dtype  # the scale, or its reciprocal, is rounded to this dtype
+    scaled: torch.dtype  # the quotient or the product is rounded to this dtype
     clamp: bool  # to +-LARGEST before the cast, or by the cast
     out: torch.dtype = FP8
 

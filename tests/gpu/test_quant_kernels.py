@@ -54,6 +54,40 @@ def test_extreme_rows_and_every_quotient_have_the_bits_of_eager_code(form: dict)
     check_rows(every_quotient().cuda(), **form)
 
 
+STATIC = (
+    dict(),
+    dict(scaling="reciprocal", factor_dtype=BF16, scaled_dtype=BF16, clamp=False),
+    dict(scaling="product", scaled_dtype=BF16),
+)
+
+
+@pytest.mark.parametrize("op", (NORM, DUAL, SILU))
+@pytest.mark.parametrize("d", (2544, 3840, 10240))
+def test_static_scales_and_z_itself_have_the_bits_of_eager_code(op: str, d: int) -> None:
+    given, scale = arguments(op, d, tokens=264), torch.tensor(0.01371, device="cuda")
+    assert ops.has_kernel(OPS[f"{op}.static"].call(*given, scale))
+    check(f"{op}.keep_z", *given)
+    for form in STATIC:
+        for one in (scale, scale.reshape(1, 1).to(BF16), None):
+            check(f"{op}.static", *given, one, **form)
+        check(f"{op}.static_keep_z", *given, scale, **form)
+
+
+@pytest.mark.parametrize("form", STATIC, ids=str)
+def test_extreme_rows_and_static_scales_have_the_bits_of_eager_code(form: dict) -> None:
+    for scale in (1.2345, 2.0**-130, 2.0**-60, 0.0, -0.5, torch.inf, torch.nan):
+        for rows in (special_rows(), every_quotient()):
+            check_rows(rows.cuda(), torch.tensor(scale, device="cuda"), op=f"{SILU}.static", **form)
+
+
+def test_eager_code_on_a_gpu_rounds_a_0d_scale_first() -> None:
+    """The pass counts on it: see _factor_dtype in fusion_pass/kinds/quantiser.py."""
+    z, scale = torch.randn(4096, 512, device="cuda", dtype=BF16), torch.tensor(0.01371, device="cuda")
+    assert torch.equal(z * scale, z * scale.to(BF16))
+    assert torch.equal(scale * z, z * scale.to(BF16))
+    assert torch.equal(z / scale, z / scale.to(BF16))
+
+
 def test_many_rows_are_quantised_again_and_again_with_the_same_bits() -> None:
     given = arguments(SILU, 10240, BF16, batch=1, tokens=4128)
     q, s = torch.ops.dit_kernels.silu_mul_quant(*given)

@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dit_kernels import compile, ops, tickets
+from dit_kernels import compile, tickets
 from dit_kernels.arguments import Layout
 from dit_kernels.compile import Variant, compile_variant
-from dit_kernels.families import rows
+from dit_kernels.families import OPS, rows
 from dit_kernels.families.family import Call
 from ptx.host import Launch, host_function, launch
 from ptx.machine import Machine
@@ -104,8 +104,8 @@ def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] =
 
 
 def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, ...]:
-    """What torch.ops.dit_kernels.<op> does on a GPU, within `gpu`."""
-    checked = ops.checked_call(getattr(torch.ops.dit_kernels, op).default, *arguments, **options)
+    """What torch.ops.dit_kernels.<op> does on a GPU, within `gpu`. op: with its overload."""
+    checked = OPS[op].call(*arguments, **options)
     results = checked.empty_results()
     kernel, numbers = compile.bound(checked.op.family, checked.chain, checked.operands(results))
     run(kernel, checked, results, numbers)

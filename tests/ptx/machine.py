@@ -88,6 +88,10 @@ def _mixed(widen: Callable[[Array], Array]) -> dict[str, Callable[..., Array]]:
     }
 
 
+def _widened(widen: Callable[[Array], Array], compare: Callable[..., Array], a: Array, b: Array) -> Array:
+    return compare(widen(a), widen(b))
+
+
 def _packed_conversion(narrow: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
     return lambda high, low: narrow(high).astype(U32) << U32.type(16) | narrow(low)
 
@@ -168,7 +172,7 @@ def _pure() -> dict[str, Pure]:
     for name, compare in _COMPARISONS.items():
         for kind, dtype in {"f32": F32, "s16": S16, "s32": S32, "s64": S64, "u16": U16, "u32": U32, "u64": U64}.items():
             table[f"setp.{name}.{kind}"] = Pure(compare, BOOL, (dtype, dtype))
-    for name, opposite in {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}.items():  # true for a NaN
+    for name, opposite in _UNORDERED.items():
         table[f"setp.{name}.f32"] = Pure(partial(_negated, _COMPARISONS[opposite]), BOOL, (F32, F32))
     for kind, dtype in {"b16": U16, "b32": U32, "b64": U64}.items():
         table[f"setp.eq.{kind}"] = Pure(np.equal, BOOL, (dtype, dtype))
@@ -187,6 +191,10 @@ def _pure() -> dict[str, Pure]:
         for name in ("add", "sub"):
             table[f"{name}.rn.f32.{kind}"] = Pure(mixed[name], F32, (U16, F32))
         table[f"fma.rn.f32.{kind}"] = Pure(mixed["fma"], F32, (U16, U16, F32))
+        for name in (*_COMPARISONS, *_UNORDERED):
+            table[f"setp.{name}.{kind}"] = Pure(
+                partial(_widened, widen, table[f"setp.{name}.f32"].function), BOOL, (U16, U16)
+            )
     return table
 
 
@@ -198,6 +206,7 @@ _COMPARISONS: dict[str, Callable[..., Array]] = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
+_UNORDERED = {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}  # true for a NaN, and else where these are false
 PURE = _pure()
 
 

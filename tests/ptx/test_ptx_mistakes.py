@@ -26,8 +26,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from dit_kernels import compile, tickets
-from dit_kernels.arguments import COLUMN, Argument, Layout
+from dit_kernels.arguments import COLUMN, SCALAR, Argument, Layout
 from dit_kernels.cute import modulated_norm, reduce, rows, spec, stage
+from dit_kernels.cute.tiling import VectorTiling
 from dit_kernels.families import OPS
 from dit_kernels.families import rows as families_of_rows
 from ptx import device
@@ -352,6 +353,9 @@ def test_too_little_shared_memory_is_found(arch: str) -> None:
 BATCHES, BATCH = 8, 7  # so many batch items that one CTA walks over all rows of one, and which one that is
 
 
+SHARED_BY_ALL = (COLUMN, SCALAR)  # roles without batch items and tokens
+
+
 class Far:
     """The rows that one CTA reads and writes, for the last tokens of a batch item of a very large call.
 
@@ -371,7 +375,7 @@ class Far:
     def of_cta(self) -> tuple[list[int], tuple[int, int]]:
         """The tokens that a CTA works on, the last one among them, and its place in the grid, as (x, y)."""
         last = self.tokens - 1
-        if "out" in self.values:
+        if isinstance(self.tiling, VectorTiling):
             tiling, d = self.tiling, self.variant.d
             assert tiling.threads * tiling.vectors * tiling.vector == d, "choose d so that a CTA has one row"
             return [last], (last, BATCH)
@@ -402,7 +406,7 @@ class Far:
         self.memory._end += 2**46  # whatever an offset loses, it is nearest to its own operand, which the message names
         size, width = layout.dtype.itemsize, layout.shape[-1]
         row: Any = width * size if argument.written else bytes(width * size)
-        if argument.role is COLUMN:
+        if argument.role in SHARED_BY_ALL:
             return self.memory.add(argument.name, {0: ((), row)}, size, 0, False)
         places = (BATCH,), tokens if layout.shape[1] > 1 else (0,), *map(range, layout.shape[2:-1])
         rows = {}
@@ -416,7 +420,7 @@ class Far:
         for number, argument in enumerate(self.family.arguments):
             value = self.values[argument.name]
             if isinstance(value, Layout):
-                layout = value if argument.role is COLUMN else self.layout(number, argument)
+                layout = value if argument.role in SHARED_BY_ALL else self.layout(number, argument)
                 layouts[argument.name] = layout
                 value = self.add(argument, layout, tokens)
             if value is not None:
@@ -470,6 +474,7 @@ def test_no_offset_of_what_is_quantised_is_computed_in_32_bits(arch: str) -> Non
     o = bounds.operands(2, 3, 2304)
     Far(arch, f"{bounds.DUAL}_quant", *o.arguments(bounds.DUAL)).run()
     Far(arch, "silu_mul_quant", random(2, 3, 4096), random(2, 3, 4096, seed=1)).run()
+    Far(arch, "silu_mul_quant.static_keep_z", random(2, 3, 4096), random(2, 3, 4096, seed=1), random()).run()
 
 
 # --- the divisor of a mean, and the eps -----------------------------------------------------------------------------

@@ -246,6 +246,16 @@ def test_comparisons_know_signed_from_unsigned() -> None:
     assert computed("setp.eq.f32", [0.0], [-0.0]) == [True]
 
 
+@pytest.mark.parametrize("kind", DTYPES)
+def test_comparisons_of_16_bits_are_those_of_the_same_numbers_in_fp32(kind: str) -> None:
+    values = np.array([math.nan, -math.inf, -2, -0.0, 0.0, 1, 2, math.inf], F32)
+    a, b = (pair.ravel() for pair in np.meshgrid(values, values))
+    narrow = PURE[f"cvt.rn.{kind}.f32"].function
+    for name in ("eq", "ne", "lt", "le", "gt", "ge", "ltu", "leu", "gtu", "geu"):
+        of_narrow = PURE[f"setp.{name}.{kind}"].function(narrow(a), narrow(b))
+        assert (of_narrow == PURE[f"setp.{name}.f32"].function(a, b)).all()
+
+
 def test_shifts_by_the_width_and_more_give_zero() -> None:
     assert computed("shl.b32", [1] * 5, [0, 31, 32, 33, 2**32 - 1]) == [1, 2**31, 0, 0, 0]
     assert computed("shr.u32", [2**31] * 5, [0, 31, 32, 33, 2**32 - 1]) == [2**31, 1, 0, 0, 0]

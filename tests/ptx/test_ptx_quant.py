@@ -16,12 +16,11 @@ from quant_checks import DUAL, NORM, SILU, arguments, every_quotient, special_ro
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
-from dit_kernels.cute import quantise, rows
+from dit_kernels.cute import quantise
 from dit_kernels.families import OPS, family
 from dit_kernels.rounding import FP8
 from ptx.device import ARCHS, compiled, gpu
 from ptx.judging import INTERPRETER
-from ptx.memory import Fault
 
 QUANTISING = ("sm_89", *ARCHS[1:])
 check, quantised = partial(quant_checks.check, INTERPRETER), partial(quant_checks.check_rows, INTERPRETER)
@@ -170,21 +169,49 @@ def test_a_cast_without_a_clamp_is_that_of_this_version_of_pytorch(cast_of_2_11:
     assert torch.equal(saturated.float(), clamped.float())
 
 
+# --- static scales, and z itself ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "op", "d"), (("sm_90a", DUAL, 2544), ("sm_89", NORM, 2304), ("sm_90a", SILU, 10240)))
+def test_z_is_what_the_op_without_the_quantiser_stores(arch: str, op: str, d: int) -> None:
+    with gpu(arch, 1):
+        check(f"{op}.keep_z", *arguments(op, d))
+        check(f"{op}.static_keep_z", *arguments(op, d), torch.tensor(0.0137))
+
+
+@pytest.mark.parametrize("arch", ("sm_89", "sm_90a"))
+def test_every_row_is_quantised_with_a_static_scale_or_without_one(arch: str) -> None:
+    with gpu(arch, 1):
+        check(f"{SILU}.static", *arguments(SILU, 640, tokens=5), None)
+        check(f"{NORM}.static", *arguments(NORM, 2304, tokens=23), torch.tensor([[0.0137]], dtype=BF16))
+
+
+STATIC = (
+    dict(scaling="quotient"),
+    dict(scaling="reciprocal", factor_dtype=BF16, scaled_dtype=BF16, clamp=False),
+    dict(scaling="product", factor_dtype=BF16, scaled_dtype=BF16),
+    dict(scaling="quotient", scaled_dtype=FP16, clamp=False),
+)
+
+
+@pytest.mark.parametrize("form", STATIC, ids=lambda form: form["scaling"])
+def test_every_static_form_is_that_of_the_definition(form: dict, cast_of_2_11: None) -> None:
+    with gpu("sm_90a", 1):
+        for scale in (1.37 * 2.0**-130, 1.37 * 2.0**-60, 0.0, -0.5, torch.inf, torch.nan):
+            quantised(special_rows(), torch.tensor(scale), op=f"{SILU}.static", **form)
+    if form["scaling"] == "quotient":
+        with gpu("sm_90a", 64):
+            quantised(every_quotient(), torch.tensor(1.2345), op=f"{SILU}.static", **form)
+
+
+@pytest.mark.parametrize("dtype", (FP16, FP32))
+def test_rows_and_static_scales_of_every_dtype_are_quantised(dtype: torch.dtype) -> None:
+    with gpu("sm_90a", 1):
+        for scale in (BF16, FP32):
+            check(f"{SILU}.static", *arguments(SILU, 256, dtype), torch.tensor(0.0137, dtype=scale))
+
+
 # --- mistakes: each is found ----------------------------------------------------------------------------------------
-
-
-def test_the_largest_numbers_of_two_rows_in_one_buffer_are_found() -> None:
-    import cutlass.cute as cute
-
-    original = rows.RowKernel.partials
-
-    def partials(kernel: Any, buffers: int) -> cute.Tensor:
-        one = original(kernel, 1)
-        return cute.make_tensor(one.iterator, cute.make_layout((*one.shape[:3], buffers), stride=(*one.stride[:3], 0)))
-
-    wrong = mock.patch.object(rows.RowKernel, "partials", partials)
-    with gpu("sm_89", 1, compiled.__wrapped__), wrong, pytest.raises(Fault, match=r"shared memory.*no barrier between"):
-        check(SILU, *arguments(SILU, 10240, tokens=5))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from cutlass import Float32, Int32, Int64
 from dit_kernels.cute.arith import elements_of, product, rounded, widen
 from dit_kernels.cute.fma import fma32
 from dit_kernels.cute.kernel import Kernel
-from dit_kernels.cute.quantise import quantise
 from dit_kernels.cute.rows import RowKernel
 from dit_kernels.cute.stage import Kept, Reader, RowPlace
 from dit_kernels.cute.tiling import MAX_GRID_Y
@@ -104,7 +103,7 @@ class SiluMulQuantKernel(RowKernel):
     """The kernels of a SiluChain whose result is quantised."""
 
     def run(self, place: RowPlace, rows: dict[str, Reader], shared: Any, operands, partials) -> None:
-        z = Kept(place)
+        z = Kept(place) if operands["out"] is None else self.writer(operands, "out", place)
         for i in range(place.tiling.vectors):
             z.store(i, _silu_mul(rows["a"](i), rows["b"](i), self.chain.steps))
-        quantise(z, self.chain.quant, self.writer(operands, "q", place), operands["s"], partials[None, 0, self.norms])
+        self.quantise(z, operands, partials)

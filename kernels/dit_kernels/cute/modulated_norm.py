@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_kernels.cute.quantise import quantise
 from dit_kernels.cute.rows import RowKernel, Shared
 from dit_kernels.cute.stage import Kept, Norm, Reader, RowPlace, factor_of, write
 from dit_kernels.cute.stage import walk as walk_row
@@ -32,7 +31,7 @@ class ModulatedNormKernel(RowKernel):
 
     def run(self, place: RowPlace, rows: dict[str, Reader], parameters: _Parameters, operands, partials) -> None:
         """Computes the chain on the row at `place`."""
-        stages, quant = self.chain.stages, self.chain.quant
+        stages = self.chain.stages
 
         def norm_of(i: int) -> Norm:
             return Norm(stages[i], *parameters.columns[i], place, partials[None, None, i])
@@ -41,13 +40,14 @@ class ModulatedNormKernel(RowKernel):
         moments = walk_row(place.tiling, lambda i: norm.moment(i, read(i)))
         for i, stage in enumerate(stages):
             norm.finish(moments, read, operands[stage.names.eps])
-            out = Kept(place) if quant and stage is stages[-1] else self.writer(operands, stage.names.out, place)
+            stored = operands[stage.names.out] is not None
+            out = self.writer(operands, stage.names.out, place) if stored else Kept(place)
             following = norm_of(i + 1) if i + 1 < len(stages) else None
             term = None if stage.names.term is None else rows[stage.names.term]
             moments = write(stage, norm, read, parameters.factors[i], term, out, following)
             read, norm = out, following or norm
-        if quant is not None:
-            quantise(read, quant, self.writer(operands, "q", place), operands["s"], partials[None, 0, self.norms])
+        if self.chain.quant is not None:
+            self.quantise(read, operands, partials)
 
 
 class _Parameters(Shared):

@@ -1,8 +1,10 @@
-"""A row of z in FP8, and its scale: rounding.QuantSteps on the vectors that the threads of a CTA keep in registers.
+"""A row of z in FP8: rounding.QuantSteps and StaticSteps on the vectors that the threads of a CTA keep in registers.
 
     a = max |z|
     s = R(a / fmax)
     q = z / s
+
+With a static scale, s is given.
 
 The largest number of a row does not depend on any order, so s and q have the bits of eager code. Of two floats without
 their signs, the larger one is also larger as an integer, and NaN is larger than infinity. So amax is taken of integers,
@@ -11,7 +13,9 @@ and NaN propagates as in torch.amax.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -24,20 +28,38 @@ from dit_kernels.cute.arith import elements_of, rounded, widen, words_of
 from dit_kernels.cute.fma import fma32
 from dit_kernels.cute.reduce import cta_max
 from dit_kernels.cute.stage import Kept, Writer
-from dit_kernels.rounding import QuantSteps
+from dit_kernels.rounding import QuantSteps, StaticSteps
 
 # Between these scales, 1 / s and the residual of a quotient are normal numbers. Outside, rows are divided.
 USUAL_SCALES = (2.0**-100, 2.0**100)
+INFINITY = float("inf")
 LARGEST_FINITE = 464.0  # PyTorch's cast to FP8 makes what is larger NaN
 
 
-def quantise(z: Kept, steps: QuantSteps, q: Writer, s: cute.Tensor, partials: cute.Tensor) -> None:
-    """Writes the row of z to q, and its scale to s. partials: (warps,) in shared memory."""
-    scale = _scale_of(_amax(z, partials), steps)
-    _store_scale(s, z.place.batch, z.place.token, z.place.thread, scale)
-    reciprocal = Float32(1.0) / scale
+Quotient = Callable[[Float32, Float32, Float32], Float32]
+
+
+def quantise(
+    z: Kept | Writer,
+    steps: QuantSteps | StaticSteps,
+    q: Writer,
+    s: cute.Tensor | None,
+    static_scale: cute.Tensor | None,
+    partials: cute.Tensor | None,
+) -> None:
+    """Writes the row of z to q, and with QuantSteps its scale to s.
+
+    static_scale: (1, 1, 1), for StaticSteps; None: q is the cast of z. partials: (warps,) in shared memory, for
+    QuantSteps.
+    """
+    if isinstance(steps, StaticSteps):
+        scaled = _static_scaling(steps, static_scale)
+    else:
+        scale = _scale_of(_amax(z, partials), steps)
+        _store_scale(s, z.place.batch, z.place.token, z.place.thread, scale)
+        scaled = _scaling(scale, Float32(1.0) / scale, not steps.reciprocal, _quotient)
     for i, fragment in enumerate(z.fragments):
-        q.store(i, _in_fp8(fragment, steps, scale, reciprocal))
+        q.store(i, _in_fp8(scaled(widen(fragment.load())), steps.clamp))
 
 
 @cute.jit
@@ -105,18 +127,37 @@ _WITHOUT_SIGN = {BFloat16: 0x7FFF7FFF, Float16: 0x7FFF7FFF, Float32: 0x7FFFFFFF}
 # --- the elements ---------------------------------------------------------------------------------------------------
 
 
-def _in_fp8(z: cute.Tensor, steps: QuantSteps, scale: Float32, reciprocal: Float32):
-    """A vector of z, divided by the scale, in FP8. reciprocal: of the scale."""
-    elements = elements_of(widen(z.load()))
-    if steps.reciprocal:
-        elements.store(elements.load() * reciprocal)
-    else:
-        usual = (scale >= USUAL_SCALES[0]) & (scale <= USUAL_SCALES[1])
-        _divide(elements, scale, reciprocal, usual)
-    if not steps.clamp:
+def _scaling(scale: Float32, reciprocal: Float32, divides: bool, quotient: Quotient) -> Callable[[Any], Any]:
+    """Divides an fp32 vector by the scale, or multiplies it by the reciprocal of the scale."""
+
+    def scaled(z):
+        if not divides:
+            return z * reciprocal
+        elements = elements_of(z)
+        _divide(elements, scale, reciprocal, (scale >= USUAL_SCALES[0]) & (scale <= USUAL_SCALES[1]), quotient)
+        return elements.load()
+
+    return scaled
+
+
+def _static_scaling(steps: StaticSteps, static_scale: cute.Tensor | None) -> Callable[[Any], Any]:
+    """Scales an fp32 vector by the given scale."""
+    if static_scale is None:
+        return lambda z: z
+    factor = static_scale[0, 0, 0].to(Float32)
+    factor = rounded(Float32(1.0) / factor if steps.scaling == "reciprocal" else factor, steps.factor)
+    divides = steps.scaling == "quotient"
+    scaled = _scaling(factor, Float32(1.0) / factor if divides else factor, divides, _any_quotient)
+    return lambda z: widen(rounded(scaled(z), steps.scaled))
+
+
+def _in_fp8(scaled, clamp: bool):
+    """An fp32 vector in FP8. clamp: as in QuantSteps."""
+    elements = elements_of(scaled)
+    if not clamp:
         for i in range(cute.size(elements)):
             elements[i] = _finite_or_nan(elements[i])
-    result = cute.make_rmem_tensor(z.shape, Float8E4M3FN)
+    result = cute.make_rmem_tensor(scaled.shape, Float8E4M3FN)
     pairs = cute.recast_tensor(result, Int16)
     for i in range(cute.size(pairs)):
         pairs[i] = _pair_in_fp8(elements[2 * i], elements[2 * i + 1])
@@ -124,11 +165,11 @@ def _in_fp8(z: cute.Tensor, steps: QuantSteps, scale: Float32, reciprocal: Float
 
 
 @cute.jit
-def _divide(elements: cute.Tensor, scale: Float32, reciprocal: Float32, usual: Boolean):
+def _divide(elements: cute.Tensor, scale: Float32, reciprocal: Float32, usual: Boolean, quotient: cutlass.Constexpr):
     """Divides by the scale. A row that is not `usual` takes many more instructions."""
     if usual:
         for i in cutlass.range_constexpr(cute.size(elements)):
-            elements[i] = _quotient(elements[i], scale, reciprocal)
+            elements[i] = quotient(elements[i], scale, reciprocal)
     else:
         for i in cutlass.range_constexpr(cute.size(elements)):
             elements[i] = elements[i] / scale
@@ -140,6 +181,13 @@ def _quotient(z: Float32, scale: Float32, reciprocal: Float32) -> Float32:
     quotient = z * reciprocal
     residual = fma32(quotient, scale, -z)
     return fma32(residual, -reciprocal, quotient)
+
+
+def _any_quotient(z: Float32, scale: Float32, reciprocal: Float32) -> Float32:
+    """z / scale as above, also where it is infinite and has no residual, as numbers far above the scale have it."""
+    product = z * reciprocal
+    finite = (product < INFINITY) & (product > -INFINITY)
+    return Float32(cutlass.select_(finite, _quotient(z, scale, reciprocal), product))
 
 
 def _finite_or_nan(value: Float32) -> Float32:

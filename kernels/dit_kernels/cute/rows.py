@@ -22,9 +22,11 @@ from cutlass.memory import SmemAllocator
 
 from dit_kernels.arguments import PER_ROW, ROW, Role
 from dit_kernels.cute.kernel import Kernel
+from dit_kernels.cute.quantise import quantise
 from dit_kernels.cute.spec import TensorSpec
-from dit_kernels.cute.stage import Reader, RowPlace, Writer, row_of
+from dit_kernels.cute.stage import Kept, Reader, RowPlace, Writer, row_of
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling
+from dit_kernels.rounding import QuantSteps
 
 
 class Shared:
@@ -70,6 +72,12 @@ class RowKernel(Kernel):
     def run(self, place: RowPlace, rows: dict[str, Reader], shared: Any, operands, partials) -> None:
         """Computes the row at `place`. partials: one buffer of `partials`."""
         raise NotImplementedError
+
+    def quantise(self, z: Kept | Writer, operands: dict[str, Any], partials) -> None:
+        """Quantises the row that `run` has computed, as the chain says."""
+        quant, q = self.chain.quant, self.writer(operands, "q", z.place)
+        largest = partials[None, 0, self.norms] if isinstance(quant, QuantSteps) else None
+        quantise(z, quant, q, operands["s"], operands["static_scale"], largest)
 
     def shared(self, operands: dict[str, Any], place: RowPlace) -> Shared:
         """What the rows of the batch item at `place` share."""
@@ -208,9 +216,9 @@ class RowKernel(Kernel):
     def partials(self, buffers: int) -> cute.Tensor:
         """Shared memory for the partial sums of the warps: (warps, moment, norm, buffer).
 
-        A kernel that quantises keeps the largest numbers of the warps behind the sums of the norms.
+        A kernel that computes scales keeps the largest numbers of the warps behind the sums of the norms.
         """
-        reductions = self.norms + (self.chain.quant is not None)
+        reductions = max(1, self.norms + isinstance(self.chain.quant, QuantSteps))
         return SmemAllocator().allocate_tensor(Float32, cute.make_layout((self.tiling.warps, 2, reductions, buffers)))
 
 

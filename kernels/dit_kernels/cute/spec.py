@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from dit_kernels.arguments import COLUMN, MODULATION, Argument, Layout, known, known_equal
+from dit_kernels.arguments import COLUMN, MODULATION, SCALAR, Argument, Layout, known, known_equal
 from dit_kernels.cute.tiling import ACCESS_BYTES
 
 Walk = Literal["token", "batch", "column", "element"]
@@ -26,7 +26,7 @@ class TensorSpec:
 def spec_of(argument: Argument, layout: Layout, d: int) -> TensorSpec:
     """The spec of an argument, for rows of d elements. Sizes and strides may be symbols; no guard is added."""
     shape, itemsize = layout.shape, layout.dtype.itemsize
-    if argument.role is MODULATION and d != 1 and known_equal(shape[2], 1):
+    if argument.role is SCALAR or (argument.role is MODULATION and d != 1 and known_equal(shape[2], 1)):
         return TensorSpec(layout.dtype, "element", itemsize)
     access = min(ACCESS_BYTES, layout.address & -layout.address or ACCESS_BYTES)
     if argument.role is COLUMN:

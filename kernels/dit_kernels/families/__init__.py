@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from dit_kernels.families import activation, modulated_norm, norm_rope
-from dit_kernels.families.family import Op
+from dit_kernels.families.family import EPS_TENSOR, Op
 
 OPS: dict[str, Op] = {op.name: op for family in (modulated_norm, norm_rope, activation) for op in family.OPS}
+
+
+def op_of(overload: torch._ops.OpOverload) -> Op:
+    """The op that an overload was registered for."""
+    name = overload._overloadname.removesuffix(EPS_TENSOR).removesuffix("_")
+    return OPS[overload._opname if name in ("", "default") else f"{overload._opname}.{name}"]

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from dit_kernels import reference
-from dit_kernels.arguments import PER_ROW, QUANT_OPTIONS, ROW, Argument, Option, dtype_option
+from dit_kernels.arguments import ROW, Argument, Option, dtype_option
 from dit_kernels.chain import SiluChain
 from dit_kernels.cute.tiling import WIDEST_PLAIN_ROW, RowTiling, VectorTiling, plain_row_tiling, vector_tiling
 from dit_kernels.families.family import Family, Named, Op, Shaped, quant_options, quantised_results
-from dit_kernels.families.rows import RowFamily, can_be_quantised
+from dit_kernels.families.rows import QUANTISED, RowFamily, can_be_quantised, quantising
 from dit_kernels.rounding import SILU_FORMS, silu_steps
 
 _steps = lru_cache(maxsize=None)(silu_steps)
@@ -34,7 +34,9 @@ class Activation(Family):
     def chain(self, op: Op, named: Named, options: Named) -> SiluChain:
         a, b = named["a"].dtype, named["b"].dtype
         steps = _steps(options["rounding"], a, b, options["silu_dtype"], options["out_dtype"])
-        return SiluChain(steps, quant_options(options, steps.out) if op.quantises else None)
+        if not op.quantises:
+            return SiluChain(steps)
+        return SiluChain(steps, quant_options(options, steps.out), keeps="out" in op.arguments)
 
     def results(self, chain: SiluChain, named: Named) -> tuple[Shaped, ...]:
         return ((named["a"].shape, chain.steps.out),)
@@ -54,20 +56,18 @@ class Activation(Family):
 class QuantisedActivation(RowFamily, Activation):
     """Computes a SiluChain and quantises it, row by row."""
 
-    arguments = (
-        *Activation.arguments[:2],
-        Argument("q", ROW, written=True),
-        Argument("s", PER_ROW, written=True),
-    )
+    arguments = (*Activation.arguments, *QUANTISED)
 
     def results(self, chain: SiluChain, named: Named) -> tuple[Shaped, ...]:
         assert chain.quant is not None
-        return quantised_results(named["a"].shape, chain.quant)
+        stored = super().results(chain, named) if chain.keeps else ()
+        return (*stored, *quantised_results(named["a"].shape, chain.quant))
 
     def definition(self, chain: SiluChain, named: Named) -> tuple[Tensor, ...]:
         assert chain.quant is not None
         (z,) = super().definition(chain, named)
-        return reference.quantised(z, chain.quant)
+        quantised = reference.quantised(z, chain.quant, named.get("static_scale"))
+        return (z, *quantised) if chain.keeps else quantised
 
     def fits_kernel(self, chain: SiluChain, named: Named) -> bool:
         widths = [named["a"].dtype.itemsize, named["b"].dtype.itemsize, chain.steps.out.itemsize]
@@ -84,13 +84,5 @@ class QuantisedActivation(RowFamily, Activation):
 
 
 _OPTIONS = (Option("rounding", "str", "model", SILU_FORMS), dtype_option("silu_dtype"), dtype_option("out_dtype"))
-OPS = (
-    Op("silu_mul", Activation(), ("a", "b", "out"), _OPTIONS),
-    Op(
-        "silu_mul_quant",
-        QuantisedActivation(),
-        ("a", "b", "q", "s"),
-        (*_OPTIONS, *QUANT_OPTIONS),
-        quantises=True,
-    ),
-)
+SILU_MUL = Op("silu_mul", Activation(), ("a", "b", "out"), _OPTIONS)
+OPS = (SILU_MUL, *quantising(SILU_MUL, QuantisedActivation()))

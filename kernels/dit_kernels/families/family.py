@@ -24,11 +24,13 @@ from dit_kernels.arguments import (
     laid,
     number,
 )
-from dit_kernels.rounding import FP8, QuantSteps
+from dit_kernels.rounding import FP8, QuantSteps, StaticSteps
 
 FP8_CAPABILITY = (8, 9)  # the first compute capability with conversions to FP8
 # From 2.12 on, PyTorch's cast to FP8 clamps (pytorch/pytorch#178817). Before, it makes NaN of what is too large.
 CAST_SATURATES = torch.__version__ >= "2.12"
+
+EPS_TENSOR = "eps_tensor"  # ends the name of an overload that reads eps from a tensor
 
 Named = Mapping[str, Any]  # the arguments of a call, by the family's names; None for absent ones
 Shaped = tuple[Sequence[Any], torch.dtype]  # shape and dtype of a result
@@ -113,9 +115,9 @@ class Family:
 class Op:
     """An op: which arguments of its family it has, and its keyword arguments.
 
-    arguments: the family's names, first of the arguments given by position, then of the results. called: maps a
-    family's name to the op's own name, if they differ. quantises: the last two results are q and s; such an op has no
-    gradient.
+    name: for an op that is an overload of another one, the names of both, with a dot between. arguments: the family's
+    names, first of the arguments given by position, then of the results. called: maps a family's name to the op's own
+    name, if they differ. quantises: one of the results is in FP8; such an op has no gradient.
     """
 
     name: str
@@ -148,6 +150,18 @@ class Op:
     @property
     def has_eps(self) -> bool:
         return any(argument.role is EPS for argument in self.inputs)
+
+    def registered_name(self, eps_tensor: bool = False) -> str:
+        """The name of the op with that of its overload. eps_tensor: of the overload that reads eps from a tensor."""
+        if not eps_tensor:
+            return self.name
+        return f"{self.name}{'_' if '.' in self.name else '.'}{EPS_TENSOR}"
+
+    def overload(self, eps_tensor: bool = False) -> torch._ops.OpOverload:
+        """The overload of torch.ops.dit_kernels that calls the op."""
+        packet, _, name = self.registered_name(eps_tensor).partition(".")
+        found: torch._ops.OpOverload = getattr(getattr(torch.ops.dit_kernels, packet), name or "default")
+        return found
 
     def schema(self, eps: str = "float?") -> str:
         """The op's schema without its name. eps: the type of an eps; None is accepted there, and rejected by `call`."""
@@ -255,16 +269,20 @@ def quantises_on(t: Tensor) -> bool:
     return t.device.type == "cuda" and torch.cuda.get_device_capability(t.device) >= FP8_CAPABILITY
 
 
-def quant_options(options: Named, z: torch.dtype) -> QuantSteps:
+def quant_options(options: Named, z: torch.dtype) -> QuantSteps | StaticSteps:
     """The steps of the quantiser that the options of an op describe. z: the dtype of what is quantised."""
-    given = {option.name: options[option.name] for option in QUANT_OPTIONS}
-    given["clamp"] = given["clamp"] or CAST_SATURATES
+    clamp = options["clamp"] or CAST_SATURATES
+    if "scaling" in options:
+        factor, scaled = (options[name] or torch.float32 for name in ("factor_dtype", "scaled_dtype"))
+        return StaticSteps(options["scaling"], factor, scaled, clamp)
+    given = {option.name: options[option.name] for option in QUANT_OPTIONS} | {"clamp": clamp}
     return QuantSteps(given.pop("s_dtype") or z, **given)
 
 
-def quantised_results(shape: Sequence[Any], steps: QuantSteps) -> tuple[Shaped, Shaped]:
-    """The shapes and dtypes of q and s. shape: that of what is quantised."""
-    return (shape, steps.out), ((*shape[:-1], 1), torch.float32)
+def quantised_results(shape: Sequence[Any], steps: QuantSteps | StaticSteps) -> tuple[Shaped, ...]:
+    """The shape and dtype of q, and with QuantSteps those of s. shape: that of what is quantised."""
+    q = (shape, steps.out)
+    return (q,) if isinstance(steps, StaticSteps) else (q, ((*shape[:-1], 1), torch.float32))
 
 
 def _plain(given: Any) -> Any:

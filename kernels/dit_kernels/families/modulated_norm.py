@@ -22,8 +22,6 @@ from dit_kernels.arguments import (
     COLUMN,
     EPS,
     MODULATION,
-    PER_ROW,
-    QUANT_OPTIONS,
     ROW,
     Argument,
     Option,
@@ -33,15 +31,15 @@ from dit_kernels.arguments import (
 from dit_kernels.chain import GATED, SCALED, SECOND, NormChain, Stage, StageNames
 from dit_kernels.cute.tiling import WIDEST_ROW, RowTiling, row_tiling
 from dit_kernels.families.family import Named, Op, Shaped, quant_options, quantised_results
-from dit_kernels.families.rows import RowFamily, are_copied_in_bulk, can_be_quantised
+from dit_kernels.families.rows import QUANTISED, RowFamily, are_copied_in_bulk, can_be_quantised, quantising
 from dit_kernels.rounding import FORMS, NORMS, ROOTS, stage_steps
 
 _steps = lru_cache(maxsize=None)(stage_steps)
 
 
 class ModulatedNorm(RowFamily):
-    """Computes a NormChain over one row. An op has a result for each stage; q and s in place of the last, if it
-    quantises."""
+    """Computes a NormChain over one row. An op has a result for each stage; q and s in place of the last or behind it,
+    if it quantises."""
 
     arguments = (
         Argument("x", ROW),
@@ -56,8 +54,7 @@ class ModulatedNorm(RowFamily):
         Argument("eps2", EPS),
         Argument("y", ROW, written=True),
         Argument("z", ROW, written=True),
-        Argument("q", ROW, written=True),
-        Argument("s", PER_ROW, written=True),
+        *QUANTISED,
     )
 
     def check(self, op: Op, named: Named, options: Named) -> None:
@@ -86,12 +83,16 @@ class ModulatedNorm(RowFamily):
             active = factor is not None and options[names.switch]
             stages.append(Stage(options["norm"], names.activation if active else None, steps, names))
             read = steps.out
-        return NormChain(tuple(stages), quant_options(options, read) if op.quantises else None)
+        if not op.quantises:
+            return NormChain(tuple(stages))
+        return NormChain(tuple(stages), quant_options(options, read), keeps=op.stages[-1].out in op.arguments)
 
     def results(self, chain: NormChain, named: Named) -> tuple[Shaped, ...]:
         shape = named["x"].shape
         stored = tuple((shape, stage.steps.out) for stage in chain.stages)
-        return stored if chain.quant is None else (*stored[:-1], *quantised_results(shape, chain.quant))
+        if chain.quant is None:
+            return stored
+        return (*stored[: None if chain.keeps else -1], *quantised_results(shape, chain.quant))
 
     def definition(self, chain: NormChain, named: Named) -> tuple[Tensor, ...]:
         results, read = [], named["x"]
@@ -103,7 +104,10 @@ class ModulatedNorm(RowFamily):
                 read, named[n.weight], named[n.bias], named[n.factor], term, named[n.eps], stage
             ).contiguous()
             results.append(read)
-        return tuple(results if chain.quant is None else (*results[:-1], *reference.quantised(read, chain.quant)))
+        if chain.quant is None:
+            return tuple(results)
+        quantised = reference.quantised(read, chain.quant, named.get("static_scale"))
+        return (*results[: None if chain.keeps else -1], *quantised)
 
     def fits_kernel(self, chain: NormChain, named: Named) -> bool:
         # A 0-d operand does not promote. With a dtype other than x's, it makes a different chain, seen in no model.
@@ -160,7 +164,7 @@ class NormOp(Op):
     stages: tuple[StageNames, ...] = ()
 
 
-def _op(name: str, *stages: StageNames, quantises: bool = False) -> NormOp:
+def _op(name: str, *stages: StageNames) -> NormOp:
     inputs = [n for s in stages for n in (s.weight, s.bias, s.factor, s.term, s.eps) if n is not None]
     options = (
         Option("norm", "str", "rms", NORMS),
@@ -169,18 +173,17 @@ def _op(name: str, *stages: StageNames, quantises: bool = False) -> NormOp:
         *(dtype_option(stage.out_dtype) for stage in stages),
         *(dtype_option(stage.norm_dtype) for stage in stages),
         Option("root", "str", "rsqrt", ROOTS),
-        *(QUANT_OPTIONS if quantises else ()),
     )
-    results = [stage.out for stage in stages]
-    results = [*results[:-1], "q", "s"] if quantises else results
-    return NormOp(name, FAMILY, ("x", *inputs, *results), options, quantises=quantises, stages=stages)
+    return NormOp(name, FAMILY, ("x", *inputs, *(stage.out for stage in stages)), options, stages=stages)
 
 
 FAMILY = ModulatedNorm()
+NORM_TANH_MUL_ADD_NORM_SCALE = _op("norm_tanh_mul_add_norm_scale", GATED, SECOND)
+NORM_SCALE = _op("norm_scale", SCALED)
 OPS = (
     _op("norm_tanh_mul_add", GATED),
-    _op("norm_tanh_mul_add_norm_scale", GATED, SECOND),
-    _op("norm_scale", SCALED),
-    _op("norm_tanh_mul_add_norm_scale_quant", GATED, SECOND, quantises=True),
-    _op("norm_scale_quant", SCALED, quantises=True),
+    NORM_TANH_MUL_ADD_NORM_SCALE,
+    NORM_SCALE,
+    *quantising(NORM_TANH_MUL_ADD_NORM_SCALE, FAMILY),
+    *quantising(NORM_SCALE, FAMILY),
 )

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from itertools import product
+from typing import TypeVar
 
 import torch
 
-from dit_kernels.arguments import known
+from dit_kernels.arguments import PER_ROW, QUANT_OPTIONS, ROW, SCALAR, STATIC_OPTIONS, Argument, known
 from dit_kernels.cute.spec import TensorSpec
 from dit_kernels.cute.tiling import ACCESS_BYTES
-from dit_kernels.families.family import Family
+from dit_kernels.families.family import Family, Op
 from dit_kernels.tickets import COUNTERS
 
 FP8_GRAIN = 16  # torch._scaled_mm takes rows of multiples of this, and so do kernels that quantise
+
+# The last arguments of a family that quantises.
+QUANTISED = (
+    Argument("static_scale", SCALAR, optional=True),
+    Argument("q", ROW, written=True),
+    Argument("s", PER_ROW, written=True),
+)
+
+AnyOp = TypeVar("AnyOp", bound=Op)
 
 
 class RowFamily(Family):
@@ -40,3 +52,26 @@ def can_be_quantised(d: int, widths: Sequence[int], widest: int) -> bool:
     widths: bytes per element of the rows that are read, and of what is quantised. widest: the most bytes of a row.
     """
     return known(d % FP8_GRAIN == 0) and known(d * max(widths) <= widest)
+
+
+def quant_overload(static: bool, keeps: bool) -> str:
+    """The name of an overload of an op that quantises; "" for the default one.
+
+    static: a scale is given, and q is returned without s. keeps: what is quantised is returned, too, in front of q.
+    """
+    return "_".join(word for word, chosen in (("static", static), ("keep_z", keeps)) if chosen)
+
+
+def quantising(op: AnyOp, family: RowFamily) -> tuple[AnyOp, ...]:
+    """The op that quantises the last result of `op`, and its overloads."""
+    quantised = []
+    for static, keeps in product((False, True), repeat=2):
+        overload = quant_overload(static, keeps)
+        inputs = [argument.name for argument in op.inputs] + ["static_scale"] * static
+        results = [result.name for result in op.results[: None if keeps else -1]] + ["q"] + ["s"] * (not static)
+        name = f"{op.name}_quant.{overload}" if overload else f"{op.name}_quant"
+        options = (*op.options, *(STATIC_OPTIONS if static else QUANT_OPTIONS))
+        quantised.append(
+            replace(op, name=name, family=family, arguments=(*inputs, *results), options=options, quantises=True)
+        )
+    return tuple(quantised)
