@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -214,22 +214,26 @@ def is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_cast(node)
 
 
-def is_stored(node: Node) -> bool:
-    """Does any node read this node from memory, rather than in the kernel that computes it?"""
+def is_stored(node: Node, but: Container[Node] = ()) -> bool:
+    """Does any node, but for some, read this node from memory, rather than in the kernel that computes it?"""
     past = (*VIEWS, *PARTS, aten.expand.default, aten.clone.default)
-    readers = (user for user in node.users if not is_size(user))
-    return any(is_stored(user) if is_call(user, *past) else not is_pointwise(user) for user in readers)
+    readers = (user for user in node.users if user not in but and not is_size(user))
+    return any(is_stored(user, but) if is_call(user, *past) else not is_pointwise(user) for user in readers)
 
 
-def is_only_joined(node: Node) -> bool:
-    """Do only concatenations read this node? The kernel that computes it then writes straight into their results."""
-    users = node.users
-    return all(is_only_joined(user) if is_call(user, *VIEWS) else is_call(user, aten.cat.default) for user in users)
+def is_only_joined(node: Node, but: Container[Node] = ()) -> bool:
+    """Do only concatenations, and nodes that do not count, read this node? The kernel that computes it then writes
+    straight into their results."""
+    users = (user for user in node.users if user not in but)
+    return all(
+        is_only_joined(user, but) if is_call(user, *VIEWS) else is_call(user, aten.cat.default) for user in users
+    )
 
 
-def is_read_from_memory(node: Node) -> bool:
-    """Does any node read this one from memory, other than a concatenation, into which Inductor's kernel writes?"""
-    return is_stored(node) and not is_only_joined(node)
+def is_read_from_memory(node: Node, but: Container[Node] = ()) -> bool:
+    """Does any node, but for some, read this one from memory? A concatenation does not: Inductor's kernel writes into
+    its result."""
+    return is_stored(node, but) and not is_only_joined(node, but)
 
 
 def stored_casts(node: Node, follows: Callable[[Node], bool] = is_cast) -> tuple[Node, ...]:

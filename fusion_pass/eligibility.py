@@ -23,7 +23,7 @@ def check(site: Site) -> Call:
     missing = kernels_missing(x.device)
     if missing is not None:
         raise Refused(Reason.NO_KERNEL, site.x, missing, site.kind)
-    call = checked_call(site.op(), *(site.read(name) for name in site.roles), **site.keywords())
+    call = checked_call(site.target(), *(site.read(name) for name in site.roles), **site.keywords())
     if not call.fits_kernel():
         raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
     for name, argument in site.roles.items():

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
 from dit_kernels.arguments import PER_ROW, Role
-from dit_kernels.families import OPS
 from fusion_pass.dataflow import RESHAPES, aten, have_same_shape, is_call, prims, same_shape, value
 from fusion_pass.proof import find_size
 from fusion_pass.site import ORIGIN, Operand, Output, Site
@@ -20,7 +20,9 @@ _PURE = (
     prims.convert_element_type.default,
     aten.clone.default,
     aten.expand.default,
+    aten.mul.Tensor,
     aten.permute.default,
+    aten.reciprocal.default,
     aten.select.int,
     *RESHAPES,
 )
@@ -48,22 +50,35 @@ def _place(site: Site) -> Node:
 def _insert_call(site: Site, graph: Graph) -> Node:
     args: list[Any] = []
     keywords = site.keywords()
-    for name in site.roles:
+    for name, argument in site.roles.items():
         operand = site.operands[name]
         if isinstance(operand, Operand):
             operand = operand.insert(graph)
         elif site.is_viewed(name):
             operand = _viewed(graph, operand, site.shaped(), site)
+        elif isinstance(operand, float) and argument.is_tensor:
+            operand = _constant(graph, operand, site.read(name))
         args.append(operand)
-    call = graph.call_function(site.op(), tuple(args), keywords)
+    call = graph.call_function(site.target(), tuple(args), keywords)
     origin = site.origin or site.results()[0]
     call.meta.update({k: v for k, v in origin.meta.items() if k in ORIGIN})
     vals = tuple(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
     call.meta["eager_input_vals"] = (vals, keywords)
-    roles = (argument.role for argument in OPS[site.kind].results)
+    roles = (argument.role for argument in site.op.results)
     results = tuple(_fresh(output, role, site) for output, role in zip(site.outputs, roles, strict=True))
     call.meta["val"] = results if len(results) > 1 else results[0]
     return call
+
+
+def _constant(graph: Graph, number: float, val: torch.Tensor) -> Node:
+    """A number as a tensor that the graph's module keeps, so that no kernel has to write it. val: its fake tensor."""
+    module = graph.owning_module
+    name = f"fusion_pass_constant_{len(list(module.buffers()))}"
+    with unset_fake_temporarily():
+        module.register_buffer(name, torch.tensor(number, dtype=val.dtype, device=val.device))
+    node = graph.get_attr(name)
+    node.meta["val"] = val
+    return node
 
 
 def _fresh(output: Output, role: Role, site: Site) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from dit_kernels.arguments import COMPLEX, EPS, KERNEL_DTYPES, MODULATION, ROW, TABLE, Argument
 from dit_kernels.families import OPS
+from dit_kernels.families.family import Op
 from dit_kernels.rounding import FORMS
 from fusion_pass.dataflow import RESHAPES, is_call, is_size, value
 from fusion_pass.refusal import Reason, Refused
@@ -114,7 +115,8 @@ class Form:
 class Site:
     """One place in a graph, and the call of an op that it becomes.
 
-    kind: the name of the op. operands, options, form: the arguments of the op. interior: the nodes that the op replaces
+    kind: the name of the op. overload: the name of its overload; "" for the default one, and for one that differs only
+    in how it takes eps. operands, options, form: the arguments of the op. interior: the nodes that the op replaces
     and that nothing else may read. anchor: the node that the site grew from. like: the node whose shape the op uses, if
     there are views inside the site; rows are reshaped to that shape, and results are reshaped from it. twins: nodes
     that the site reads and that have the same value as an operand. summed: operands whose rows eager sums in the memory
@@ -138,6 +140,7 @@ class Site:
     check_sums: Callable[[Site], None] | None = None
     remark: str = ""
     origin: Node | None = None
+    overload: str = ""
 
     def under(self, policy: str) -> Site:
         """The site with the rounding that the user wants. policy: "model", or "fp32" for one rounding at each
@@ -147,8 +150,12 @@ class Site:
         return replace(self, form=Form(policy, dict.fromkeys(self.form.dtypes)), remark="")
 
     @property
+    def op(self) -> Op:
+        return OPS[f"{self.kind}.{self.overload}" if self.overload else self.kind]
+
+    @property
     def roles(self) -> dict[str, Argument]:
-        return OPS[self.kind].roles
+        return self.op.roles
 
     @property
     def x(self) -> Node:
@@ -171,6 +178,8 @@ class Site:
         operand = self.operands[name]
         val = operand.value() if isinstance(operand, Operand) else operand
         val = value(val) if isinstance(val, Node) else val
+        if isinstance(val, float) and self.roles[name].is_tensor:  # the graph will hold the number as a tensor
+            return self.x.meta["val"].new_empty((), dtype=torch.float32)
         if self.is_viewed(name) and isinstance(val, torch.Tensor):
             return val.reshape(self.shaped().meta["val"].shape)
         return val
@@ -219,10 +228,10 @@ class Site:
                 pending.extend(node.all_input_nodes)
         return between
 
-    def op(self) -> torch._ops.OpOverload:
-        packet = getattr(torch.ops.dit_kernels, self.kind)
+    def target(self) -> torch._ops.OpOverload:
+        """What a node calls, to call the op."""
         eps = (self.operands[name] for name, argument in self.roles.items() if argument.role is EPS)
-        return packet.eps_tensor if any(isinstance(value, Node) for value in eps) else packet.default
+        return self.op.overload(any(isinstance(value, Node) for value in eps))
 
     def activations(self) -> dict[str, str]:
         """The activation that the op computes for each factor of the site: "tanh" or "one_plus"; "given" if it computes

@@ -132,16 +132,17 @@ def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
         options |= {names.out_dtype: part.steps.out}
     check_operands(operands, kind)
     found = quantiser.behind(stages[-1][0].out, kind) if OPS[kind].quantises else None
-    stored = [part.out for part, _ in stages]
+    *stored, z = (part.out for part, _ in stages)
     return Site(
         kind=kind,
-        operands=operands,
-        options=options | ({} if found is None else found.options()),
+        overload="" if found is None else found.overload,
+        operands=operands if found is None else operands | found.operands(),
+        options=options if found is None else options | found.options(),
         form=_form(kind, stages),
-        outputs=tuple(map(Output, stored if found is None else (*stored[:-1], found.q, found.s))),
+        outputs=tuple(map(Output, (*stored, *((z,) if found is None else found.results(z))))),
         interior=(
             *(node for part, _ in stages for node in part.interior),
-            *(() if found is None else (*stored[-1], *found.interior)),
+            *(() if found is None else found.inside(z)),
         ),
         anchor=first.anchor,
         like=_like(kind, [part for part, _ in stages]),

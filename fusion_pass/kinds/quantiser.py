@@ -14,8 +14,18 @@ dit_kernels/rounding.py has the steps. The code of two users, and their graphs f
         a = convert(amax(abs(z), [-1], True), f32); s = clamp_min(div(a, 448.0), 1e-12)
         q = convert(mul(z, reciprocal(s)), float8_e4m3fn)
 
+With a static scale, which is a number, a parameter or another input of the graph with one element:
+
+    q = torch.clamp(z / input_scale, -448.0, 448.0).to(torch.float8_e4m3fn)
+
+        q = convert(clamp_max(clamp_min(div(z, input_scale), -448.0), 448.0), float8_e4m3fn)
+
+    q = (z * (1.0 / input_scale).to(torch.bfloat16)).to(torch.float8_e4m3fn)
+
+        f = convert(mul(reciprocal(input_scale), 1.0), bf16); q = convert(mul(z, f), float8_e4m3fn)
+
 The pass follows views that keep the rows and casts up to fp32 between these nodes. Each linear layer has its own
-quantiser.
+quantiser. Another layer may read z itself.
 """
 
 from __future__ import annotations
@@ -23,15 +33,16 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from dit_kernels.arguments import known_equal
-from dit_kernels.rounding import FP8, LARGEST, QuantSteps
+from dit_kernels.arguments import KERNEL_DTYPES, known_equal
+from dit_kernels.families.rows import quant_overload
+from dit_kernels.rounding import FP8, LARGEST, QuantSteps, StaticSteps
 from fusion_pass.dataflow import (
     HALVES,
     PARTS,
@@ -41,13 +52,16 @@ from fusion_pass.dataflow import (
     dtype,
     is_call,
     is_cast,
+    is_narrowing,
     is_pointwise,
+    is_read_from_memory,
     is_widening,
     keeps_rows,
     readers,
     value,
 )
 from fusion_pass.refusal import Reason, Refused
+from fusion_pass.site import PLAIN_TENSORS, Operands
 
 # The bounds of a clamp, by its operator: the positions of the lower one and of the upper one.
 _CLAMPS = {aten.clamp_min.default: (1, None), aten.clamp_max.default: (None, 1), aten.clamp.default: (1, 2)}
@@ -59,20 +73,35 @@ _ONE_A_ROW = "it does not compute one scale for each row"
 
 @dataclass(frozen=True)
 class Quantisers:
-    """Equal quantisers of one value. q, s: the nodes of the quantised rows and of their scales. interior: the nodes
-    between the value and these."""
+    """Equal quantisers of one value.
 
-    steps: QuantSteps
+    q, s: the nodes of the quantised rows, and those of their scales; no s if the scale is static. interior: the nodes
+    between the value and these. static_scale: a static scale, or the node that holds it; None: the value is cast as it
+    is. keeps: does something else read the value, too, from memory?
+    """
+
+    steps: QuantSteps | StaticSteps
     q: tuple[Node, ...]
     s: tuple[Node, ...]
     interior: tuple[Node, ...]
+    static_scale: Node | float | None = None
+    keeps: bool = False
 
-    def nodes(self) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
-        return self.q, self.s, self.interior
+    @property
+    def overload(self) -> str:
+        """The name of the overload of an op that quantises in this way."""
+        return quant_overload(isinstance(self.steps, StaticSteps), self.keeps)
+
+    def operands(self) -> Operands:
+        """The operands of an op that quantises in this way, beside those of the op without a quantiser."""
+        return {"static_scale": self.static_scale} if isinstance(self.steps, StaticSteps) else {}
 
     def options(self) -> dict[str, Any]:
         """The options of an op that quantises in this way."""
         steps = self.steps
+        if isinstance(steps, StaticSteps):
+            given = {"scaling": steps.scaling, "factor_dtype": steps.factor, "scaled_dtype": steps.scaled}
+            return given | {"clamp": steps.clamp}
         return {
             "s_dtype": steps.scale,
             "fmax": steps.fmax,
@@ -82,6 +111,14 @@ class Quantisers:
             "clamp": steps.clamp,
         }
 
+    def results(self, z: tuple[Node, ...]) -> list[tuple[Node, ...]]:
+        """The nodes of each result of an op that quantises in this way, from z on. z: the nodes of the value."""
+        return [nodes for nodes in (z if self.keeps else (), self.q, self.s) if nodes]
+
+    def inside(self, z: tuple[Node, ...]) -> tuple[Node, ...]:
+        """The nodes that go away and are no result. z: the nodes of the value."""
+        return self.interior if self.keeps else (*z, *self.interior)
+
 
 def follow(z: Sequence[Node]) -> bool:
     """Is a value scaled and cast to an 8-bit float?"""
@@ -89,7 +126,8 @@ def follow(z: Sequence[Node]) -> bool:
 
 
 def behind(z: Sequence[Node], kind: str) -> Quantisers:
-    """The quantisers that read a value, if nothing else reads it. Raises Refused if an op cannot compute them.
+    """The quantisers that read a value. Raises Refused if an op cannot compute them, or if something else reads the
+    value and does not read it from memory.
 
     z: nodes of one value. kind: the kind of the site, for the report.
     """
@@ -98,9 +136,11 @@ def behind(z: Sequence[Node], kind: str) -> Quantisers:
         for other in others:
             if other.steps != first.steps:
                 raise _refusal(other.q[0], "the layers that read the value quantise it in different ways")
-            first = Quantisers(first.steps, *(a + b for a, b in zip(first.nodes(), other.nodes(), strict=True)))
-        _check_readers(z, first)
-        return first
+            if other.static_scale != first.static_scale:
+                raise _refusal(other.q[0], "the layers that read the value have static scales of their own")
+            nodes = {name: getattr(first, name) + getattr(other, name) for name in ("q", "s", "interior")}
+            first = replace(first, **nodes)
+        return _closed(z, first)
     except Refused as refusal:
         refusal.kind = kind
         raise
@@ -120,21 +160,38 @@ def _casts(z: Sequence[Node]) -> Iterator[Node]:
             pending += node.users
 
 
-def _check_readers(z: Sequence[Node], found: Quantisers) -> None:
-    """Raises Refused unless only quantisers read the value, and only the matmuls that read q read s."""
-    inside = {*z, *found.q, *found.s, *found.interior}
-    for node in (*z, *found.interior):
+def _closed(z: Sequence[Node], found: Quantisers) -> Quantisers:
+    """The quantisers without the casts and views of the value that something else reads, too.
+
+    Raises Refused unless other readers of the value read it from memory, nothing else reads what is computed inside the
+    quantisers, and only the matmuls that read q read s.
+    """
+    inside = {*found.q, *found.s, *found.interior}
+    same_rows = [*z]
+    for node in same_rows:  # the list grows
+        same_rows += [user for user in node.users if user in inside and _is_same_rows(user)]
+    for node in reversed(same_rows):  # what a shared node is computed from remains, too
+        if not inside.issuperset(node.users):
+            inside.discard(node)
+    others = [user for node in z for user in node.users if user not in inside]
+    if others and not any(is_read_from_memory(node, inside) for node in z):
+        raise _refusal(others[0], "something else reads the value")
+    interior = tuple(node for node in found.interior if node in inside)
+    for node in interior:
         for user in node.users:
             if user not in inside:
-                raise _refusal(
-                    user, f"something else reads {'the value' if node in z else 'a value inside the quantiser'}"
-                )
+                raise _refusal(user, "something else reads a value inside the quantiser")
     matmuls = set(_readers(found.q))
     if not matmuls or any(map(is_pointwise, matmuls)):
         raise _refusal(found.q[0], "Inductor computes with the quantised rows")
     for reader in _readers(found.s):
         if reader not in inside and reader not in matmuls:
             raise _refusal(reader, "something other than the matmul reads the scale")
+    return replace(found, interior=interior, keeps=bool(others))
+
+
+def _is_same_rows(node: Node) -> bool:
+    return is_widening(node) or keeps_rows(node)
 
 
 def _readers(nodes: Sequence[Node]) -> Iterator[Node]:
@@ -153,7 +210,15 @@ def _match(cast: Node, z: Sequence[Node]) -> Quantisers:
     """The quantiser that ends in a cast, read backwards. Raises Refused if its steps fit no form."""
     if dtype(cast) != FP8:
         raise _refusal(cast, f"to {str(dtype(cast)).removeprefix('torch.')}")
-    quotient, clamps = _under_clamps(cast.args[0])
+    scaled, clamps = _under_clamps(cast.args[0], z)
+    found = _match_static(scaled, z) or _match_dynamic(scaled, z)
+    interior = tuple(dict.fromkeys((*clamps, *found.interior)))
+    clamp = any(is_call(node, *_CLAMPS) for node in clamps)
+    return replace(found, steps=replace(found.steps, clamp=clamp), q=(cast,), interior=interior)
+
+
+def _match_dynamic(quotient: Node, z: Sequence[Node]) -> Quantisers:
+    """The quantiser that scales a value by the largest number of each row. quotient: what is clamped and cast."""
     rows, divisor, reciprocal = _operands(quotient)
     scale, s, widened = _scale(divisor)
     amax, steps = _steps_to_amax(scale)
@@ -170,7 +235,7 @@ def _match(cast: Node, z: Sequence[Node]) -> Quantisers:
     fmax = division.args[1]
     if len(halves) > 1 or not {dtype(node) for node in (amax[0], *before)} <= exact or not _is_exact(fmax, division):
         raise _refusal(division, _FORM)
-    passed = dict.fromkeys((*clamps, quotient, *reciprocal, *widened, *steps, *amax, *between))
+    passed = (quotient, *reciprocal, *widened, *steps, *amax, *between)
     return Quantisers(
         steps=QuantSteps(
             scale=next(iter(halves), torch.float32),
@@ -178,26 +243,120 @@ def _match(cast: Node, z: Sequence[Node]) -> Quantisers:
             smallest_amax=_least(before),
             smallest_scale=_least(after),
             reciprocal=bool(reciprocal),
-            clamp=bool(clamps),
+            clamp=False,
         ),
-        q=(cast,),
+        q=(),
         s=s,
         interior=tuple(node for node in passed if node not in s),
     )
 
 
-def _under_clamps(node: Any) -> tuple[Node, list[Node]]:
-    """What is clamped to +-LARGEST, and the clamps. Without a clamp, there are none."""
-    clamps = _passed(node, lambda node: is_call(node, *_CLAMPS))
+def _under_clamps(node: Any, z: Sequence[Node]) -> tuple[Node, list[Node]]:
+    """What is clamped to +-LARGEST, if anything clamps it; and the clamps, casts and views behind it.
+
+    PyTorch clamps 16-bit numbers in fp32: the casts around the clamp change nothing.
+    """
+    passed = _passed(node, lambda n: n not in z and (is_call(n, *_CLAMPS) or _is_same_rows(n) or is_narrowing(n)))
+    under = passed[-1].args[0] if passed else node
+    clamps = [node for node in passed if is_call(node, *_CLAMPS)]
     lower, upper = ([bound for clamp in clamps if (bound := _bounds(clamp)[side]) is not None] for side in (0, 1))
-    if (lower, upper) not in (([], []), ([-LARGEST], [LARGEST])):
+    narrowed = {dtype(node) for node in passed if is_narrowing(node)}
+    if (lower, upper) not in (([], []), ([-LARGEST], [LARGEST])) or not narrowed <= {dtype(under)}:
         raise _refusal(node, _FORM)
-    return clamps[-1].args[0] if clamps else node, clamps
+    return under, passed
 
 
 def _bounds(clamp: Node) -> list[Any]:
     """The lower and the upper bound; None for one that is absent."""
     return [None if at is None or at >= len(clamp.args) else clamp.args[at] for at in _CLAMPS[clamp.target]]
+
+
+# --- a static scale ---------------------------------------------------------------------------------------------------
+
+
+def _match_static(scaled: Node, z: Sequence[Node]) -> Quantisers | None:
+    """The quantiser that scales a value by a given number, or by none; None if the scale is computed. Raises Refused.
+
+    scaled: what is clamped and cast.
+    """
+    path = _path_to(scaled, z)
+    if path is not None:
+        return Quantisers(StaticSteps("quotient", torch.float32, torch.float32, False), (), (), tuple(path))
+    if not is_call(scaled, aten.div.Tensor, aten.mul.Tensor):
+        return None
+    for rows, factor in (scaled.args[:2], reversed(scaled.args[:2])):
+        path = _path_to(rows, z)
+        if path is None or (is_call(scaled, aten.div.Tensor) and rows is not scaled.args[0]):
+            continue
+        scale, inverse, roundings = _given(factor) if isinstance(factor, Node) else (float(factor), False, set())
+        if scale is None:
+            return None
+        divides, of_scaled = is_call(scaled, aten.div.Tensor), dtype(scaled)
+        if of_scaled is None or (divides and inverse):
+            raise _refusal(scaled, _FORM)
+        scaling = "quotient" if divides else "reciprocal" if inverse else "product"
+        if isinstance(factor, Node):
+            _check_given(scale, z)
+            factor_dtype = _factor_dtype(factor, roundings, scaled)
+        else:
+            factor_dtype = torch.float32
+            if divides and not _is_on_cpu(scaled):  # a GPU multiplies by the reciprocal of a number
+                scaling = "reciprocal"
+        return Quantisers(StaticSteps(scaling, factor_dtype, of_scaled, False), (), (), (scaled, *path), scale)
+    return None
+
+
+def _given(factor: Node) -> tuple[Node | None, bool, set[torch.dtype]]:
+    """The input of the graph that a factor is read from, whether the factor is its reciprocal, and the dtypes that the
+    factor is rounded to. No input if the factor is computed in another way."""
+    passed = _passed(factor, lambda node: _is_one_element(node) or is_narrowing(node) or _is_itself(node))
+    node = passed[-1].args[0] if passed else factor
+    inverse = is_call(node, aten.reciprocal.default)
+    if inverse:
+        before = _passed(node.args[0], _is_one_element)
+        passed, node = [*passed, node], before[-1].args[0] if before else node.args[0]
+    roundings = (dtype(n) for n in passed if is_narrowing(n) or is_call(n, aten.reciprocal.default))
+    halves = {found for found in roundings if found is not None and found in HALVES}
+    return (None if node.op == "call_function" else node), inverse, halves
+
+
+def _is_one_element(node: Any) -> bool:
+    """Is this a view of a scale, or its cast up to fp32?"""
+    return is_call(node, *RESHAPES, aten.expand.default) or is_widening(node)
+
+
+def _factor_dtype(factor: Node, roundings: set[torch.dtype], scaled: Node) -> torch.dtype:
+    """The dtype that a factor is rounded to. Raises Refused if it is rounded twice.
+
+    scaled: the product or quotient. If it has 16 bits, and a 0-d factor has more, PyTorch rounds the factor to these 16
+    bits first; but on a CPU, it does not if the factor is the second operand.
+    """
+    of_scaled = dtype(scaled)
+    kept = _is_on_cpu(scaled) and factor is scaled.args[1]
+    if of_scaled in HALVES and of_scaled != dtype(factor) and not kept:
+        roundings = {*roundings, of_scaled}
+    if len(roundings) > 1:
+        raise _refusal(scaled, _FORM)
+    return next(iter(roundings), torch.float32)
+
+
+def _is_on_cpu(node: Node) -> bool:
+    val = value(node)
+    return val is not None and val.device.type == "cpu"
+
+
+def _check_given(scale: Node, z: Sequence[Node]) -> None:
+    """Raises Refused unless an op takes this input of the graph as a static scale."""
+    val, of_z = value(scale), value(z[0])
+    if val is None or of_z is None or val.dtype not in KERNEL_DTYPES or type(val) not in PLAIN_TENSORS:
+        raise _refusal(scale, "the ops do not take its static scale")
+    if not all(known_equal(size, 1) for size in val.shape):
+        raise _refusal(scale, "its static scale has more than one element")
+    if val.device != of_z.device:
+        raise _refusal(scale, "its static scale is on another device")
+
+
+# --- a scale for each row ---------------------------------------------------------------------------------------------
 
 
 def _operands(quotient: Node) -> tuple[Node, Node, tuple[Node, ...]]:
@@ -277,10 +436,15 @@ def _is_exact(fmax: float, division: Node) -> bool:
 
 def _path(node: Node, z: Sequence[Node]) -> list[Node]:
     """The nodes from here back to the value: casts up, and views that keep the rows."""
-    passed = _passed(node, lambda node: node not in z and (is_widening(node) or keeps_rows(node)))
-    if (passed[-1].args[0] if passed else node) not in z:
+    passed = _path_to(node, z)
+    if passed is None:
         raise _refusal(node, _ONE_A_ROW)
     return passed
+
+
+def _path_to(node: Any, z: Sequence[Node]) -> list[Node] | None:
+    passed = _passed(node, lambda node: node not in z and _is_same_rows(node))
+    return passed if (passed[-1].args[0] if passed else node) in z else None
 
 
 def _passed(node: Any, passes: Callable[[Any], bool]) -> list[Node]:

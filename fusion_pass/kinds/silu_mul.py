@@ -81,11 +81,12 @@ def _site(silu: Silu, kind: str) -> Site | None:
     inside = (*silu.interior, *terms, *(() if out == (product,) else (product,)))
     return Site(
         kind=kind,
-        operands=operands,
+        overload="" if found is None else found.overload,
+        operands=operands if found is None else operands | found.operands(),
         options={"silu_dtype": steps.silu, "out_dtype": steps.out} | ({} if found is None else found.options()),
         form=Form("model", {}),
-        outputs=(Output(out),) if found is None else (Output(found.q), Output(found.s)),
-        interior=tuple(dict.fromkeys(inside if found is None else (*inside, *out, *found.interior))),
+        outputs=tuple(map(Output, (out,) if found is None else found.results(out))),
+        interior=tuple(dict.fromkeys(inside if found is None else (*inside, *found.inside(out)))),
         anchor=product,
         like=None if found is None else product,
         origin=product,
