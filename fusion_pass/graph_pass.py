@@ -43,7 +43,7 @@ from fusion_pass.dataflow import aten, dtype, module_path, past_views, source_li
 from fusion_pass.hook import OurPass
 from fusion_pass.kinds import REGISTRY
 from fusion_pass.kinds.kind import Entry, Survey, Value
-from fusion_pass.prepare import drop_what_computes_nothing, read_sizes_at_their_source
+from fusion_pass.prepare import drop_what_computes_nothing, merge_equal_quantisers, read_sizes_at_their_source
 from fusion_pass.proof import prove
 from fusion_pass.refusal import BY_DESIGN, Reason, Refused
 from fusion_pass.report import FusionReport, ReportedSite, columns
@@ -200,6 +200,8 @@ class _Rewriter:
     def run(self) -> None:
         drop_what_computes_nothing(self.graph)
         read_sizes_at_their_source(self.graph)
+        if not self.training:
+            merge_equal_quantisers(self.graph)
         for anchor in sorted(_found(self.graph, self.entries)):
             self._note(anchor)
         unfused = list(self._unfused())  # found before the rewrite, which replaces the norms that they are found by

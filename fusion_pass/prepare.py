@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._inductor.pattern_matcher import is_mutation_op
 from torch.fx import Graph, Node
 
 from dit_kernels.arguments import known_equal
-from fusion_pass.dataflow import TO_SHAPE, aten, is_call, value
+from fusion_pass.dataflow import TO_SHAPE, VIEWS, aten, dtype, is_call, is_pointwise, prims, readers, region, value
+
+# The operators that find the range of the values that a quantiser scales.
+_RANGES = (
+    aten.amax.default,
+    aten.amin.default,
+    aten.aminmax.default,
+    aten.max.default,
+    aten.max.dim,
+    aten.min.default,
+    aten.min.dim,
+)
 
 
 def drop_what_computes_nothing(graph: Graph) -> None:
@@ -59,3 +73,76 @@ def read_sizes_at_their_source(graph: Graph) -> None:
         if isinstance(source, Node) and known_equal(source.meta["val"], size.meta["val"]):
             size.replace_all_uses_with(source)
             graph.erase_node(size)
+
+
+def merge_equal_quantisers(graph: Graph) -> None:
+    """Merges quantisers that compute the same: the linear layers that read one value have one quantiser each, and
+    Inductor's code stores the result of each.
+
+    A quantiser ends in a cast to int8 or to an 8-bit float, and finds the range of the values that it scales. Two are
+    equal if they have the same operators and constants and read the same nodes, without a mutation or a switch of
+    streams between them. Results that the graph returns stay apart: their reader may write into one of them.
+
+    The graph before and after, with torchao's linear layers:
+
+        s = f(amax(abs(z))); q = convert(div(z, s), float8_e4m3fn); _scaled_mm(q, w, s)
+        t = f(amax(abs(z))); r = convert(div(z, t), float8_e4m3fn); _scaled_mm(r, v, t)
+
+        s = f(amax(abs(z))); q = convert(div(z, s), float8_e4m3fn); _scaled_mm(q, w, s); _scaled_mm(q, v, s)
+    """
+    casts = graph.find_nodes(op="call_function", target=prims.convert_element_type.default)
+    casts = [cast for cast in casts if _has_8_bits(dtype(cast))]
+    firsts = _first_equals(_behind(casts, _is_step))
+    copies: dict[Node, Node] = {}
+    for cast in casts:
+        chain = {node: firsts[node] for node in _behind([cast], lambda node: firsts.get(node, node) is not node)}
+        if any(is_call(node, *_RANGES) for node in chain) and not any(
+            map(_is_returned_or_written, (*chain, *chain.values()))
+        ):
+            copies |= chain
+    for node, first in copies.items():
+        node.replace_all_uses_with(first)
+    for node in copies:
+        graph.erase_node(node)
+
+
+def _has_8_bits(found: torch.dtype | None) -> bool:
+    return found is not None and found.itemsize == 1 and (found.is_floating_point or found == torch.int8)
+
+
+def _behind(nodes: Iterable[Node], passes: Callable[[Node], bool]) -> list[Node]:
+    """These nodes and what they are computed from, as long as the nodes pass. Each of them once."""
+    found = dict.fromkeys(filter(passes, nodes))
+    pending = list(found)
+    for node in pending:  # the list grows
+        new = [source for source in node.all_input_nodes if source not in found and passes(source)]
+        found |= dict.fromkeys(new)
+        pending += new
+    return pending
+
+
+def _is_step(node: Node) -> bool:
+    """Can two of these nodes be one if they read the same? Then the node computes what its inputs determine."""
+    if is_call(node, operator.getitem, aten.full.default, *_RANGES) or _is_view(node):
+        return True
+    return is_pointwise(node) and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+
+
+def _is_view(node: Node) -> bool:
+    return is_call(node, *VIEWS) or getattr(node.target, "is_view", False)
+
+
+def _first_equals(nodes: Iterable[Node]) -> dict[Node, Node]:
+    """For each node the first one of these nodes that is equal to it, which may be the node itself."""
+    firsts: dict[Node, Node] = {}
+    known: dict[Any, Node] = {}
+    for node in sorted(nodes):
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: firsts.get(source, source))
+        # As text, in which 1, 1.0 and True differ, and 0.0 and -0.0. A node is its name there.
+        firsts[node] = known.setdefault((node.target, repr(args), repr(kwargs), region(node)), node)
+    return firsts
+
+
+def _is_returned_or_written(node: Node) -> bool:
+    """Does the graph return a node or a view of it, or write into it?"""
+    return any(reader.op == "output" or is_mutation_op(reader) for reader in readers(node, _is_view))
