@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -173,10 +174,10 @@ def test_a_bias_that_is_added_behind_a_layer_norm_is_not_the_layer_norms(dtype: 
     assert backend.report.fused == []
 
 
-@given(seed=st.integers(0, 2**16), order=st.permutations(("gated", "scaled", "used", "mutated")))
-def test_the_order_of_independent_statements_does_not_matter(seed: int, order: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("order", permutations(("scaled", "used", "mutated")), ids="-".join)
+def test_the_order_of_independent_statements_does_not_matter(order: tuple[str, ...]) -> None:
     """Between the two halves of a dual stand others that read y, and the 1 + scale; none of it changes the result."""
-    x, residual, gate, scale = inputs(Spec(), seed)
+    x, residual, gate, scale = inputs(Spec())
 
     def model(x, residual, gate, scale):
         y = residual + gate.tanh() * diffusers_norm(x, None)
