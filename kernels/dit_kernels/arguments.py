@@ -195,8 +195,9 @@ class Argument:
     """One argument of a family of ops.
 
     optional: the argument may be None. defaulted: it may also be left out; the defaulted arguments of an op come last.
-    written: the argument is a result. inlined: Inductor's own code computes the argument in the kernel that reads it,
-    if it can.
+    written: the argument is a result. placed: a kernel is launched with the strides of this result, which may be a part
+    of a larger tensor; other results are contiguous. inlined: Inductor's own code computes the argument in the kernel
+    that reads it, if it can.
     """
 
     name: str
@@ -204,6 +205,7 @@ class Argument:
     optional: bool = False
     defaulted: bool = False
     written: bool = False
+    placed: bool = False
     inlined: bool = False
 
     @property
@@ -212,8 +214,14 @@ class Argument:
 
     @property
     def strides(self) -> int:
-        """How many strides a kernel is launched with: none for results, which are contiguous."""
-        return 0 if self.written else self.role.strides
+        """How many strides a kernel is launched with: none for a result that is always contiguous."""
+        return self.role.strides if self.placed or not self.written else 0
+
+    def is_written_to(self, result: Tensor, first: Sizes) -> bool:
+        """Does a kernel write to this result where it is? first: the sizes of the op's first argument."""
+        if not self.placed:
+            return result.is_contiguous()
+        return self.role.laid(result.shape, result.stride(), first, known_equal) is not None
 
     @property
     def schema_type(self) -> str:

@@ -53,7 +53,8 @@ def bound(family: Family, chain: Any, operands: KernelArguments) -> tuple[Functi
     """The kernel that runs a chain on these operands, and the numbers that it is launched with.
 
     operands: the result of `Call.operands`. Each tensor is bf16, fp16 or fp32, independently of the others; a rotation
-    may also be complex. The last stride is 1. The other strides of inputs are arbitrary; results are contiguous.
+    may also be complex. The last stride is 1. The other strides of inputs and of `placed` results are arbitrary;
+    other results are contiguous.
 
     function(*addresses, *numbers, *of_launch, stream) launches the kernel on the current device and never waits for the
     GPU. numbers and of_launch are the family's. The function also takes other tensors, if their dtypes, D, number of

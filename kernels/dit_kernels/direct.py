@@ -39,8 +39,8 @@ class DirectCall:
         """Launches the kernel, which writes the results, and returns True. Returns False, without a launch, if
         there is no kernel yet, no row, or an address that is not aligned.
 
-        numbers: the family's launch numbers of the operands, where every stride is a multiple of 16 bytes. Results are
-        contiguous. The device of the operands is the current device.
+        numbers: the family's launch numbers, where every stride is a multiple of 16 bytes. The device of the operands
+        is the current device.
         """
         if self.function is None or not numbers[0] * numbers[1] or reduce(or_, self.tensors(given)) % ALIGNMENT:
             return False

@@ -106,7 +106,7 @@ def _compiler() -> Any:
 
 
 def run_into(call: Call, results: Sequence[Tensor]) -> tuple[Callable[..., None], tuple[int, ...]] | None:
-    """Runs a call and writes into existing results, which are like those of `call.empty_results()`.
+    """Runs a call and writes into existing results, which may be parts of larger tensors.
 
     Returns the kernel that ran and the numbers that it was launched with. Returns None if the definition ran, or if
     nothing ran because the results are empty.
@@ -116,6 +116,13 @@ def run_into(call: Call, results: Sequence[Tensor]) -> tuple[Callable[..., None]
             result.copy_(value)
         return None
     if not any(result.numel() for result in results):
+        return None
+    pairs = zip(call.op.results, results, strict=True)
+    if not all(argument.is_written_to(result, call.first.shape) for argument, result in pairs):
+        new = call.empty_results()
+        run_into(call, new)
+        for result, value in zip(results, new, strict=True):
+            result.copy_(value)
         return None
     ran: tuple[Callable[..., None], tuple[int, ...]]
     ran = _compiler().run(call.op.family, call.chain, call.operands(results))

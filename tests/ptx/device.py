@@ -103,10 +103,13 @@ def gpu(arch: str, processors: int, kernel: Callable[[str, Variant], Compiled] =
         yield
 
 
-def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, ...]:
-    """What torch.ops.dit_kernels.<op> does on a GPU, within `gpu`. op: with its overload."""
+def call(
+    op: str, arguments: tuple[Any, ...], place: Callable[[Tensor], Tensor] = lambda t: t, **options: Any
+) -> tuple[Tensor, ...]:
+    """What torch.ops.dit_kernels.<op> does on a GPU, within `gpu`. op: with its overload. place: gives the memory for a
+    result."""
     checked = OPS[op].call(*arguments, **options)
-    results = checked.empty_results()
+    results = tuple(map(place, checked.empty_results()))
     kernel, numbers = compile.bound(checked.op.family, checked.chain, checked.operands(results))
     run(kernel, checked, results, numbers)
     return results

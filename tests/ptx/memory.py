@@ -149,11 +149,12 @@ class GlobalMemory:
                 self._writer[offset // GRANULE : (offset + len(content)) // GRANULE] = HOST
 
     def content(self, name: str) -> bytes:
-        """The bytes of the one segment of a buffer."""
-        owner = next(i for i, buffer in enumerate(self.buffers) if buffer.name == name)
-        (segment,) = np.flatnonzero(self._owners == owner)
-        start = self._offsets[segment]
-        return self.data[start : start + self._ends[segment] - self._starts[segment]].tobytes()
+        """The bytes of the rows of a buffer, whose order in memory is that of their indices."""
+        owner, buffer = next((i, buffer) for i, buffer in enumerate(self.buffers) if buffer.name == name)
+        assert list(buffer.rows) == sorted(buffer.rows)
+        segments = np.flatnonzero(self._owners == owner)
+        sizes = self._ends - self._starts
+        return b"".join(self.data[self._offsets[s] : self._offsets[s] + sizes[s]].tobytes() for s in segments)
 
     def place(self, addresses: Array, size: int, lanes: Array, threads: Threads, what: str) -> tuple[Array, Array]:
         """(segment, offset in the arena) of accesses of `size` bytes, which must be aligned and inside one segment."""

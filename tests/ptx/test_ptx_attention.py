@@ -19,7 +19,7 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 from dit_kernels.cute import activation, norm_rope
 from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
 from ptx import numbers
-from ptx.device import ARCHS, compiled, gpu
+from ptx.device import ARCHS, call, compiled, gpu
 from ptx.judging import Interpreter
 from ptx.memory import Fault
 
@@ -115,6 +115,29 @@ def test_heads_of_any_layout_follow_the_definition(
     o = replace(o, q=view(o.q), rotation=turning[0], sin=turning[1])
     with gpu("sm_90a", 1):
         check_heads(o, interleaved=interleaved)
+
+
+class Joining(Interpreter):
+    """Runs ops that write into a part of a larger tensor: between other tokens, and between other columns of a row."""
+
+    def run(self, op: str, *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(t.contiguous() for t in call(op, arguments, self.part, **options))
+
+    @staticmethod
+    def part(result: torch.Tensor) -> torch.Tensor:
+        b, s, *row = result.shape
+        columns = slice(8, 8 + row[-1])
+        return result.new_empty(b, s + 3, *row[:-1], row[-1] + 24)[:, 1 : 1 + s, ..., columns]
+
+
+def test_results_may_be_parts_of_larger_tensors() -> None:
+    with gpu("sm_90a", 1):
+        for kind in (dict(sizes=(2, 3, 30, 30, 128)), dict(sizes=(2, 7, 2, 1, 64), rotation=BF16, interleaved=False)):
+            given = dict(kind)
+            sizes, rotation = given.pop("sizes"), given.pop("rotation", COMPLEX64)
+            o = heads(*sizes, rotation=rotation, interleaved=given.get("interleaved", True))
+            bounds.check_heads(Joining(), o, **given)
+        bounds.check_silu(Joining(), random(2, 5, 96, seed=1), random(2, 5, 96, seed=2))
 
 
 @pytest.mark.parametrize("direction", (-1, 1))

@@ -88,8 +88,9 @@ class SiluMulKernel(Kernel):
             def vector_of(name: str, offset, column=column):
                 return partial(vector_at, operands[name], offset + column, t.vector, self.specs[name].access)
 
-            read = [vector_of(name, batch * strides[name][0] + token * strides[name][1]) for name in ("a", "b")]
-            result = vector_of("out", (batch * tokens + token) * self.d)
+            *read, result = (
+                vector_of(name, batch * strides[name][0] + token * strides[name][1]) for name in ("a", "b", "out")
+            )
             left, right = (
                 load(place, t.vector, operands[name].dtype, inside)
                 for name, place in zip(("a", "b"), read, strict=True)

@@ -123,11 +123,18 @@ class _Heads:
     def __init__(self, place: HeadPlace, bundle: dict[str, Global | None], x: str, eps: Float32, steps: RotatedSteps):
         self.place, self.source, self.result, self.weight = place, bundle[x], bundle[f"{x}_out"], bundle[f"{x}_weight"]
         self.eps, self.steps, self.heads = eps, steps, self.source.spec.heads
-        by_batch, by_token, self.by_head = self.source.strides
-        self.first = place.batch * by_batch + place.token * by_token + place.group * self.by_head
-        self.first_result = ((place.batch * place.tokens + place.token) * self.heads + place.group) * place.d
+        self.first, self.first_result = self._first(self.source), self._first(self.result)
         self.weights: Vectors | None = None
         self.passes = -(-self.heads // place.tiling.groups)
+
+    def _first(self, heads: Global) -> Int64:
+        """The offset, in elements, of the first head of this group."""
+        by_batch, by_token, by_head = heads.strides
+        return self.place.batch * by_batch + self.place.token * by_token + self.place.group * by_head
+
+    def _further(self, heads: Global, i: int) -> Int64:
+        """How far, in elements, the head of pass i is behind the first."""
+        return i * self.place.tiling.groups * heads.strides[2]
 
     def _inside(self, i: int) -> Boolean | bool:
         groups = self.place.tiling.groups
@@ -135,7 +142,7 @@ class _Heads:
         return _both(self.place.has_token(), True if whole else self.place.group + i * groups < self.heads)
 
     def load(self, i: int) -> list[cute.Tensor]:
-        head = self.first + i * self.place.tiling.groups * self.by_head
+        head = self.first + self._further(self.source, i)
         return self.source.load_all(self.place, head, self._inside(i))
 
     def load_weight(self) -> None:
@@ -146,10 +153,9 @@ class _Heads:
         return _normed(values, self.weights, self.eps, self.steps.norm, self.place.d, self.place.tiling.lanes)
 
     def store(self, i: int, values: Vectors) -> None:
-        head, vector = i * self.place.tiling.groups * self.place.d, self.place.tiling.vector
+        head, vector = self.first_result + self._further(self.result, i), self.place.tiling.vector
         for value, (at, inside) in zip(values, self.place.vectors(), strict=True):
-            both = _both(inside, self._inside(i))
-            offset = self.first_result + at + head  # the constant last, as an offset in the instruction
+            both, offset = _both(inside, self._inside(i)), head + at
             store(value, partial(vector_at, self.result.pointer, offset, vector, self.result.spec.access), both)
 
 

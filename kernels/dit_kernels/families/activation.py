@@ -28,7 +28,7 @@ class Activation(Family):
     arguments: tuple[Argument, ...] = (
         Argument("a", ROW, inlined=True),
         Argument("b", ROW, inlined=True),
-        Argument("out", ROW, written=True),
+        Argument("out", ROW, written=True, placed=True),
     )
 
     def chain(self, op: Op, named: Named, options: Named) -> SiluChain:

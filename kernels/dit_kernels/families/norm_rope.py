@@ -53,8 +53,8 @@ class NormRope(Family):
         Argument("sin", TABLE, optional=True),
         Argument("q_eps", EPS),
         Argument("k_eps", EPS),
-        Argument("q_out", HEADS, written=True),
-        Argument("k_out", HEADS, written=True),
+        Argument("q_out", HEADS, written=True, placed=True),
+        Argument("k_out", HEADS, written=True, placed=True),
     )
 
     def check(self, op: Op, named: Named, options: Named) -> None:
