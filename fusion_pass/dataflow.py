@@ -230,6 +230,15 @@ def is_only_joined(node: Node, but: Container[Node] = ()) -> bool:
     )
 
 
+def is_joined(node: Node) -> bool:
+    """Is a concatenation, whose result is stored, the only reader of this node? The lowering then lets an op write into
+    its part of the joined tensor, if the op takes strides for its result."""
+    cat = sole_user(node)
+    if cat is None or not is_call(cat, aten.cat.default) or not is_stored(cat):
+        return False
+    return all(dtype(part) == dtype(node) for part in cat.args[0])
+
+
 def is_read_from_memory(node: Node, but: Container[Node] = ()) -> bool:
     """Does any node, but for some, read this one from memory? A concatenation does not: Inductor's kernel writes into
     its result."""

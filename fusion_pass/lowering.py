@@ -1,5 +1,7 @@
 """How Inductor's code calls the ops: by dit_kernels.direct instead of the dispatcher, into buffers that Inductor plans.
 
+A result that is only joined with other tensors is written into its part of the joined tensor, without a copy.
+
 dit_kernels.direct takes no calls from a C++ wrapper and none with unusual shapes or strides. Those go through the
 dispatcher, like calls of any custom op. So does a call by hand under plain Inductor: the emitted code fits one version
 of dit_kernels.direct, and only our pass in the hook makes that version part of the key of Inductor's caches.
@@ -15,12 +17,13 @@ import torch
 from torch._inductor import config, ir
 from torch._inductor.lowering import empty_strided, fallback_handler, register_lowering
 from torch._inductor.virtualized import V
+from torch.fx import Node
 
 from dit_kernels.arguments import HEADS, Argument, Layout
 from dit_kernels.families import OPS, op_of
 from dit_kernels.families.family import Op
 from dit_kernels.plans import ALIGNMENT
-from fusion_pass.dataflow import stream
+from fusion_pass.dataflow import is_joined, stream
 from fusion_pass.hook import holds_ours
 
 log = logging.getLogger("fusion_pass")
@@ -31,23 +34,26 @@ class Unusual(Exception):
 
 
 class DirectKernel(ir.ExternKernel):
-    """A call of an op that writes into buffers which Inductor has allocated."""
+    """A call of an op that writes into buffers which Inductor has allocated.
+
+    layouts: those in which a kernel takes the operands, by the names of the family.
+    """
 
     def __init__(
         self,
         op: torch._ops.OpOverload,
         operands: dict[str, Any],
         options: dict[str, Any],
-        numbers: Sequence[Any],
+        layouts: dict[str, Layout],
         results: Sequence[Any],
     ) -> None:
         nodes = {name: _stored(t) for name, t in operands.items() if _is_tensor(t)}
         self.results = [_stored(result) for result in results]
         device = self.results[0].get_device()
+        self.op, self.options, self.device, self.layouts = op, options, device, layouts
         super().__init__(
-            None, ir.NoneLayout(device=device), [*nodes.values(), *self.results], constant_args=tuple(numbers)
+            None, ir.NoneLayout(device=device), [*nodes.values(), *self.results], constant_args=self._numbers()
         )
-        self.op, self.options, self.device = op, options, device
         self.operands: dict[str, Any] = {**operands, **nodes}
         self.mutation_outputs = [ir.MutationOutput(ir.NoneLayout(device=device), t, self) for t in self.results]
         V.graph.register_operation(self)
@@ -61,19 +67,33 @@ class DirectKernel(ir.ExternKernel):
     def should_allocate(self) -> bool:
         return False
 
+    def _numbers(self) -> tuple[Any, ...]:
+        """The family's launch numbers, as expressions. Raises Unusual if a kernel does not take a result as it is."""
+        op = op_of(self.op)
+        first = next(iter(self.layouts.values())).shape
+        results = zip(op.results, self.results, strict=True)
+        written = {argument.name: _laid(argument, t, first) for argument, t in results if argument.strides}
+        return op.family.launch_numbers(self.layouts | written, _known)
+
     def codegen(self, wrapper: Any) -> None:
         name = f"dit_kernel_{wrapper.next_kernel_suffix()}"
         given = [*self.operands.values(), *self.results]
         op = op_of(self.op)
         addresses = op.arranged([_address(value) for value in given])
-        numbers = wrapper.codegen_shape_tuple(self.constant_args)
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         wrapper.add_import_once("from dit_kernels.direct import DirectCall")
         # Without the emitted comment, graphs that differ only in dtypes would share one source, and so one DirectCall.
         types = ", ".join(str(node.get_dtype()) for node in (*self.inputs, *self.results))
         wrapper.header.writeline(f"{name} = DirectCall({op.name!r}{options})  # {types}")
+        checked = f"{name}.checked({', '.join(map(_written, given))})"
+        try:
+            numbers = wrapper.codegen_shape_tuple(self._numbers())  # the lowering of a cat may have moved a result
+        except Unusual as reason:
+            log.debug("%s is checked at each call: %s", self.op, reason)
+            wrapper.writeline(checked)
+            return
         wrapper.writeline(f"if not {name}(({', '.join(map(str, addresses))}), {numbers}):")
-        wrapper.writeline(f"    {name}.checked({', '.join(map(_written, given))})")
+        wrapper.writeline(f"    {checked}")
 
 
 def _is_tensor(value: Any) -> bool:
@@ -118,15 +138,36 @@ def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     if not all(isinstance(operands[a.name], float) for a in known.inputs if not a.is_tensor):
         raise Unusual("eps is not a constant")
     operands |= {name: _realized(t) for name, t in operands.items() if _is_tensor(t)}
-    numbers = _numbers(known, operands)
-    vals = V.graph.current_node.meta["val"]
+    layouts = _layouts(known, operands)
     device = operands[known.inputs[0].name].get_device()
     results = [
-        empty_strided(ir.convert_shape_to_inductor(val.shape), None, dtype=val.dtype, device=device)
-        for val in (vals if isinstance(vals, tuple | list) else [vals])
+        _empty(argument, node, val, device)
+        for argument, (node, val) in zip(known.results, _results(V.graph.current_node), strict=True)
     ]
-    DirectKernel(op, operands, kwargs, numbers, results)
+    DirectKernel(op, operands, kwargs, layouts, results)
     return results if len(results) > 1 else results[0]
+
+
+def _results(call: Node) -> list[tuple[Node | None, torch.Tensor]]:
+    """Each result of a call: the node that holds the result, or None if nothing reads it, and its fake tensor."""
+    val = call.meta["val"]
+    if isinstance(val, torch.Tensor):
+        return [(call, val)]
+    items = {user.args[1]: user for user in call.users}
+    return [(items.get(index), one) for index, one in enumerate(val)]
+
+
+def _empty(argument: Argument, node: Node | None, val: torch.Tensor, device: torch.device) -> Any:
+    """A buffer for a result of an op.
+
+    If a concatenation is the only reader, the layout stays open. Inductor's lowering of `cat` then makes the buffer a
+    part of the joined tensor, as it does with the buffers of its own kernels.
+    """
+    result = empty_strided(ir.convert_shape_to_inductor(val.shape), None, dtype=val.dtype, device=device)
+    if argument.strides and node is not None and is_joined(node):
+        buffer = result.data.data
+        buffer.layout = ir.FlexibleLayout(device, val.dtype, buffer.layout.size)
+    return result
 
 
 def _realized(t: Any) -> Any:
@@ -137,14 +178,13 @@ def _realized(t: Any) -> Any:
     return t
 
 
-def _numbers(op: Op, operands: dict[str, Any]) -> tuple[Any, ...]:
-    """The family's launch numbers, as expressions. Raises Unusual if a kernel does not take an operand as it is."""
+def _layouts(op: Op, operands: dict[str, Any]) -> dict[str, Layout]:
+    """The layouts in which a kernel takes the operands. Raises Unusual if a kernel does not take one as it is."""
     sizes = operands[op.inputs[0].name].get_size()
     if not _static(sizes[-1]):
         raise Unusual("the width of the rows is not a constant")
     present = ((argument, operands[argument.name]) for argument in op.inputs)
-    layouts = {argument.name: _laid(argument, t, sizes) for argument, t in present if _is_tensor(t)}
-    return op.family.launch_numbers(layouts, _known)
+    return {argument.name: _laid(argument, t, sizes) for argument, t in present if _is_tensor(t)}
 
 
 def _laid(argument: Argument, t: Any, first: Sequence[Any]) -> Layout:

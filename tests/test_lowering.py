@@ -131,7 +131,7 @@ def test_what_a_kernel_does_not_take_as_it_is_goes_through_the_dispatcher(unusua
     assert_equal(got, unusual(*args))
 
 
-@pytest.mark.parametrize("step", ["_numbers", "_realized", "empty_strided", "_stored"])
+@pytest.mark.parametrize("step", ["_layouts", "_realized", "empty_strided", "_stored"])
 def test_an_error_in_the_lowering_costs_a_warning_and_the_dispatcher(
     step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -256,7 +256,7 @@ def addresses(*given: Any) -> tuple[Any, ...]:
 
 def launch_numbers(op: Op, given: tuple[Any, ...]) -> tuple[int, ...]:
     """The numbers that the kernel is launched with, for the op's arguments."""
-    pairs = zip(op.inputs, given, strict=False)
+    pairs = zip((*op.inputs, *op.results), given, strict=True)
     layouts = {a.name: laid(a, t, given[0].shape)[0] for a, t in pairs if isinstance(t, Tensor)}
     return op.family.launch_numbers(layouts)
 

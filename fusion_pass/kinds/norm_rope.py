@@ -17,6 +17,7 @@ from fusion_pass.dataflow import (
     dtype,
     in_memory,
     is_call,
+    is_joined,
     is_read_from_memory,
     is_swap,
     past_views,
@@ -250,7 +251,7 @@ def grow(norm: Norm) -> Rotated | None:
             raise Refused(Reason.HEADS, table, kind=KIND)
     if found.sin is not None and dtype(found.sin) != dtype(found.by):
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines have different dtypes", KIND)
-    if not found.is_complex and not any(is_read_from_memory(node) for node in found.outs):
+    if not found.is_complex and not any(is_read_from_memory(node) or is_joined(node) for node in found.outs):
         raise Refused(Reason.INLINE, found.out, kind=KIND)
     return Rotated(norm, found, swapped, heads, _steps(norm, found))
 

@@ -13,6 +13,7 @@ from attention_modules import (
     RopeSpec,
     SiluModule,
     SiluSpec,
+    complex_rope,
     rope_inputs,
     rope_specs,
     silu_inputs,
@@ -121,6 +122,34 @@ def test_only_one_kernel_runs_between_a_projection_and_its_attention(table: torc
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert len([name for name in kernels if "NormRope" in name]) == 1, kernels
     assert len([name for name in kernels if not name.startswith("Memset")]) == 2, kernels  # and the attention
+
+
+def two_rotated_streams(
+    text: torch.Tensor, image: torch.Tensor, text_table: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """As in Qwen-Image."""
+    rotated = (complex_rope(diffusers_norm(x, None), t, t) for x, t in ((text, text_table), (image, table)))
+    heads = torch.cat(list(rotated), 1).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+
+@pytest.mark.parametrize("batch", (1, 2))
+@pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
+def test_streams_that_are_rotated_and_joined_are_not_copied(mode: str, batch: int) -> None:
+    heads = [torch.randn(batch, tokens, 4, 64, device="cuda").bfloat16() for tokens in (40, 128)]
+    angles = [torch.randn(1, tokens, 1, 32, device="cuda") for tokens in (40, 128)]
+    args = (*heads, *(torch.polar(torch.ones_like(a), a) for a in angles))
+    compiled = torch.compile(two_rotated_streams, backend=Backend(strict=True), mode=mode)
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = compiled(*args).clone()
+    torch.testing.assert_close(got, two_rotated_streams(*args), rtol=2e-2, atol=2e-2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compiled(*args)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([name for name in kernels if "NormRope" in name]) == 2, kernels
+    assert not [name for name in kernels if "cat" in name.lower()], kernels
 
 
 @pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
