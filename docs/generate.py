@@ -37,6 +37,7 @@ WORDS = {
     "norm_scale_quant": "norms to FP8",
     "norm_tanh_mul_add_norm_scale_quant": "norms to FP8",
     "silu_mul_quant": "SwiGLU to FP8",
+    "gelu_quant": "GELU to FP8",
 }
 # What bench_kernels.py calls an op, and the name of the op.
 BENCHED = {"dual": "norm_tanh_mul_add_norm_scale", "gated": "norm_tanh_mul_add", "scaled": "norm_scale"}
@@ -280,6 +281,7 @@ def examples(link: Link) -> str:
 
 ROLES = {
     "row": "`[..., S, D]`: S tokens of D features",
+    "part": "`[..., S, E]`: E features of the same tokens",
     "modulation": "broadcasts to the first argument, with any strides",
     "column": "`[D]`",
     "heads": "`[B, S, H, Dh]`: H heads of Dh features; k may have another H than q",
@@ -291,11 +293,13 @@ MORE = {  # what the role of an argument does not say
     "rotation": "Without `sin` complex, n = Dh/2. With `sin` the cosines, n = Dh or Dh/2",
     "sin": "The sines",
     "static_scale": "Without it, nothing is scaled",
+    "before": "What the quantised row starts with, in the dtype of the result",
 }
 OPTIONS = {
     "norm": "The norm: RMSNorm or LayerNorm",
     "tanh": "True: the op computes tanh(gate). False: the gate is already activated",
     "add_one": "True: the op computes 1 + scale. False: the scale already includes the 1",
+    "approximate": "How GELU is computed: with erf (`'none'`) or with tanh, as in `F.gelu`",
     "rounding": "Where the op rounds, see [rounding](rounding.md)",
     "root": "How the RMSNorm computes its root, see [rounding](rounding.md)",
     "interleaved": "True: a pair is two neighbouring elements. False: one element from each half of a head",
@@ -334,7 +338,8 @@ MEANS = {
         "y = residual + tanh(gate) · norm(x), and q, s = quantised(norm(y) · (1 + scale))"
     ),
     "norm_scale_quant": "q, s = quantised(norm(x) · (1 + scale))",
-    "silu_mul_quant": "q, s = quantised(silu(a) · b)",
+    "silu_mul_quant": "q, s = quantised(silu(a) · b). With `before`: q, s = quantised([before, silu(a) · b])",
+    "gelu_quant": "q, s = quantised(gelu(a)). With `before`: q, s = quantised([before, gelu(a)])",
 }
 OVERLOADS = {  # what an overload of an op does in another way
     "keep_z": "What is quantised is returned, too, in front of q.",

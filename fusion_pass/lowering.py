@@ -194,6 +194,8 @@ def _laid(argument: Argument, t: Any, first: Sequence[Any]) -> Layout:
     if found is None:
         raise Unusual(f"a kernel needs a copy of {argument.name}")
     shape, strides = found
+    if not _static(shape[-1]):
+        raise Unusual(f"the width of the rows of {argument.name} is not a constant")
     if argument.role is HEADS and not _static(shape[2]):
         raise Unusual(f"the number of heads of {argument.name} is not a constant")
     for size, by in zip(shape[:-1], strides[:-1], strict=True):

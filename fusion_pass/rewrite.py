@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
-from dit_kernels.arguments import PER_ROW, Role
-from fusion_pass.dataflow import RESHAPES, aten, have_same_shape, is_call, prims, same_shape, value
+from dit_kernels.arguments import PER_ROW, Role, known_equal
+from fusion_pass.dataflow import RESHAPES, aten, have_same_shape, is_call, prims, value
 from fusion_pass.proof import find_size
 from fusion_pass.site import ORIGIN, Operand, Output, Site
 
@@ -55,7 +55,7 @@ def _insert_call(site: Site, graph: Graph) -> Node:
         if isinstance(operand, Operand):
             operand = operand.insert(graph)
         elif site.is_viewed(name):
-            operand = _viewed(graph, operand, site.shaped(), site)
+            operand = _as_row(graph, operand, site)
         elif isinstance(operand, float) and argument.is_tensor:
             operand = _constant(graph, operand, site.read(name))
         args.append(operand)
@@ -85,8 +85,8 @@ def _fresh(output: Output, role: Role, site: Site) -> torch.Tensor:
     """A fake tensor for a result of the op: contiguous, with sizes that the graph already has."""
     val = value(output.nodes[0])
     assert val is not None
-    shape = val.shape if output.swap is None else output.swap.of(val).shape
-    shape = shape if site.like is None else site.like.meta["val"].shape
+    shape: Sequence[Any] = val.shape if output.swap is None else output.swap.of(val).shape
+    shape = shape if site.like is None else site.row_shape(val)
     return val.new_empty((*shape[:-1], 1) if role is PER_ROW else shape)
 
 
@@ -95,20 +95,26 @@ def _viewed_back(graph: Graph, result: Node, output: Output, site: Site) -> Iter
     viewed: list[Node] = []
     for node in output.nodes:
         if not any(have_same_shape(node, view) for view in viewed):
-            view = result if site.like is None else _viewed(graph, result, node, site)
+            view = result if site.like is None else _viewed(graph, result, node.meta["val"].shape, node, site)
             viewed.append(view if output.swap is None else output.swap.insert(result, graph))
         yield node, next(view for view in viewed if have_same_shape(node, view))
 
 
-def _viewed(graph: Graph, node: Any, like: Node, site: Site) -> Node:
-    """`node`, reshaped to the shape of `like`."""
-    val, shape = value(node), value(like)
-    assert val is not None and shape is not None
-    if same_shape(val, shape):
+def _as_row(graph: Graph, operand: Any, site: Site) -> Node | None:
+    """An operand in the shape that the op takes it in."""
+    val = None if operand is None else value(operand)
+    return operand if val is None else _viewed(graph, operand, site.row_shape(val), site.shaped(), site)
+
+
+def _viewed(graph: Graph, node: Node, shape: Sequence[Any], origin: Node, site: Site) -> Node:
+    """`node`, reshaped. origin: the node whose place in the model the new one has."""
+    val = value(node)
+    assert val is not None
+    if len(val.shape) == len(shape) and all(map(known_equal, val.shape, shape)):
         return node
-    view = graph.call_function(aten.reshape.default, (node, [_size(graph, size, site) for size in shape.shape]))
-    view.meta = {k: v for k, v in like.meta.items() if k in ORIGIN}
-    view.meta["val"] = val.reshape(shape.shape)
+    view = graph.call_function(aten.reshape.default, (node, [_size(graph, size, site) for size in shape]))
+    view.meta = {k: v for k, v in origin.meta.items() if k in ORIGIN}
+    view.meta["val"] = val.reshape(shape)
     return view
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from dit_kernels.arguments import COMPLEX, EPS, KERNEL_DTYPES, MODULATION, ROW, TABLE, Argument
+from dit_kernels.arguments import COMPLEX, EPS, KERNEL_DTYPES, MODULATION, PART, ROW, TABLE, Argument
 from dit_kernels.families import OPS
 from dit_kernels.families.family import Op
 from dit_kernels.rounding import FORMS
@@ -117,8 +117,8 @@ class Site:
 
     kind: the name of the op. overload: the name of its overload; "" for the default one, and for one that differs only
     in how it takes eps. operands, options, form: the arguments of the op. interior: the nodes that the op replaces
-    and that nothing else may read. anchor: the node that the site grew from. like: the node whose shape the op uses, if
-    there are views inside the site; rows are reshaped to that shape, and results are reshaped from it. twins: nodes
+    and that nothing else may read. anchor: the node that the site grew from. like: the node whose sizes the op uses, if
+    there are views inside the site; rows are reshaped to these sizes, and results are reshaped from them. twins: nodes
     that the site reads and that have the same value as an operand. summed: operands whose rows eager sums in the memory
     layout that they have. takes_any_layout: may the elements of a row be apart in memory, as in a residual stream that
     comes from a convolution? check_sums: raises Refused if the rounding of eager, on a CPU, depends on an order of rows
@@ -170,8 +170,8 @@ class Site:
         return operand.source if isinstance(operand, Operand) else operand if isinstance(operand, Node) else None
 
     def is_viewed(self, name: str) -> bool:
-        """Is this operand reshaped to the shape of `like`?"""
-        return self.like is not None and self.roles[name].role is ROW
+        """Is this operand reshaped to the sizes of `like`?"""
+        return self.like is not None and self.roles[name].role in (ROW, PART)
 
     def read(self, name: str) -> Any:
         """The value that the op gets for this operand: a fake tensor, a number or None."""
@@ -181,7 +181,7 @@ class Site:
         if isinstance(val, float) and self.roles[name].is_tensor:  # the graph will hold the number as a tensor
             return self.x.meta["val"].new_empty((), dtype=torch.float32)
         if self.is_viewed(name) and isinstance(val, torch.Tensor):
-            return val.reshape(self.shaped().meta["val"].shape)
+            return val.reshape(self.row_shape(val))
         return val
 
     def keywords(self) -> dict[str, Any]:
@@ -191,6 +191,10 @@ class Site:
     def shaped(self) -> Node:
         """The node whose shape the op uses."""
         return self.x if self.like is None else self.like
+
+    def row_shape(self, val: torch.Tensor) -> tuple[Any, ...]:
+        """The shape of an operand or a result for the op: the sizes of `like`, and the width of its own rows."""
+        return (*self.shaped().meta["val"].shape[:-1], val.shape[-1])
 
     def results(self) -> tuple[Node, ...]:
         return tuple(node for output in self.outputs for node in output.nodes)

@@ -148,7 +148,7 @@ def check_heads(on: Device, o: Heads, **options: Any) -> tuple[Tensor, ...]:
 def check_silu(on: Device, a: Tensor, b: Tensor, **options: Any) -> Tensor:
     (out,) = on.run("silu_mul", a, b, **options)
     with on.eager():
-        expected = reference.silu_mul(a, b, OPS["silu_mul"].call(a, b, **options).chain.steps)
+        expected = reference.activation(a, b, "silu", OPS["silu_mul"].call(a, b, **options).chain.steps)
     if out.dtype == FP32:
         exact = torch.nn.functional.silu(a.double()) * b.double()
         if options.get("silu_dtype", a.dtype) == FP32 or options.get("rounding") == "fp32":

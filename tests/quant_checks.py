@@ -1,7 +1,7 @@
 """What the kernels that quantise must give: q and s have the bits of eager code on the same z.
 
-z itself may not be stored. The kernel of the same op without `_quant` stores it: both sum in the same order. tests/gpu
-runs these checks on a GPU, and tests/ptx in the interpreter of the PTX.
+z itself may not be stored. The kernel of the same op without `_quant` stores it: both sum in the same order. The GELU
+of a bf16 number is eager's. tests/gpu runs these checks on a GPU, and tests/ptx in the interpreter of the PTX.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from dit_kernels import reference
 from dit_kernels.families import OPS
 from dit_kernels.rounding import FP8
 
-NORM, DUAL, SILU = "norm_scale_quant", "norm_tanh_mul_add_norm_scale_quant", "silu_mul_quant"
+NORM, DUAL = "norm_scale_quant", "norm_tanh_mul_add_norm_scale_quant"
+SILU, GELU = "silu_mul_quant", "gelu_quant"
 LARGEST_BF16 = torch.finfo(BF16).max
 
 
 def arguments(
     op: str, d: int, dtype: torch.dtype = BF16, batch: int = 2, tokens: int = 3, device: str = "cpu"
 ) -> tuple[Any, ...]:
-    if op == SILU:
+    if op in (SILU, GELU):
         a, b = (random(batch, tokens, d, dtype=dtype, seed=seed, device=device) for seed in (1, 2))
-        return a * 3, b
+        return (a * 3, b) if op == SILU else (a * 3,)
     return operands(batch, tokens, d, dtype, device=device).arguments(op.removesuffix("_quant"))
 
 
@@ -40,16 +41,21 @@ def assert_same_bytes(name: str, got: Tensor, expected: Tensor) -> None:
         raise AssertionError(f"{name}{list(index)} is {a[index]}, by the definition {b[index]}: {differs.sum()} differ")
 
 
-def check(on: Device, op: str, *given: Any, **options: Any) -> tuple[Tensor, ...]:
+def check(on: Device, op: str, *given: Any, before: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
     """Runs an op that quantises. The results must be those of the definition on what the op without `_quant` stores.
 
-    op: with its overload. Returns q, and s if the op does.
+    op: with its overload. before: the last positional argument. Returns q, and s if the op does.
     """
     call = OPS[op].call(*given, **options)
-    results = on.run(op, *given, **options)
-    plain = OPS[op.partition("_quant")[0]]
-    of_plain = {option.name: options[option.name] for option in plain.options if option.name in options}
-    *others, z = on.run(plain.name, *given[: len(plain.inputs)], **of_plain)
+    results = on.run(op, *given, *([] if before is None else [before]), **options)
+    plain = OPS.get(op.partition("_quant")[0])
+    if plain is None:  # a GELU
+        with on.eager():
+            others, z = [], reference.activation(given[0], None, call.chain.act, call.chain.steps)
+    else:
+        of_plain = {option.name: options[option.name] for option in plain.options if option.name in options}
+        *others, z = on.run(plain.name, *given[: len(plain.inputs)], **of_plain)
+    z = z if before is None else torch.cat((before, z), -1)
     steps, scale = call.chain.quant, call.named.get("static_scale")
     with on.eager():
         q, *s = reference.quantised(z, steps, scale)

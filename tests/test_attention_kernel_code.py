@@ -15,12 +15,12 @@ from kernel_variants import variant
 from ptx.device import compiled
 from test_kernel_code import COMPILED, WIDE, resources
 
-from dit_kernels.chain import RotatedChain, SiluChain
+from dit_kernels.chain import ActivationChain, RotatedChain
 from dit_kernels.compile import Variant
 from dit_kernels.cute.heads import head_tiling
 from dit_kernels.cute.spec import TensorSpec
 from dit_kernels.families import OPS, norm_rope
-from dit_kernels.rounding import rotated_steps, silu_steps
+from dit_kernels.rounding import activation_steps, rotated_steps
 
 BF16, FP32 = torch.bfloat16, torch.float32
 COMPLEX64, COMPLEX128 = torch.complex64, torch.complex128
@@ -55,9 +55,9 @@ def rope(
 
 
 def silu(d: int, dtype: torch.dtype = BF16, form: str = "model") -> Variant:
-    steps, row = silu_steps(form, dtype, dtype), TensorSpec(dtype, "token", 16)
+    steps, row = activation_steps(form, dtype, dtype), TensorSpec(dtype, "token", 16)
     out = TensorSpec(steps.out, "token", 16)
-    return variant(OPS["silu_mul"].family, SiluChain(steps), d, a=row, b=row, out=out)
+    return variant(OPS["silu_mul"].family, ActivationChain("silu", steps), d, a=row, b=row, out=out)
 
 
 VARIANTS = {

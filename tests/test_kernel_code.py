@@ -15,13 +15,13 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 from kernel_variants import variant, with_specs
 from ptx.device import ARCHS, compiled
 
-from dit_kernels.chain import GATED, SCALED, SECOND, NormChain, SiluChain, Stage
+from dit_kernels.chain import GATED, SCALED, SECOND, ActivationChain, NormChain, Stage
 from dit_kernels.compile import Variant
 from dit_kernels.cute.spec import TensorSpec, Walk
-from dit_kernels.cute.tiling import machine, row_tiling
+from dit_kernels.cute.tiling import JOINED_REGISTERS, machine, plain_row_tiling, row_tiling
 from dit_kernels.families import OPS
 from dit_kernels.families.modulated_norm import FAMILY
-from dit_kernels.rounding import FORMS, FP8, QuantSteps, StaticSteps, silu_steps, stage_steps
+from dit_kernels.rounding import FORMS, FP8, QuantSteps, StaticSteps, activation_steps, stage_steps
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPILED = (*ARCHS, "sm_89")  # sm_89 runs what sm_80 does, from the same PTX
@@ -154,8 +154,18 @@ def static_with_z(of: Variant) -> Variant:
 
 NO_SMALLEST = {"smallest_amax": None, "smallest_scale": None}
 SILU_ROW = TensorSpec(BF16, "token", 16)
-SILU_CHAIN = SiluChain(silu_steps("model", BF16, BF16), QuantSteps(BF16, 448.0, None, None, False, True))
+ROW_WISE = QuantSteps(BF16, 448.0, None, None, False, True)
+SILU_CHAIN = ActivationChain("silu", activation_steps("model", BF16, BF16), ROW_WISE)
+GELU_CHAIN = ActivationChain("gelu_tanh", activation_steps("model", BF16), ROW_WISE)
 SILU_RESULTS = {"q": replace(SILU_ROW, dtype=FP8), "s": TensorSpec(FP32, "token", 4)}
+
+
+def joined(before: int, chain: ActivationChain, d: int, **rows: TensorSpec) -> Variant:
+    """Rows that start with `before` elements of another tensor."""
+    widths = {"before": replace(SILU_ROW, width=before), "q": replace(SILU_RESULTS["q"], width=before + d)}
+    return variant(OPS["gelu_quant"].family, chain, d, **{**SILU_RESULTS, **widths, **rows})
+
+
 QUANTISED = {
     "dual": quantised(dual(3840)),
     "dual-8192": quantised(dual(8192)),
@@ -166,6 +176,9 @@ QUANTISED = {
     "scaled-tail": quantised(scaled(dual(2544))),
     "silu": variant(OPS["silu_mul_quant"].family, SILU_CHAIN, 10240, a=SILU_ROW, b=SILU_ROW, **SILU_RESULTS),
     "silu-13824": variant(OPS["silu_mul_quant"].family, SILU_CHAIN, 13824, a=SILU_ROW, b=SILU_ROW, **SILU_RESULTS),
+    "gelu": variant(OPS["gelu_quant"].family, GELU_CHAIN, 12288, a=SILU_ROW, **SILU_RESULTS),
+    "gelu-joined": joined(3072, GELU_CHAIN, 12288, a=SILU_ROW),  # FLUX.1
+    "silu-joined": joined(6144, SILU_CHAIN, 18432, a=SILU_ROW, b=SILU_ROW),  # FLUX.2
 }
 
 QUANTISED |= {f"{name}-static-with-z": static_with_z(QUANTISED[name]) for name in ("dual", "silu")}
@@ -177,7 +190,7 @@ def test_what_quantises_does_not_spill_and_as_many_ctas_fit_as_are_launched(arch
     assert_fits(arch, QUANTISED[name])
 
 
-@pytest.mark.parametrize(("name", "rows_written"), (("dual", 1), ("scaled", 0), ("silu", 0)))
+@pytest.mark.parametrize(("name", "rows_written"), (("dual", 1), ("scaled", 0), ("silu", 0), ("gelu", 0)))
 def test_q_is_written_in_pieces_of_8_bytes_and_s_once_a_row(name: str, rows_written: int) -> None:
     ptx, _ = code("sm_90a", QUANTISED[name])
     vectors = QUANTISED[name].tiling("sm_90a").vectors
@@ -186,6 +199,31 @@ def test_q_is_written_in_pieces_of_8_bytes_and_s_once_a_row(name: str, rows_writ
     assert sum(write.endswith(".v4.b16") for write in writes) == vectors
     assert len(writes) == (rows_written + 1) * vectors + 1
     assert ptx.count("redux.sync.max") == 2
+
+
+def test_a_joined_row_is_read_and_written_once() -> None:
+    ptx, tiling = code("sm_90a", QUANTISED["gelu-joined"])[0], QUANTISED["gelu-joined"].tiling("sm_90a")
+    vectors = tiling.vectors + tiling.over(3072).vectors
+    assert (tiling.threads * vectors, tiling.tail, tiling.over(3072).tail) == (15360 // tiling.vector, False, False)
+    assert sum(write.endswith(".v4.b16") for write in re.findall(r"st\.global\S*", ptx)) == vectors
+    assert sum(read.endswith(WIDE) for read in re.findall(r"ld\.global\S*", ptx)) == vectors
+    of_gelu = tiling.vectors * tiling.vector
+    assert len(re.findall(r"ex2\.approx\.ftz\.f32", ptx)) == len(re.findall(r"rcp\.approx\.ftz\.f32", ptx)) == of_gelu
+
+
+@pytest.mark.parametrize("parts", ((12288, 3072), (18432, 6144), (9216, 3072), (16, 24560), (20480, 4096), (176, 32)))
+@pytest.mark.parametrize("width", (2, 4))
+def test_a_tiling_covers_both_parts_of_a_row_once(parts: tuple[int, int], width: int) -> None:
+    d, more = (max(part * 2 // width // 16, 1) * 16 for part in parts)
+    tiling, vectors = plain_row_tiling(d, [width], more), 0
+    for part in (d, more):
+        over = tiling.over(part)
+        covered = over.threads * over.vectors * over.vector
+        assert part % over.vector == 0 and 0 <= covered - part < over.threads * over.vector
+        assert over.tail == (covered > part)
+        vectors += over.vectors
+    assert vectors * tiling.vector * width <= 4 * JOINED_REGISTERS
+    assert tiling.threads % 32 == 0 and tiling.threads <= 768
 
 
 WIDE = (".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_kernels.ops import OPS
-from dit_kernels.rounding import FORMS, SILU_FORMS
+from dit_kernels.rounding import ACTIVATION_FORMS, FORMS
 
 ops = torch.ops.dit_kernels
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,7 +62,7 @@ def test_opcheck_passes_for_every_kind_of_rotation(kind: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rounding", SILU_FORMS)
+@pytest.mark.parametrize("rounding", ACTIVATION_FORMS)
 def test_opcheck_passes_for_silu_mul(dtype: torch.dtype, rounding: str) -> None:
     a, b = tensor(B, S, 2 * DH, dtype=dtype).chunk(2, -1)
     torch.library.opcheck(ops.silu_mul.default, (a, b), {"rounding": rounding})
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_formula(kind: str, rounding: str) -> None:
     assert torch.autograd.gradcheck(lambda *a: ops.qk_norm_rope(*a, *rotation, EPS, EPS, **keywords), args)
 
 
-@pytest.mark.parametrize("rounding", SILU_FORMS)
+@pytest.mark.parametrize("rounding", ACTIVATION_FORMS)
 def test_gradients_of_silu_mul_are_those_of_the_formula(rounding: str) -> None:
     a, b = (tensor(3, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
     assert torch.autograd.gradcheck(lambda *t: ops.silu_mul(*t, rounding=rounding), (a, b))

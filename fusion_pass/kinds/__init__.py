@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fusion_pass.kinds.gelu import GELU
+from fusion_pass.kinds.gelu_quant import GeluQuant
 from fusion_pass.kinds.kind import Entry, Registry
 from fusion_pass.kinds.modulated_norm import (
     NormScale,
@@ -33,6 +35,7 @@ REGISTRY = Registry(
         ],
     ),
     Entry(SILU, [SiluMulQuant(), SiluMul()]),
+    Entry(GELU, [GeluQuant()]),
     Entry(ROTATION),
     Entry(UNREAD_ROTATION),
     Entry(RESIDUAL_ADD),

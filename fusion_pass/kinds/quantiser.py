@@ -120,6 +120,62 @@ class Quantisers:
         return self.interior if self.keeps else (*z, *self.interior)
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is quantised: a value alone, or [before, value]. z: the nodes of the value. nodes: those of the row."""
+
+    z: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    before: Node | None = None
+
+    def quantisers(self, kind: str) -> Quantisers:
+        """The quantisers that read the row. Raises Refused if an op cannot compute them. kind: as for `behind`."""
+        found = behind(self.nodes, kind)
+        if found.keeps and self.before is not None:
+            raise Refused(Reason.QUANTISER, self.nodes[0], "something else reads the concatenated row", kind)
+        if found.overload and self.before is not None:
+            raise Refused(Reason.QUANTISER, self.nodes[0], "the scale of a concatenated row is static", kind)
+        return found
+
+    def operands(self, found: Quantisers) -> Operands:
+        """The operands of an op that quantises the row, beside those of the op without a quantiser."""
+        return found.operands() | ({} if found.overload else {"before": self.before})
+
+    def inside(self, found: Quantisers) -> tuple[Node, ...]:
+        """The nodes from the value on that go away and are no result."""
+        return (*(() if self.before is None else self.z), *found.inside(self.nodes))
+
+
+def row_with(z: tuple[Node, ...], kind: str) -> Row | None:
+    """The quantised row that a value is in; None if no quantiser follows. Raises Refused if an op cannot compute it.
+
+    z: nodes of one value. kind: the kind of the site, for the report. The user's code, then its graph:
+
+        self.proj_out(torch.cat([attention, z], dim=2))
+
+        r = cat([attention, z], 2); a = amax(abs(r), [-1], True); ...
+    """
+    if follow(z):
+        return Row(z, z)
+    readers = dict.fromkeys(user for node in z for user in node.users)
+    joined = next((user for user in readers if is_call(user, aten.cat.default) and follow((user,))), None)
+    if joined is None:
+        return None
+    parts, rank = joined.args[0], joined.meta["val"].ndim
+    detail = ""
+    if len(readers) > 1:
+        detail = "something else reads the value"
+    elif joined.args[1:] not in ((-1,), (rank - 1,)):
+        detail = "tensors are concatenated along another dimension than the last"
+    elif len(parts) != 2 or parts[1] not in z or parts[0] in z:
+        detail = "the quantised row is not one other tensor and then the value"
+    elif dtype(parts[0]) != dtype(joined) or dtype(parts[1]) != dtype(joined):
+        detail = "the concatenated tensors have different dtypes"
+    if detail:
+        raise Refused(Reason.QUANTISER, joined, detail, kind)
+    return Row(z, (joined,), parts[0])
+
+
 def follow(z: Sequence[Node]) -> bool:
     """Is a value scaled and cast to an 8-bit float?"""
     return next(_casts(z), None) is not None

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from dit_kernels.families import OPS
-from dit_kernels.rounding import SiluSteps, silu_steps
+from dit_kernels.rounding import ActivationSteps, activation_steps
 from fusion_pass.dataflow import (
     aten,
     before_widening,
@@ -60,7 +60,8 @@ def _site(silu: Silu, kind: str) -> Site | None:
         return None  # the silu is a gate that broadcasts, or a factor
     quantises = OPS[kind].quantises
     out = stored_casts(product, is_narrowing if quantises else is_cast)
-    if quantises and not quantiser.follow(out):
+    row = quantiser.row_with(out, kind) if quantises else None
+    if quantises and row is None:
         return None
     if not quantises and not any(map(is_read_from_memory, out)):
         raise Refused(Reason.INLINE, product, kind=kind)
@@ -71,22 +72,22 @@ def _site(silu: Silu, kind: str) -> Site | None:
     b = next(other_operands(product, term))
     if not have_same_shape(silu.x, term):
         raise Refused(Reason.SHAPE, term, "a reshape is between the silu and its product", kind)
-    steps = SiluSteps(*(_dtype(node, kind) for node in (silu.out, product, out[0])))
+    steps = ActivationSteps(*(_dtype(node, kind) for node in (silu.out, product, out[0])))
     b = next((node for node in (before_widening(b), b) if _fits(steps, silu.x, node)), None)
     if b is None:
         raise Refused(Reason.ROUNDING, product, kind=kind)
     operands: Operands = {"a": silu.x, "b": b}
-    check_operands(operands, kind)
-    found = quantiser.behind(out, kind) if quantises else None
+    check_operands(operands | ({} if row is None else {"before": row.before}), kind)
+    found = None if row is None else row.quantisers(kind)
     inside = (*silu.interior, *terms, *(() if out == (product,) else (product,)))
     return Site(
         kind=kind,
         overload="" if found is None else found.overload,
-        operands=operands if found is None else operands | found.operands(),
-        options={"silu_dtype": steps.silu, "out_dtype": steps.out} | ({} if found is None else found.options()),
+        operands=operands if row is None or found is None else operands | row.operands(found),
+        options={"silu_dtype": steps.activated, "out_dtype": steps.out} | ({} if found is None else found.options()),
         form=Form("model", {}),
         outputs=tuple(map(Output, (out,) if found is None else found.results(out))),
-        interior=tuple(dict.fromkeys(inside if found is None else (*inside, *found.inside(out)))),
+        interior=tuple(dict.fromkeys(inside if row is None or found is None else (*inside, *row.inside(found)))),
         anchor=product,
         like=None if found is None else product,
         origin=product,
@@ -99,11 +100,11 @@ def _is_product(node: Node, term: Node) -> bool:
     return b is not None and b is not term and have_same_shape(term, b)
 
 
-def _fits(steps: SiluSteps, a: Node, b: Node) -> bool:
+def _fits(steps: ActivationSteps, a: Node, b: Node) -> bool:
     """Are the steps of the op those of the graph?"""
     left, right = operand_dtype(a), operand_dtype(b)
     assert left is not None and right is not None
-    return steps == silu_steps("model", left, right, steps.silu, steps.out)
+    return steps == activation_steps("model", left, right, steps.activated, steps.out)
 
 
 def _dtype(node: Node, kind: str) -> torch.dtype:

@@ -59,6 +59,10 @@ def _lay_row(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Stride
     return (lead[0], sizes[-2], sizes[-1]), (lead[1], strides[-2], last)
 
 
+def _fits_part(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
+    return len(sizes) >= 2 and _same(sizes[:-1], first[:-1], equal)
+
+
 def _fits_per_row(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
     return len(sizes) >= 2 and _same(sizes, (*first[:-1], 1), equal)
 
@@ -152,6 +156,15 @@ def _merged(sizes: Sizes, strides: Sizes, equal: Equal) -> tuple[Any, Any] | Non
 
 # A tensor whose rows an op reads or writes: [..., S, D]. A kernel takes it as (B, S, D).
 ROW = Role("row", "[..., S, D]", "{sizes}, the shape of {first}", _fits_row, _lay_row, 2)
+# Another part of the rows that an op writes: [..., S, E], where E may differ from D. A kernel takes it as (B, S, E).
+PART = Role(
+    "part",
+    "[..., S, E]",
+    "{sizes}, the shape of {first}, except for the last dimension",
+    _fits_part,
+    _lay_row,
+    2,
+)
 # A gate or a scale, which broadcasts along tokens or batch items. A kernel takes it as (1|B, 1|S, D), or, if it is one
 # element, as (1, 1, 1).
 MODULATION = Role(

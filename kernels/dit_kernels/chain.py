@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dit_kernels.rounding import QuantSteps, RotatedSteps, SiluSteps, StageSteps, StaticSteps
+from dit_kernels.rounding import ActivationSteps, QuantSteps, RotatedSteps, StageSteps, StaticSteps
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ class RotatedChain:
 
 
 @dataclass(frozen=True)
-class SiluChain:
-    """silu(a) * b. quant and keeps: as for a NormChain."""
+class ActivationChain:
+    """act(a) * b; act(a) if there is no b. act: one of rounding.ACTIVATIONS. quant and keeps: as for a NormChain."""
 
-    steps: SiluSteps
+    act: str
+    steps: ActivationSteps
     quant: QuantSteps | StaticSteps | None = None
     keeps: bool = False

@@ -9,6 +9,7 @@
 
     norm_scale_quant, norm_tanh_mul_add_norm_scale_quant, silu_mul_quant
                                   the same, with q and s in place of the last result: q, s = quantised(z)
+    gelu_quant                    q, s = quantised(gelu(a))
 
 The first three ops: x and residual are [..., S, D]. weight and bias are [D] or None. gate and scale are None or
 broadcast to x ([D], [1,1,D], [B,1,D], [B,S,D], one element, ...), with any strides. `norm` is "rms" or "layer".
@@ -20,7 +21,9 @@ rms norm. If `sin` is None, the rotation is complex: [S, Dh/2], [1|B, S, Dh/2] o
 rotation holds the cosines and `sin` the sines, with last dimension Dh or Dh/2. With `interleaved`, a pair is two
 neighbouring elements, as it always is with complex numbers. Otherwise a pair has one element from each half of a head.
 
-silu_mul: a and b are [..., S, D].
+silu_mul and gelu_quant: a and b are [..., S, D]. `approximate` is that of F.gelu. silu_mul_quant and gelu_quant may be
+given `before`, [..., S, E] in the dtype of the result. They then quantise the joined row [before, result], and q is
+[..., S, E + D].
 
 An op with `_quant` returns each row of z in FP8: q, float8_e4m3fn, has the shape of z, and s, float32, is [..., S, 1].
 `s_dtype` (z's dtype by default), `fmax`, `smallest_amax`, `smallest_scale`, `reciprocal` and `clamp` are the steps of
@@ -29,10 +32,11 @@ dit_kernels.rounding.QuantSteps. These ops have no gradient; a call that needs o
 Each op with `_quant` has three overloads. `.keep_z` also returns z, in front of q. `.static` takes `static_scale`, one
 element on the device or None, as its last positional argument and returns q without s; `scaling`, `factor_dtype` (fp32
 by default), `scaled_dtype` (fp32 by default) and `clamp` are the steps of dit_kernels.rounding.StaticSteps.
-`.static_keep_z` does both.
+`.static_keep_z` does both. None of them takes `before`.
 
-Results are newly allocated and contiguous, with the shape of x, of q and k, or of a. Each operand is bfloat16, float16
-or float32, independently of the others. A rotation may be complex64 or complex128. The definition also takes float64.
+All other results have the shape of x, of q and k, or of a. Results are newly allocated and contiguous. Each operand is
+bfloat16, float16 or float32, independently of the others. A rotation may be complex64 or complex128. The definition
+also takes float64.
 
 `rounding` is a form of dit_kernels.rounding, and `root` is one of its ways to compute the root of an rms norm.
 dit_kernels.rounding also gives the defaults of the other dtypes: `norm_dtype`, `norm_dtype2` (of the second norm),

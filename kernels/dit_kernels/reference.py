@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels.chain import Stage
-from dit_kernels.rounding import LARGEST, NormSteps, QuantSteps, RotatedSteps, SiluSteps, StaticSteps, compute_dtype
+from dit_kernels.rounding import (
+    LARGEST,
+    ActivationSteps,
+    NormSteps,
+    QuantSteps,
+    RotatedSteps,
+    StaticSteps,
+    compute_dtype,
+)
 
 
 def norm(
@@ -118,10 +126,14 @@ def _quarter_turn(n: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((-b, a), -1)
 
 
-def silu_mul(a: Tensor, b: Tensor, steps: SiluSteps) -> Tensor:
-    """silu(a) * b."""
-    s = F.silu(a.to(torch.promote_types(a.dtype, steps.silu))).to(steps.silu)
-    return (s * b).to(steps.product).to(steps.out)
+def activation(a: Tensor, b: Tensor | None, act: str, steps: ActivationSteps) -> Tensor:
+    """act(a) * b; act(a) if b is None. a and b: [..., D]; act: one of rounding.ACTIVATIONS."""
+    wide = a.to(torch.promote_types(a.dtype, steps.activated))
+    activated = (F.silu(wide) if act == "silu" else F.gelu(wide, approximate=_APPROXIMATE[act])).to(steps.activated)
+    return (activated if b is None else activated * b).to(steps.product).to(steps.out)
+
+
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def quantised(z: Tensor, steps: QuantSteps | StaticSteps, static_scale: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -29,6 +29,7 @@ back.
 
 A norm with a rotation (RoPE) is R(n * rotation) with complex numbers. The product is fp32, or fp64 with a complex128
 rotation. With cosines and sines it is R(R(n * cos) + R(turned(n) * sin)). SwiGLU is R(R(silu(a)) * b).
+GELU is R(a * 0.5 * (1 + erf(a / sqrt(2)))), or with tanh R(0.5 * a * (1 + tanh(sqrt(2 / pi) * (a + 0.044715 * a^3)))).
 
 A quantiser of rows turns z into q (`FP8`) and s (fp32, one number a row):
 
@@ -54,7 +55,8 @@ import torch
 
 FORMS: tuple[str, ...] = ("cast_then_weight", "weight_then_cast", "native", "gate_in_fp32", "fp32")
 NORMS: tuple[str, ...] = ("rms", "layer")
-SILU_FORMS: tuple[str, ...] = ("model", "fp32")
+ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh")
+ACTIVATION_FORMS: tuple[str, ...] = ("model", "fp32")
 ROOTS: tuple[str, ...] = ("rsqrt", "reciprocal", "quotient")
 SCALINGS: tuple[str, ...] = ("quotient", "reciprocal", "product")  # by a static s: z / s, z * (1 / s), z * s
 
@@ -96,10 +98,10 @@ class RotatedSteps:
 
 
 @dataclass(frozen=True)
-class SiluSteps:
-    """The dtype of each step of `silu(a) * b`."""
+class ActivationSteps:
+    """The dtype of each step of `act(a) * b`. Without b, `product` equals `activated`."""
 
-    silu: torch.dtype  # silu(a), computed in fp32
+    activated: torch.dtype  # act(a), computed in fp32
     product: torch.dtype
     out: torch.dtype  # the stored result
 
@@ -224,17 +226,20 @@ def rotated_steps(
     return RotatedSteps(norm, rotated, rotated, out_dtype or rotated)
 
 
-def silu_steps(
+def activation_steps(
     form: str,
     a: torch.dtype,
-    b: torch.dtype,
-    silu_dtype: torch.dtype | None = None,
+    b: torch.dtype | None = None,
+    activated_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
-) -> SiluSteps:
-    """The steps of `silu(a) * b`. Defaults: `silu_dtype` is a's dtype, `out_dtype` follows PyTorch's type promotion."""
-    silu = silu_dtype or a
-    product = _promote(silu, b)
+) -> ActivationSteps:
+    """The steps of `act(a) * b`. b: None if there is none.
+
+    Defaults: `activated_dtype` is a's dtype, `out_dtype` follows PyTorch's type promotion.
+    """
+    activated = activated_dtype or a
+    product = _promote(activated, b)
     if form == "fp32":
         wide = compute_dtype(product)
-        return SiluSteps(wide, wide, out_dtype or product)
-    return SiluSteps(silu, product, out_dtype or product)
+        return ActivationSteps(wide, wide, out_dtype or product)
+    return ActivationSteps(activated, product, out_dtype or product)

@@ -20,7 +20,7 @@ from kernel_bounds import BF16, EPS, FP16, FP32, Device
 from torch import Tensor
 
 from dit_kernels.families import OPS
-from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
+from dit_kernels.rounding import ACTIVATION_FORMS, FORMS, ROOTS
 
 COMPLEX64, COMPLEX128 = torch.complex64, torch.complex128
 
@@ -186,7 +186,7 @@ def test_heads_of_more_than_2_to_the_31_elements_are_addressed_right() -> None:
 # --- silu -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", SILU_FORMS)
+@pytest.mark.parametrize("form", ACTIVATION_FORMS)
 @pytest.mark.parametrize("dtype", (BF16, FP16, FP32))
 @pytest.mark.parametrize("d", (1, 7, 333, 2520, 10240))
 def test_silu_mul_follows_the_definition(form: str, dtype: torch.dtype, d: int) -> None:

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import quant_checks
 import torch
-from kernel_bounds import BF16, FP16, FP32, Device
+from kernel_bounds import BF16, FP16, FP32, Device, random
 from ptx.machine import PURE
-from quant_checks import DUAL, NORM, SILU, every_quotient, special_rows
+from quant_checks import DUAL, GELU, NORM, SILU, every_quotient, special_rows
 
 from dit_kernels import ops
 from dit_kernels.families import OPS
@@ -40,6 +40,27 @@ def test_q_and_s_have_the_bits_of_eager_code(op: str, d: int, form: dict) -> Non
     given = arguments(op, d, tokens=264)
     assert ops.has_kernel(OPS[op].call(*given, **form))
     check(op, *given, **form)
+
+
+@pytest.mark.parametrize("approximate", ("tanh", "none"))
+@pytest.mark.parametrize(("d", "more"), ((12288, 0), (12288, 3072), (9216, 3072), (2560, 48)))
+def test_gelu_and_joined_rows_have_the_bits_of_eager_code(d: int, more: int, approximate: str) -> None:
+    given = arguments(GELU, d, tokens=264)
+    before = random(2, 264, more, seed=3, device="cuda") if more else None
+    assert ops.has_kernel(OPS[GELU].call(*given, before))
+    check(GELU, *given, before=before, approximate=approximate)
+    check(SILU, *arguments(SILU, d, tokens=264), before=before)
+
+
+@pytest.mark.parametrize("approximate", ("tanh", "none"))
+def test_the_gelu_of_every_bf16_number_is_that_of_eager_code(approximate: str) -> None:
+    """Each number fills a row, whose scale is then its GELU."""
+    numbers = torch.arange(2**16, dtype=torch.int32, device="cuda").to(torch.int16).view(BF16)
+    options = dict(approximate=approximate, s_dtype=FP32, fmax=1.0)
+    q, s = torch.ops.dit_kernels.gelu_quant(numbers[:, None].expand(-1, 16).contiguous(), **options)
+    eager = torch.nn.functional.gelu(numbers, approximate=approximate).float()
+    assert torch.equal(s[:, 0].nan_to_num(-1.0), eager.abs().nan_to_num(-1.0))
+    assert torch.equal(q[:, 0].float().sign().nan_to_num(0.0), eager.sign().nan_to_num(0.0) * eager.isfinite())
 
 
 @pytest.mark.parametrize("dtype", (FP16, FP32))

@@ -58,8 +58,19 @@ def product_with_reciprocal(x: Tensor, divisor: float) -> Tensor:
     return x * (np.float32(1.0) / np.float32(divisor)).item()
 
 
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """ATen's formula in fp32, as CUDA's compiler contracts it; tanh and erf are rounded once."""
+    wide = x.float()
+    if approximate == "tanh":
+        cube = (wide * wide * wide).numpy()
+        with np.errstate(all="ignore"):
+            inner = torch.from_numpy(numbers.fma_f32(np.full_like(cube, 0.044715), cube, wide.numpy()))
+        return (0.5 * wide * (1 + torch.tanh((inner * 0.7978845608028654).double()).float())).to(x.dtype)
+    return (wide * 0.5 * (1 + torch.erf((wide * 0.7071067811865476).double()).float())).to(x.dtype)
+
+
 class LikeCuda(torch.overrides.TorchFunctionMode):
-    """Computes as a GPU does: rsqrt, products of complex numbers, division by a number, and on demand layer norms."""
+    """Computes as a GPU does: rsqrt, GELU, products of complex numbers, division by a number, on demand layer norms."""
 
     def __init__(self, layer_norms: bool = False) -> None:
         super().__init__()
@@ -72,6 +83,8 @@ class LikeCuda(torch.overrides.TorchFunctionMode):
             function = complex_product
         elif function in (Tensor.__truediv__, Tensor.div, torch.div) and not isinstance(args[1], Tensor):
             function = product_with_reciprocal
+        elif function is F.gelu:
+            function = gelu
         elif function is F.layer_norm and self.layer_norms:
             function = layer_norm
         return function(*args, **(kwargs or {}))

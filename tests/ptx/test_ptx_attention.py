@@ -17,7 +17,7 @@ from kernel_bounds import random
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from dit_kernels.cute import activation, norm_rope
-from dit_kernels.rounding import FORMS, ROOTS, SILU_FORMS
+from dit_kernels.rounding import ACTIVATION_FORMS, FORMS, ROOTS
 from ptx import numbers
 from ptx.device import ARCHS, call, compiled, gpu
 from ptx.judging import Interpreter
@@ -159,7 +159,7 @@ def test_a_batch_wider_than_the_grid_is_covered(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("form", SILU_FORMS)
+@pytest.mark.parametrize("form", ACTIVATION_FORMS)
 @pytest.mark.parametrize("dtype", (BF16, FP16, FP32))
 def test_silu_mul_follows_the_definition(arch: str, form: str, dtype: torch.dtype) -> None:
     a, b = random(2, 3, 1000, dtype=dtype, seed=1) * 3, random(2, 3, 1000, dtype=dtype, seed=2)
@@ -280,20 +280,20 @@ def test_a_mistake_in_the_kernel_of_heads_is_found(owner: Any, name: str, wrong:
         judge(wrong)
 
 
-def _silu_rounded_late(original, a, b, steps):  # type: ignore[no-untyped-def]
-    return original(a, b, replace(steps, silu=FP32))
+def _silu_rounded_late(original, a, b, chain):  # type: ignore[no-untyped-def]
+    return original(a, b, replace(chain, steps=replace(chain.steps, activated=FP32)))
 
 
-def _gate_for_value(original, a, b, steps):  # type: ignore[no-untyped-def]
-    return original(b, a, steps)
+def _gate_for_value(original, a, b, chain):  # type: ignore[no-untyped-def]
+    return original(b, a, chain)
 
 
 @pytest.mark.parametrize("wrong", (_silu_rounded_late, _gate_for_value), ids=lambda wrong: wrong.__name__.strip("_"))
 def test_a_mistake_in_silu_mul_is_found(wrong: Any) -> None:
-    original = activation._silu_mul
+    original = activation._activation
     with (
         gpu("sm_90a", 1, compiled.__wrapped__),
-        mock.patch.object(activation, "_silu_mul", lambda *a: wrong(original, *a)),
+        mock.patch.object(activation, "_activation", lambda *a: wrong(original, *a)),
         pytest.raises(AssertionError, match=r"off by|differ"),
     ):
         check_silu(random(1, 5, 1000), random(1, 5, 1000, seed=1))

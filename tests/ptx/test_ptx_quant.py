@@ -12,11 +12,11 @@ import pytest
 import quant_checks
 import torch
 from kernel_bounds import BF16, FP16, FP32, random
-from quant_checks import DUAL, NORM, SILU, arguments, every_quotient, special_rows
+from quant_checks import DUAL, GELU, NORM, SILU, arguments, every_quotient, special_rows
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
-from dit_kernels.cute import quantise
+from dit_kernels.cute import activation, quantise
 from dit_kernels.families import OPS, family
 from dit_kernels.rounding import FP8
 from ptx.device import ARCHS, compiled, gpu
@@ -73,6 +73,64 @@ def test_a_cta_that_walks_quantises_every_row(arch: str) -> None:
         check(SILU, a[..., :640], b[..., 640:])
 
 
+GELUS = dict(approximate="tanh"), dict(approximate="none")
+
+
+@pytest.mark.parametrize("arch", QUANTISING)
+def test_gelu_and_rows_that_start_with_another_tensor_are_quantised(arch: str) -> None:
+    with gpu(arch, 1):
+        check(GELU, *arguments(GELU, 12288, tokens=1), before=random(2, 1, 3072, seed=4) * 2, approximate="tanh")
+        check(GELU, *arguments(GELU, 176, tokens=23), before=random(2, 23, 32, seed=4) * 2)
+        check(GELU, *arguments(GELU, 768), approximate="tanh")
+
+
+def test_joined_rows_of_other_shapes_strides_and_alignments_are_quantised() -> None:
+    halves, wide = random(2, 3, 512, seed=1).chunk(2, -1), random(2, 3, 776, seed=2)
+    with gpu("sm_90a", 1):
+        check(SILU, *halves, before=wide[..., 8:136])
+        check(SILU, *halves, before=wide[..., 1:129], s_dtype=FP32, reciprocal=True)
+        check(SILU, *halves, before=random(3, 2, 128).transpose(0, 1))
+        check(SILU, *(half[0] for half in halves), before=wide[0, :, :16])
+        check(GELU, random(1, 2, 16), before=random(1, 2, 2064))  # the result is a small part
+        for largest in (1e2, 1e-2, torch.nan, torch.inf):
+            check(SILU, *halves, before=wide[..., :128].contiguous() * largest)
+
+
+def test_a_joined_row_as_wide_as_the_registers_allow_is_quantised() -> None:
+    a, b = arguments(SILU, 18432, batch=1, tokens=1)
+    with gpu("sm_90a", 1):
+        check(SILU, a, b, before=random(1, 1, 6144))  # FLUX.2
+
+
+@pytest.mark.parametrize("options", GELUS, ids=str)
+@pytest.mark.parametrize("dtype", (FP16, FP32))
+def test_gelu_in_other_dtypes_is_quantised(dtype: torch.dtype, options: dict[str, str]) -> None:
+    (a,), before = arguments(GELU, 512, dtype), random(2, 3, 256, dtype=dtype, seed=4)
+    with gpu("sm_90a", 1):
+        q, s = INTERPRETER.run(GELU, a, before, s_dtype=FP32, **options)
+    z = torch.cat((before, torch.nn.functional.gelu(a, **options)), -1).float()
+    torch.testing.assert_close(s, z.abs().amax(-1, keepdim=True) / 448, rtol=2.0**-10, atol=0)
+    assert ((q.float() * s - z).abs() <= z.abs() * 0.0626 + s * 2.0**-10).all()
+
+
+@pytest.mark.parametrize("arch", ("sm_89", "sm_90a"))
+@pytest.mark.parametrize(("options", "differ", "of_cuda"), ((GELUS[0], 4, 0), (GELUS[1], 7, 4)), ids=str)
+def test_gelu_of_every_bf16_number_is_that_of_eager_code(
+    arch: str, options: dict[str, str], differ: int, of_cuda: int
+) -> None:
+    """Stored by the kernel of silu(a) * 1. A CPU's tanh and erf are less exact than CUDA's near -1."""
+    a = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(BF16).view(1, 16, -1)
+    replaced = mock.patch.dict(activation._ACTIVATIONS, silu=activation._ACTIVATIONS[OPS[GELU].act(options)])
+    with gpu(arch, 132, compiled.__wrapped__), replaced:
+        (z,) = INTERPRETER.run("silu_mul", a, torch.ones_like(a))
+    with INTERPRETER.eager():
+        cuda = torch.nn.functional.gelu(a, **options)
+    for eager, most in ((torch.nn.functional.gelu(a, **options), differ), (cuda, of_cuda)):
+        same = (z == eager) & (z.signbit() == eager.signbit()) | (z.isnan() & eager.isnan())
+        assert (~same).sum() <= most
+        assert (a[~same] < -3).all() and (a[~same] > -5.2).all()
+
+
 def test_rows_of_other_shapes_strides_and_alignments_are_quantised() -> None:
     with gpu("sm_90a", 1):
         for lead in ((5,), (2, 2, 3), (1, 1)):
@@ -98,6 +156,13 @@ def test_a_kernel_takes_rows_of_multiples_of_16_that_fit_its_registers(monkeypat
     assert fits(DUAL, 3840) and fits(DUAL, 16384) and fits(NORM, 8192, FP32) and fits(SILU, 20480)
     assert not fits(DUAL, 3848) and not fits(NORM, 16400) and not fits(SILU, 20496) and not fits(SILU, 10256, FP32)
     assert not fits(NORM, 16384, z_dtype=FP32)
+
+    def fits_joined(d: int, more: int) -> bool:
+        return OPS[GELU].call(*arguments(GELU, d, batch=1, tokens=1), random(1, 1, more)).fits_kernel()
+
+    assert fits(GELU, 20480) and fits_joined(20480, 4096) and fits_joined(16, 24560)
+    assert not fits_joined(20480, 4112) and not fits_joined(3072, 24) and not fits_joined(24, 3072)
+    assert not fits_joined(3072, 0)
     monkeypatch.undo()
     assert not fits(DUAL, 3840)  # on a CPU
 

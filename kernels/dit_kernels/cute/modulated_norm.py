@@ -47,7 +47,7 @@ class ModulatedNormKernel(RowKernel):
             moments = write(stage, norm, read, parameters.factors[i], term, out, following)
             read, norm = out, following or norm
         if self.chain.quant is not None:
-            self.quantise(read, operands, partials)
+            self.quantise([(read, self.writer(operands, "q", place))], operands, partials)
 
 
 class _Parameters(Shared):

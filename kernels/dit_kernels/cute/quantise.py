@@ -13,7 +13,7 @@ and NaN propagates as in torch.amax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -27,7 +27,7 @@ from cutlass.cutlass_dsl import dsl_user_op
 from dit_kernels.cute.arith import elements_of, rounded, widen, words_of
 from dit_kernels.cute.fma import fma32
 from dit_kernels.cute.reduce import cta_max
-from dit_kernels.cute.stage import Kept, Writer
+from dit_kernels.cute.stage import Reader, Writer
 from dit_kernels.rounding import QuantSteps, StaticSteps
 
 # Between these scales, 1 / s and the residual of a quotient are normal numbers. Outside, rows are divided.
@@ -37,29 +37,30 @@ LARGEST_FINITE = 464.0  # PyTorch's cast to FP8 makes what is larger NaN
 
 
 Quotient = Callable[[Float32, Float32, Float32], Float32]
+Part = tuple[Reader, Writer]
 
 
 def quantise(
-    z: Kept | Writer,
+    parts: Sequence[Part],
     steps: QuantSteps | StaticSteps,
-    q: Writer,
     s: cute.Tensor | None,
     static_scale: cute.Tensor | None,
     partials: cute.Tensor | None,
 ) -> None:
-    """Writes the row of z to q, and with QuantSteps its scale to s.
+    """Writes a row in FP8, and with QuantSteps its scale to s.
 
-    static_scale: (1, 1, 1), for StaticSteps; None: q is the cast of z. partials: (warps,) in shared memory, for
-    QuantSteps.
+    parts: each part of the row, kept in registers, and where it is written. static_scale: (1, 1, 1), for StaticSteps;
+    None: what is written is the cast of the row. partials: (warps,) in shared memory, for QuantSteps.
     """
     if isinstance(steps, StaticSteps):
         scaled = _static_scaling(steps, static_scale)
     else:
-        scale = _scale_of(_amax(z, partials), steps)
-        _store_scale(s, z.place.batch, z.place.token, z.place.thread, scale)
+        scale, place = _scale_of(_amax([z for z, _ in parts], partials), steps), parts[0][0].place
+        _store_scale(s, place.batch, place.token, place.thread, scale)
         scaled = _scaling(scale, Float32(1.0) / scale, not steps.reciprocal, _quotient)
-    for i, fragment in enumerate(z.fragments):
-        q.store(i, _in_fp8(scaled(widen(fragment.load())), steps.clamp))
+    for z, q in parts:
+        for i, fragment in enumerate(z.fragments):
+            q.store(i, _in_fp8(scaled(widen(fragment.load())), steps.clamp))
 
 
 @cute.jit
@@ -79,15 +80,16 @@ def _scale_of(amax: Float32, steps: QuantSteps) -> Float32:
     return scale if steps.smallest_scale is None else _larger(scale, Float32(steps.smallest_scale))
 
 
-def _amax(z: Kept, partials: cute.Tensor) -> Float32:
+def _amax(parts: Sequence[Reader], partials: cute.Tensor) -> Float32:
     """max |z| over the row, in every thread."""
-    dtype = z.fragments[0].element_type
+    dtype = parts[0].fragments[0].element_type
     larger = _LARGER[dtype]
     sizes = []
-    for i, fragment in enumerate(z.fragments):
-        inside = z.place.inside(i)
-        size = reduce(larger, [word & _WITHOUT_SIGN[dtype] for word in _listed(words_of(fragment.load()))])
-        sizes.append(size if inside is True else Int32(cutlass.select_(inside, size, Int32(0))))
+    for z in parts:
+        for i, fragment in enumerate(z.fragments):
+            inside = z.place.inside(i)
+            size = reduce(larger, [word & _WITHOUT_SIGN[dtype] for word in _listed(words_of(fragment.load()))])
+            sizes.append(size if inside is True else Int32(cutlass.select_(inside, size, Int32(0))))
     in_fp32 = words_of(widen(_as(dtype, reduce(larger, sizes)).load()))
     return _as(Float32, cta_max(reduce(cutlass.max, _listed(in_fp32)), cute.recast_tensor(partials, Int32)))[0]
 

@@ -8,6 +8,7 @@ share the rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,11 +21,11 @@ from cutlass.cute.nvgpu.cpasync import CopyBulkG2SOp
 from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.memory import SmemAllocator
 
-from dit_kernels.arguments import PER_ROW, ROW, Role
+from dit_kernels.arguments import PART, PER_ROW, ROW, Role
 from dit_kernels.cute.kernel import Kernel
-from dit_kernels.cute.quantise import quantise
+from dit_kernels.cute.quantise import Part, quantise
 from dit_kernels.cute.spec import TensorSpec
-from dit_kernels.cute.stage import Kept, Reader, RowPlace, Writer, row_of
+from dit_kernels.cute.stage import Reader, RowPlace, Writer, row_of
 from dit_kernels.cute.tiling import ACCESS_BYTES, RowTiling
 from dit_kernels.rounding import QuantSteps
 
@@ -73,11 +74,11 @@ class RowKernel(Kernel):
         """Computes the row at `place`. partials: one buffer of `partials`."""
         raise NotImplementedError
 
-    def quantise(self, z: Kept | Writer, operands: dict[str, Any], partials) -> None:
-        """Quantises the row that `run` has computed, as the chain says."""
-        quant, q = self.chain.quant, self.writer(operands, "q", z.place)
+    def quantise(self, parts: Sequence[Part], operands: dict[str, Any], partials) -> None:
+        """Quantises the row that `run` has computed, as the chain says. parts: as `quantise.quantise` takes them."""
+        quant = self.chain.quant
         largest = partials[None, 0, self.norms] if isinstance(quant, QuantSteps) else None
-        quantise(z, quant, q, operands["s"], operands["static_scale"], largest)
+        quantise(parts, quant, operands["s"], operands["static_scale"], largest)
 
     def shared(self, operands: dict[str, Any], place: RowPlace) -> Shared:
         """What the rows of the batch item at `place` share."""
@@ -93,9 +94,10 @@ class RowKernel(Kernel):
             return None
         if self.roles[name] is PER_ROW:
             return cute.make_tensor(pointer, cute.make_layout((batches, tokens), stride=(Int64(tokens), 1)))
-        by_batch, by_token = strides or (Int64(tokens) * self.d, self.d)
+        width = spec.width or self.d
+        by_batch, by_token = strides or (Int64(tokens) * width, width)
         layouts = {
-            "token": ((batches, tokens, self.d), (by_batch, by_token, 1)),
+            "token": ((batches, tokens, width), (by_batch, by_token, 1)),
             "batch": ((batches, 1, self.d), (by_batch, 0, 1)),
             "column": ((self.d,), (1,)),
             "element": ((1, 1, 1), (0, 0, 1)),
@@ -122,7 +124,8 @@ class RowKernel(Kernel):
     @property
     def row_names(self) -> list[str]:
         """The names of the row operands that are read."""
-        return [a.name for a in self.arguments if a.role is ROW and not a.written and self.specs[a.name] is not None]
+        read = (argument for argument in self.arguments if argument.role in (ROW, PART) and not argument.written)
+        return [argument.name for argument in read if self.specs[argument.name] is not None]
 
     @cute.kernel
     def row_kernel(self, operands: dict[str, Any]):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from dit_kernels.arguments import COLUMN, MODULATION, SCALAR, Argument, Layout, known, known_equal
+from dit_kernels.arguments import COLUMN, MODULATION, PART, ROW, SCALAR, Argument, Layout, known, known_equal
 from dit_kernels.cute.tiling import ACCESS_BYTES
 
 Walk = Literal["token", "batch", "column", "element"]
@@ -21,6 +21,7 @@ class TensorSpec:
     walk: Walk  # token: (1|B, S, D); batch: (1|B, 1, D); column: (D,); element: (1, 1, 1)
     access: int  # bytes of one load or store, at most 16; pointer and strides are multiples of this
     heads: int = 1  # per token, if a token has several rows: (1|B, S, H, D)
+    width: int | None = None  # elements of a row; None: D
 
 
 def spec_of(argument: Argument, layout: Layout, d: int) -> TensorSpec:
@@ -35,7 +36,9 @@ def spec_of(argument: Argument, layout: Layout, d: int) -> TensorSpec:
         while not known_equal(size, 1) and not known(stride * itemsize % access == 0):
             access //= 2
     walk: Walk = "batch" if argument.role is MODULATION and known_equal(shape[1], 1) else "token"
-    return TensorSpec(layout.dtype, walk, access, *(int(heads) for heads in shape[2:-1]))
+    heads = int(shape[2]) if len(shape) > 3 else 1
+    width = int(shape[-1]) if argument.role in (ROW, PART) and not known_equal(shape[-1], d) else None
+    return TensorSpec(layout.dtype, walk, access, heads, width)
 
 
 def specs_of(arguments: tuple[Argument, ...], values: dict[str, Any], d: int) -> tuple[TensorSpec | None, ...]:

@@ -7,7 +7,7 @@ its result to that dtype and back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -65,6 +65,10 @@ class RowPlace:
         """Is vector i in the row? True while tracing if the tiling has no tail; otherwise a predicate."""
         return self.index(i) * self.tiling.vector < self.d if self.tiling.tail else True
 
+    def over(self, d: int | None) -> RowPlace:
+        """The place in another row of the token, of `d` elements; None: of as many as this one."""
+        return self if d is None or d == self.d else replace(self, d=d, tiling=self.tiling.over(d))
+
     def counted(self, i, value: Float32) -> Float32:
         """What vector i adds to a sum over the row: 0 from outside the row, whatever its zeros have become."""
         inside = self.inside(i)
@@ -85,6 +89,7 @@ class Reader:
             return cls(place, None)
         if spec.walk == "element":
             return cls(place, None, tensor[0, 0, 0].to(Float32))
+        place = place.over(spec.width)
         return cls(place, row_of(tensor, spec, place.batch, place.token, place.tiling.vector), None, ahead)
 
     def in_memory(self, i) -> Callable[[], cute.Tensor]:

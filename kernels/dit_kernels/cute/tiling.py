@@ -7,7 +7,7 @@ t, t + threads, t + 2*threads, ..., so that neighbouring threads access neighbou
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WARP = 32
 ACCESS_BYTES = 16  # the widest load or store of one thread
@@ -61,8 +61,12 @@ UNSTAGED_THREADS = ((12, 1536), (24, 1024), (LOADED_REGISTERS, 768))
 # CTA 26.2 and 78.0, without shared memory 29.8 and 84.2.
 PLAIN_THREADS = 640
 
-# Bytes of the widest operand of a row that stays in registers.
+# The same for rows of two parts: the most threads per CTA, and registers per thread for both parts.
+JOINED_THREADS, JOINED_REGISTERS = 768, 24
+
+# Bytes of the widest operand of a row that stays in registers. Two parts may need one vector more than one row.
 WIDEST_ROW, WIDEST_PLAIN_ROW = (4 * ROW_REGISTERS * threads for threads in (MAX_THREADS, PLAIN_THREADS))
+WIDEST_JOINED_ROW = 4 * ROW_REGISTERS * JOINED_THREADS
 
 REGISTERS = 65536  # per multiprocessor
 OTHER_SHARED_BYTES = 1536  # per CTA: reserved by the system, mbarriers and partial sums
@@ -91,6 +95,11 @@ class RowTiling:
     @property
     def warps(self) -> int:
         return self.threads // WARP
+
+    def over(self, d: int) -> RowTiling:
+        """How the same CTA works on another row, of `d` elements."""
+        vectors = -(-d // (self.threads * self.vector))
+        return replace(self, vectors=vectors, tail=self.threads * vectors * self.vector != d)
 
 
 @dataclass(frozen=True)
@@ -160,14 +169,21 @@ def row_tiling(
     return RowTiling(threads, vector, vectors, tail, resident, ahead, schedule)
 
 
-def plain_row_tiling(d: int, row_widths: Sequence[int]) -> RowTiling:
-    """The tiling for rows without parameters, of at most WIDEST_PLAIN_ROW bytes. Arguments: see `row_tiling`."""
+def plain_row_tiling(d: int, row_widths: Sequence[int], more: int = 0) -> RowTiling:
+    """The tiling for rows without parameters, of at most WIDEST_PLAIN_ROW bytes. Arguments: see `row_tiling`.
+
+    more: the elements of another part of the row, a multiple of 16. Both parts have at most WIDEST_JOINED_ROW bytes.
+    """
     vector = _vector_elements(d, min(row_widths))
     registers, total = _registers(vector, max(row_widths)), d // vector
-    most, fewest = ROW_REGISTERS // registers, -(-total // PLAIN_THREADS)
-    if fewest > 2:  # so many registers leave room for fewer threads
-        fewest = min(-(-total // MAX_THREADS), most)
-    threads, vectors = _split(total, most, fewest)
+    if more:
+        threads = _threads_of_both(total, more // vector, JOINED_REGISTERS // registers)
+        vectors = -(-total // threads)
+    else:
+        most, fewest = ROW_REGISTERS // registers, -(-total // PLAIN_THREADS)
+        if fewest > 2:  # so many registers leave room for fewer threads
+            fewest = min(-(-total // MAX_THREADS), most)
+        threads, vectors = _split(total, most, fewest)
     return RowTiling(threads, vector, vectors, threads * vectors != total, resident=True, ahead=True, schedule=None)
 
 
@@ -209,6 +225,19 @@ def _split(total: int, most: int, fewest: int) -> tuple[int, int]:
             return total // vectors, vectors
     threads = -(-total // (fewest * WARP)) * WARP
     return threads, fewest
+
+
+def _threads_of_both(total: int, more: int, most: int) -> int:
+    """The threads of a CTA for two parts of a row: the fewest vectors outside the parts, then the fewest per thread.
+
+    total, more: the vectors of each part. most: of both parts, per thread.
+    """
+
+    def vectors(threads: int) -> int:
+        return -(-total // threads) + -(-more // threads)
+
+    choices = (threads for threads in range(WARP, JOINED_THREADS + 1, WARP) if vectors(threads) <= most)
+    return min(choices, key=lambda threads: (threads * vectors(threads), vectors(threads)))
 
 
 # --- rows without a sum over the row --------------------------------------------------------------------------------

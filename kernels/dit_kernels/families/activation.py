@@ -1,29 +1,39 @@
-"""Activations of rows: silu(a) * b (SwiGLU), stored or quantised.
+"""Activations of rows: silu(a) * b (SwiGLU), stored or quantised, and gelu(a), quantised.
 
-a and b are [..., S, D] with any strides, e.g. halves of one tensor.
+a and b are [..., S, D] with any strides, e.g. halves of one tensor. A quantised row may start with the elements of
+another tensor, before: [..., S, E].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit_kernels import reference
-from dit_kernels.arguments import ROW, Argument, Option, dtype_option
-from dit_kernels.chain import SiluChain
-from dit_kernels.cute.tiling import WIDEST_PLAIN_ROW, RowTiling, VectorTiling, plain_row_tiling, vector_tiling
+from dit_kernels.arguments import PART, ROW, Argument, Option, dtype_option, known, reject
+from dit_kernels.chain import ActivationChain
+from dit_kernels.cute.tiling import (
+    WIDEST_JOINED_ROW,
+    WIDEST_PLAIN_ROW,
+    RowTiling,
+    VectorTiling,
+    plain_row_tiling,
+    vector_tiling,
+)
 from dit_kernels.families.family import Family, Named, Op, Shaped, quant_options, quantised_results
-from dit_kernels.families.rows import QUANTISED, RowFamily, can_be_quantised, quantising
-from dit_kernels.rounding import SILU_FORMS, silu_steps
+from dit_kernels.families.rows import FP8_GRAIN, QUANTISED, RowFamily, can_be_quantised, quantising
+from dit_kernels.rounding import ACTIVATION_FORMS, activation_steps
 
-_steps = lru_cache(maxsize=None)(silu_steps)
+_steps = lru_cache(maxsize=None)(activation_steps)
 
 
 class Activation(Family):
-    """Computes a SiluChain, element by element."""
+    """Computes an ActivationChain, element by element."""
 
     arguments: tuple[Argument, ...] = (
         Argument("a", ROW, inlined=True),
@@ -31,58 +41,110 @@ class Activation(Family):
         Argument("out", ROW, written=True, placed=True),
     )
 
-    def chain(self, op: Op, named: Named, options: Named) -> SiluChain:
-        a, b = named["a"].dtype, named["b"].dtype
-        steps = _steps(options["rounding"], a, b, options["silu_dtype"], options["out_dtype"])
+    def chain(self, op: Op, named: Named, options: Named) -> ActivationChain:
+        assert isinstance(op, ActivationOp)
+        b, out = named.get("b"), options["out_dtype"]
+        activated = options.get("silu_dtype", out)  # without a product, the activation is rounded once
+        steps = _steps(options["rounding"], named["a"].dtype, None if b is None else b.dtype, activated, out)
         if not op.quantises:
-            return SiluChain(steps)
-        return SiluChain(steps, quant_options(options, steps.out), keeps="out" in op.arguments)
+            return ActivationChain(op.act(options), steps)
+        return ActivationChain(op.act(options), steps, quant_options(options, steps.out), keeps="out" in op.arguments)
 
-    def results(self, chain: SiluChain, named: Named) -> tuple[Shaped, ...]:
+    def results(self, chain: ActivationChain, named: Named) -> tuple[Shaped, ...]:
         return ((named["a"].shape, chain.steps.out),)
 
-    def definition(self, chain: SiluChain, named: Named) -> tuple[Tensor, ...]:
-        return (reference.silu_mul(named["a"], named["b"], chain.steps),)
+    def definition(self, chain: ActivationChain, named: Named) -> tuple[Tensor, ...]:
+        return (reference.activation(named["a"], named.get("b"), chain.act, chain.steps),)
 
     def kernel(self) -> Callable[..., Any]:
-        from dit_kernels.cute.activation import SiluMulKernel
+        from dit_kernels.cute.activation import ActivationKernel
 
-        return SiluMulKernel
+        return ActivationKernel
 
-    def tiling(self, chain: SiluChain, d: int, specs: Named, arch: str) -> VectorTiling | RowTiling:
+    def tiling(self, chain: ActivationChain, d: int, specs: Named, arch: str) -> VectorTiling | RowTiling:
         return vector_tiling(d, min(specs[name].dtype.itemsize for name in ("a", "b")))
 
 
 class QuantisedActivation(RowFamily, Activation):
-    """Computes a SiluChain and quantises it, row by row."""
+    """Computes an ActivationChain and quantises the row [before, result], or the result alone.
 
-    arguments = (*Activation.arguments, *QUANTISED)
+    before: [..., S, E] in the dtype of the result.
+    """
 
-    def results(self, chain: SiluChain, named: Named) -> tuple[Shaped, ...]:
+    arguments = (
+        *Activation.arguments[:2],
+        Argument("before", PART, optional=True, defaulted=True, inlined=True),
+        *Activation.arguments[2:],
+        *QUANTISED,
+    )
+
+    def check(self, op: Op, named: Named, options: Named) -> None:
+        """Both parts of a row have one dtype."""
+        before, out = named.get("before"), self.chain(op, named, options).steps.out
+        if before is not None and before.dtype != out:
+            reject(op.name, "before.dtype", before.dtype, f"{out}, the dtype of the result")
+
+    def results(self, chain: ActivationChain, named: Named) -> tuple[Shaped, ...]:
         assert chain.quant is not None
         stored = super().results(chain, named) if chain.keeps else ()
-        return (*stored, *quantised_results(named["a"].shape, chain.quant))
+        *sizes, d = named["a"].shape
+        return (*stored, *quantised_results((*sizes, d + _width(named.get("before"))), chain.quant))
 
-    def definition(self, chain: SiluChain, named: Named) -> tuple[Tensor, ...]:
+    def definition(self, chain: ActivationChain, named: Named) -> tuple[Tensor, ...]:
         assert chain.quant is not None
         (z,) = super().definition(chain, named)
-        quantised = reference.quantised(z, chain.quant, named.get("static_scale"))
+        before = named.get("before")
+        row = z if before is None else torch.cat((before, z), -1)
+        quantised = reference.quantised(row, chain.quant, named.get("static_scale"))
         return (z, *quantised) if chain.keeps else quantised
 
-    def fits_kernel(self, chain: SiluChain, named: Named) -> bool:
-        widths = [named["a"].dtype.itemsize, named["b"].dtype.itemsize, chain.steps.out.itemsize]
-        fits = can_be_quantised(named["a"].shape[-1], widths, WIDEST_PLAIN_ROW)
+    def fits_kernel(self, chain: ActivationChain, named: Named) -> bool:
+        d, more, joined = named["a"].shape[-1], _width(named.get("before")), named.get("before") is not None
+        read = (named.get(name) for name in ("a", "b", "before"))
+        widths = [t.dtype.itemsize for t in read if t is not None] + [chain.steps.out.itemsize]
+        fits = can_be_quantised(d + more, widths, WIDEST_JOINED_ROW if joined else WIDEST_PLAIN_ROW)
+        if joined:
+            fits = fits and known(d % FP8_GRAIN == 0) and known(more > 0)
         return fits and super().fits_kernel(chain, named)
 
     def kernel(self) -> Callable[..., Any]:
-        from dit_kernels.cute.activation import SiluMulQuantKernel
+        from dit_kernels.cute.activation import QuantisedActivationKernel
 
-        return SiluMulQuantKernel
+        return QuantisedActivationKernel
 
-    def tiling(self, chain: SiluChain, d: int, specs: Named, arch: str) -> RowTiling:
-        return plain_row_tiling(d, [specs[name].dtype.itemsize for name in ("a", "b")])
+    def tiling(self, chain: ActivationChain, d: int, specs: Named, arch: str) -> RowTiling:
+        rows = [spec for name in ("a", "b", "before") if (spec := specs[name]) is not None]
+        before = specs["before"]
+        return plain_row_tiling(d, [spec.dtype.itemsize for spec in rows], 0 if before is None else before.width or d)
 
 
-_OPTIONS = (Option("rounding", "str", "model", SILU_FORMS), dtype_option("silu_dtype"), dtype_option("out_dtype"))
-SILU_MUL = Op("silu_mul", Activation(), ("a", "b", "out"), _OPTIONS)
-OPS = (SILU_MUL, *quantising(SILU_MUL, QuantisedActivation()))
+def _width(part: Tensor | None) -> Any:
+    """The elements of a row of a part; 0 if there is none."""
+    return 0 if part is None else part.shape[-1]
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ActivationOp(Op):
+    """An op that applies an activation. activation: "silu" or "gelu"."""
+
+    activation: str = ""
+
+    def act(self, options: Named) -> str:
+        """The activation of a call: one of rounding.ACTIVATIONS."""
+        return f"{self.activation}_tanh" if options.get("approximate") == "tanh" else self.activation
+
+
+_ROUNDING, _OUT = Option("rounding", "str", "model", ACTIVATION_FORMS), dtype_option("out_dtype")
+_SILU = (_ROUNDING, dtype_option("silu_dtype"), _OUT)
+_GELU = (Option("approximate", "str", "none", ("none", "tanh")), _ROUNDING, _OUT)
+_PLAIN, _QUANTISED = Activation(), QuantisedActivation()
+SILU_MUL = ActivationOp("silu_mul", _PLAIN, ("a", "b", "out"), _SILU, activation="silu")
+GELU = ActivationOp("gelu", _PLAIN, ("a", "out"), _GELU, activation="gelu")  # no op: Inductor's kernel is as fast
+OPS = (
+    SILU_MUL,
+    *quantising(SILU_MUL, _QUANTISED, ("before",)),
+    *quantising(GELU, _QUANTISED, ("before",)),
+)

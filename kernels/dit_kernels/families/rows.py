@@ -62,12 +62,14 @@ def quant_overload(static: bool, keeps: bool) -> str:
     return "_".join(word for word, chosen in (("static", static), ("keep_z", keeps)) if chosen)
 
 
-def quantising(op: AnyOp, family: RowFamily) -> tuple[AnyOp, ...]:
-    """The op that quantises the last result of `op`, and its overloads."""
+def quantising(op: AnyOp, family: RowFamily, more: Sequence[str] = ()) -> tuple[AnyOp, ...]:
+    """The op that quantises the last result of `op`, and its overloads. more: operands of the default overload alone,
+    which may be left out."""
     quantised = []
     for static, keeps in product((False, True), repeat=2):
         overload = quant_overload(static, keeps)
         inputs = [argument.name for argument in op.inputs] + ["static_scale"] * static
+        inputs += [] if overload else more
         results = [result.name for result in op.results[: None if keeps else -1]] + ["q"] + ["s"] * (not static)
         name = f"{op.name}_quant.{overload}" if overload else f"{op.name}_quant"
         options = (*op.options, *(STATIC_OPTIONS if static else QUANT_OPTIONS))
