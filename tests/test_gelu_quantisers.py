@@ -128,7 +128,7 @@ q = quantized.torchao
 
 def another_reader(a: Tensor, before: Tensor) -> Any:
     z = gelu(a)
-    return q(z), z @ z.mT
+    return q(z), z.sin()
 
 
 def another_reader_of_a_joined_value(a: Tensor, before: Tensor) -> Any:
@@ -187,7 +187,7 @@ REFUSED: dict[Model, str] = {
     along_the_tokens: "along another dimension",
     three_parts: "not one other tensor and then the value",
     first_in_the_row: "not one other tensor and then the value",
-    the_row_is_read_elsewhere: "something else reads the value",
+    the_row_is_read_elsewhere: "something else reads the concatenated row",
     the_scale_is_read_elsewhere: "something other than the matmul reads the scale",
     one_scale: "one scale for each row",
     two_ways: "quantise it in different ways",
@@ -195,6 +195,18 @@ REFUSED: dict[Model, str] = {
     written_by_hand_in_bf16: "a GELU that is not F.gelu",
     of_two_dtypes: "the concatenated tensors have different dtypes",
 }
+
+
+@needs_casts
+def test_a_gelu_that_is_read_beside_its_quantiser_is_stored_too() -> None:
+    def model(a: Tensor) -> Any:
+        z = gelu(a)
+        return q(z), z @ z.mT
+
+    a, *_ = arguments(width=16)
+    got, backend = run(model, a, strict=True)
+    assert_equal(got, model(a))
+    assert backend.count(torch.ops.dit_kernels.gelu_quant.keep_z) == 1
 
 
 @needs_casts

@@ -514,12 +514,6 @@ def test_an_overload_has_no_gradient(name: str, overload: str) -> None:
         op(x.clone().requires_grad_(), *others)
 
 
-def test_the_name_of_an_op_alone_takes_a_static_scale_too() -> None:
-    a, b = given_to(SILU)
-    q = torch.ops.dit_kernels.silu_mul_quant(a, b, scale_of(FP32, 0))
-    assert_equal(q, torch.ops.dit_kernels.silu_mul_quant.static(a, b, scale_of(FP32, 0)))
-
-
 @pytest.mark.parametrize(
     ("scale", "options", "expected"),
     (
