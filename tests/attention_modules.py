@@ -379,10 +379,10 @@ def the_result_is_computed_on(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) ->
 
 
 def the_result_is_put_into_another_tensor(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Inductor writes it there itself; the op would write it twice."""
+    """Inductor writes it there itself; the op would write it twice, since it returns another shape."""
     n = diffusers_norm(q, None)
-    both = torch.cat((_rotate(n, _turned(n), cos, sin), k), dim=1)
-    return _attend(both, both)
+    both = torch.cat((_rotate(n, _turned(n), cos, sin).flatten(2), k.flatten(2)), dim=1)
+    return both @ both.mT
 
 
 def complex_numbers_are_divided(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -42,6 +42,12 @@ ROWS = {
     SILU: dict(a=2, b=3),
 }
 WIDTHS = {"q": H * D, "k": HK * D}
+# The strides of contiguous results, where a kernel is launched with them.
+RESULTS = {
+    DUAL: {},
+    HEADS: dict(q_out=(S * H * D, H * D, D), k_out=(S * HK * D, HK * D, D)),
+    SILU: dict(out=(S * D, D)),
+}
 
 
 def buffers(op: str) -> list[Tensor]:
@@ -71,25 +77,28 @@ def by_hand(op: str) -> dict[str, tuple[int, ...]]:
         by_token = rows * WIDTHS.get(name, D)
         strides[name] = (by_token, 0) if name == "gate" else (S * by_token, by_token)
         strides[name] += (D,) if name in WIDTHS else ()
-    return {"B and S": (B, S), **strides}
+    return {"B and S": (B, S), **strides, **RESULTS[op]}
 
 
 def named(op: str, numbers: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
     """The numbers of a launch, by what they belong to."""
     found, rest = {"B and S": tuple(numbers[:2])}, list(numbers[2:])
     for argument in OPS[op].family.arguments:
-        if argument.strides:
-            found[argument.name] = tuple(rest[: argument.strides])
-            rest = rest[argument.strides :]
+        if argument.numbers:
+            found[argument.name] = tuple(rest[: argument.numbers])
+            rest = rest[argument.numbers :]
     assert not rest
     return found
 
 
 @pytest.mark.parametrize("op", ROWS)
 def test_a_kernel_is_launched_with_b_and_s_and_the_strides_of_each_operand_from_the_outermost(op: str) -> None:
-    """Layout.launch_strides and Family.launch_numbers."""
+    """Layout.launch_numbers and Family.launch_numbers."""
     given, family = arguments(op, *buffers(op)), OPS[op].family
     first = next(iter(given.values()))
+    results = getattr(ops, op)(*given.values())
+    written = zip(OPS[op].results, results if isinstance(results, tuple) else (results,), strict=True)
+    given |= {argument.name: t for argument, t in written}
     layouts = {n: laid(family.named[n], t, first.shape)[0] for n, t in given.items() if isinstance(t, Tensor)}
     assert named(op, family.launch_numbers(layouts)) == by_hand(op)
 
