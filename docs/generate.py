@@ -33,6 +33,7 @@ WORDS = {
     "norm_tanh_mul_add_norm_scale": "norms",
     "norm_rope": "QK-norm + RoPE",
     "qk_norm_rope": "QK-norm + RoPE",
+    "qk_norm_cat_rope": "QK-norm + RoPE",
     "silu_mul": "SwiGLU",
     "norm_scale_quant": "norms to FP8",
     "norm_tanh_mul_add_norm_scale_quant": "norms to FP8",
@@ -285,6 +286,8 @@ ROLES = {
     "modulation": "broadcasts to the first argument, with any strides",
     "column": "`[D]`",
     "heads": "`[B, S, H, Dh]`: H heads of Dh features; k may have another H than q",
+    "heads before": "`[B, S', H, Dh]`: the heads of S' tokens that come before those of q and k",
+    "joined table": "`[S' + S, n]`, `[1 or B, S' + S, n]`, `[S' + S, 1, n]` or `[1 or B, S' + S, 1, n]`",
     "table": "`[S, n]`, `[1 or B, S, n]`, `[S, 1, n]` or `[1 or B, S, 1, n]`",
     "scalar": "one element",
     "eps": "a number ≥ 0. The overload `.eps_tensor` takes a CPU tensor of one element",
@@ -333,6 +336,9 @@ MEANS = {
     "norm_scale": "z = norm(x) · (1 + scale)",
     "norm_rope": "rotate(norm(x)), for each head",
     "qk_norm_rope": "rotate(norm(q)) and rotate(norm(k)), with one rotation",
+    "qk_norm_cat_rope": (
+        "rotate(cat(norm(q_before), norm(q))) and the same for k, with one rotation. The tokens of both are joined"
+    ),
     "silu_mul": "silu(a) · b",
     "norm_tanh_mul_add_norm_scale_quant": (
         "y = residual + tanh(gate) · norm(x), and q, s = quantised(norm(y) · (1 + scale))"

@@ -145,6 +145,20 @@ def check_heads(on: Device, o: Heads, **options: Any) -> tuple[Tensor, ...]:
     return results
 
 
+def check_joined(on: Device, before: Heads, later: Heads, **options: Any) -> tuple[Tensor, ...]:
+    """Runs qk_norm_cat_rope on two streams and judges the results. Rotation: that of `later`, for all tokens."""
+    options = {"rounding": "cast_then_weight", "interleaved": True, **options}
+    weights = later.q_weight, later.k_weight, before.q_weight, before.k_weight
+    eps = EPS, EPS2, 10 * EPS, 10 * EPS2
+    given = (later.q, later.k, before.q, before.k, *weights, later.rotation, later.sin, *eps)
+    results = on.run("qk_norm_cat_rope", *given, **options)
+    make = OPS["qk_norm_cat_rope"].call
+    wide = [a.double() if isinstance(a, Tensor) and not a.is_complex() else a for a in given]
+    exact = make(*wide, rounding="fp32", interleaved=options["interleaved"])
+    judge_heads(on, results, make(*given, **options), exact, options["interleaved"], options["rounding"] == "native")
+    return results
+
+
 def check_silu(on: Device, a: Tensor, b: Tensor, **options: Any) -> Tensor:
     (out,) = on.run("silu_mul", a, b, **options)
     with on.eager():

@@ -19,7 +19,7 @@ from dit_kernels.chain import ActivationChain, RotatedChain
 from dit_kernels.compile import Variant
 from dit_kernels.cute.heads import head_tiling
 from dit_kernels.cute.spec import TensorSpec
-from dit_kernels.families import OPS, norm_rope
+from dit_kernels.families import OPS, norm_cat_rope, norm_rope
 from dit_kernels.rounding import activation_steps, rotated_steps
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -54,6 +54,14 @@ def rope(
     return variant(norm_rope.FAMILY, RotatedChain(interleaved, rotation.is_complex, steps, steps), d, **specs)
 
 
+def joined(h: int, d: int) -> Variant:
+    """FLUX's double blocks: h heads of q and of k, of both streams."""
+    of_one = rope(d, h, h, rotation=FP32, rope_dtype=FP32, out_dtype=BF16)
+    specs = of_one.named
+    before = {f"{x}_before{end}": specs[f"{x}{end}"] for x in "qk" for end in ("", "_weight")}
+    return variant(norm_cat_rope.FAMILY, of_one.chain, d, **specs, **before)
+
+
 def silu(d: int, dtype: torch.dtype = BF16, form: str = "model") -> Variant:
     steps, row = activation_steps(form, dtype, dtype), TensorSpec(dtype, "token", 16)
     out = TensorSpec(steps.out, "token", 16)
@@ -66,6 +74,7 @@ VARIANTS = {
     "Lumina 2": rope(96, 24, 8, rotation=COMPLEX128),
     "Ideogram 4": rope(256, 18, 18, rotation=BF16, interleaved=False),
     "Flux": rope(128, 24, 24, rotation=FP32, rope_dtype=FP32, out_dtype=BF16),
+    "Flux, two streams": joined(24, 128),
     "halves in fp32": rope(128, 24, 8, FP32, FP32, interleaved=False),
     "many heads": rope(128, 128, 8),
     "wide heads": rope(512, 16, 16, FP32),
@@ -101,6 +110,7 @@ def accesses(ptx: str) -> tuple[list[str], list[str]]:
     [
         ("Z-Image", 6 + 2 + 2, 6),  # heads, rotation, weights
         ("Lumina 2", 4 + 4 + 2, 4),
+        ("Flux, two streams", 6 + 2 * 2 + 2, 6),
         ("Ideogram 4", 2 * 2 + 2 * 2 + 2 * 2, 2 * 2),  # both halves of each
         ("silu", 4, 2),
     ],

@@ -37,7 +37,8 @@ class Role:
     where {first} is the name of the first argument, {sizes} its shape and {width} its last size. fits(sizes, of_first,
     equal): does the argument have the expected shape? laid(sizes, strides, of_first, equal): the shape and strides in
     which a kernel takes the same memory, or None if it takes a copy. strides: how many of these strides a kernel is
-    launched with, starting with the outermost.
+    launched with, starting with the outermost. own_tokens: is a kernel also launched with the number of tokens, which
+    is not that of the first argument?
     """
 
     name: str
@@ -46,6 +47,7 @@ class Role:
     fits: Callable[[Sizes, Sizes, Equal], bool]
     laid: Callable[[Sizes, Sizes, Sizes, Equal], Strided | None]
     strides: int = 0
+    own_tokens: bool = False
 
 
 def _fits_row(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
@@ -98,6 +100,10 @@ def _fits_heads(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
     return _same((*sizes[:2], sizes[3]), (*first[:2], first[3]), equal)
 
 
+def _fits_heads_before(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
+    return len(sizes) == 4 and not sizes[3] % 2 and equal(sizes[0], first[0]) and equal(sizes[3], first[3])
+
+
 def _lay_heads(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Strided | None:
     last = _dense(sizes, strides, equal)
     return None if last is None else (tuple(sizes), (*strides[:-1], last))
@@ -127,6 +133,17 @@ def _fits_scalar(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
 
 def _lay_scalar(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Strided | None:
     return (1, 1, 1), (0, 0, 1)
+
+
+def _fits_joined_table(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
+    table = _lay_joined_table(sizes, len(sizes) * [1], first, equal)
+    return table is not None and (equal(table[0][0], 1) or equal(table[0][0], first[0]))
+
+
+def _lay_joined_table(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Strided | None:
+    """Two streams have at least two tokens, so a middle dimension of 1 is that of the heads."""
+    tokens = sizes[0] if len(sizes) == 3 and equal(sizes[1], 1) else sizes[1 if len(sizes) > 2 else 0]
+    return _lay_table(sizes, strides, (first[0], tokens, *first[2:]), equal)
 
 
 def _no_tensor(*_: Any) -> Any:
@@ -199,6 +216,25 @@ TABLE = Role(
 )
 # One element on the device, as a static scale. A kernel takes it as (1, 1, 1).
 SCALAR = Role("scalar", "[]", "one element", _fits_scalar, _lay_scalar)
+# The heads of the tokens that come before those of the first argument: [B, S', H, Dh]. A kernel takes S', too.
+HEADS_BEFORE = Role(
+    "heads before",
+    "[B, S', H, Dh] with an even Dh",
+    "[B, S', H, Dh] with the B and Dh of {first}, {sizes}",
+    _fits_heads_before,
+    _lay_heads,
+    3,
+    own_tokens=True,
+)
+# The rotation of each token of two streams: a table for S' + S tokens.
+JOINED_TABLE = Role(
+    "joined table",
+    "[S' + S, n]",
+    "[S' + S, n], [1 or B, S' + S, n], [S' + S, 1, n] or [1 or B, S' + S, 1, n]; {first} is {sizes}",
+    _fits_joined_table,
+    _lay_joined_table,
+    2,
+)
 # A number that is not negative, or one floating-point element on the CPU.
 EPS = Role("eps", "", "a number >= 0, or one floating-point element on the CPU", _no_tensor, _no_tensor)
 
@@ -235,6 +271,11 @@ class Argument:
         if not self.placed:
             return result.is_contiguous()
         return self.role.laid(result.shape, result.stride(), first, known_equal) is not None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a kernel is launched with: the strides, after the number of tokens if it is its own."""
+        return self.strides + self.role.own_tokens
 
     @property
     def schema_type(self) -> str:
@@ -288,10 +329,11 @@ class Layout(NamedTuple):
     strides: tuple[Any, ...]
     address: int = 0
 
-    def launch_strides(self, argument: Argument, equal: Equal) -> list[Any]:
-        """The strides that a kernel is launched with: 0 along a dimension of size 1."""
+    def launch_numbers(self, argument: Argument, equal: Equal) -> list[Any]:
+        """The numbers that a kernel is launched with. A stride is 0 along a dimension of size 1."""
         pairs = zip(self.shape[: argument.strides], self.strides, strict=False)
-        return [0 if equal(size, 1) else by for size, by in pairs]
+        tokens = [self.shape[1]] if argument.role.own_tokens else []
+        return [*tokens, *(0 if equal(size, 1) else by for size, by in pairs)]
 
 
 def known(condition: Any) -> bool:
@@ -361,7 +403,7 @@ def check_argument(op: str, name: str, argument: Argument, given: Any, first_nam
         return
     if not isinstance(given, Tensor):
         reject(op, name, given, f"a tensor of shape {role.shape}")
-    dtypes = (*DTYPES, *COMPLEX) if role is TABLE else DTYPES
+    dtypes = (*DTYPES, *COMPLEX) if role in (TABLE, JOINED_TABLE) else DTYPES
     check_tensor(op, name, given, first_name, first, dtypes)
     if not role.fits(given.shape, first.shape, perhaps_equal):
         sizes = list(first.shape)

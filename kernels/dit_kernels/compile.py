@@ -139,7 +139,7 @@ def compile_variant(arch: str, variant: Variant, options: str = "") -> Any:
     family, named = variant.family, variant.named
     kernel = family.kernel()(family.arguments, variant.chain, variant.d, named, variant.tiling(arch))
     arguments = (Float32(0.0) if a.role is EPS else _fake_pointer(named[a.name]) for a in family.arguments)
-    numbers = (Int32(0), Int32(0), *(Int64(0) for _ in range(family.strides)), *(kind(0) for kind in kernel.of_launch))
+    numbers = (Int32(0), Int32(0), *(Int64(0) for _ in range(family.numbers)), *(kind(0) for kind in kernel.of_launch))
     return cute.compile(
         kernel,
         *arguments,

@@ -5,6 +5,7 @@
     norm_scale                    z = norm(x) * (1 + scale)
     norm_rope                     rotate(norm(x)) of heads
     qk_norm_rope                  rotate(norm(q)) and rotate(norm(k)), with one rotation
+    qk_norm_cat_rope              rotate(cat(norm(q_before), norm(q))), and the same for k
     silu_mul                      silu(a) * b
 
     norm_scale_quant, norm_tanh_mul_add_norm_scale_quant, silu_mul_quant
@@ -21,6 +22,9 @@ rms norm. If `sin` is None, the rotation is complex: [S, Dh/2], [1|B, S, Dh/2] o
 rotation holds the cosines and `sin` the sines, with last dimension Dh or Dh/2. With `interleaved`, a pair is two
 neighbouring elements, as it always is with complex numbers. Otherwise a pair has one element from each half of a head.
 
+qk_norm_cat_rope: the same, and q_before and k_before are [B, S', H, Dh] and [B, S', Hk, Dh]. Their tokens come first.
+The rotation is for S' + S tokens. q_before and q have the same dtype, and so have their weights; the same for k.
+
 silu_mul and gelu_quant: a and b are [..., S, D]. `approximate` is that of F.gelu. silu_mul_quant and gelu_quant may be
 given `before`, [..., S, E] in the dtype of the result. They then quantise the joined row [before, result], and q is
 [..., S, E + D].
@@ -34,9 +38,9 @@ element on the device or None, as its last positional argument and returns q wit
 by default), `scaled_dtype` (fp32 by default) and `clamp` are the steps of dit_kernels.rounding.StaticSteps.
 `.static_keep_z` does both. None of them takes `before`.
 
-All other results have the shape of x, of q and k, or of a. Results are newly allocated and contiguous. Each operand is
-bfloat16, float16 or float32, independently of the others. A rotation may be complex64 or complex128. The definition
-also takes float64.
+All other results have the shape of x, of q and k (with the tokens of both streams), or of a. Results are newly
+allocated and contiguous. Each operand is bfloat16, float16 or float32, independently of the others. A rotation may be
+complex64 or complex128. The definition also takes float64.
 
 `rounding` is a form of dit_kernels.rounding, and `root` is one of its ways to compute the root of an rms norm.
 dit_kernels.rounding also gives the defaults of the other dtypes: `norm_dtype`, `norm_dtype2` (of the second norm),

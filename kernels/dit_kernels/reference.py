@@ -91,7 +91,15 @@ def rotated(
     steps: RotatedSteps,
     interleaved: bool,
 ) -> Tensor:
-    """rotate(norm(x)), with the norm over the last dimension. x: [B, S, H, Dh].
+    """rotate(norm(x)), with the norm over the last dimension. x: [B, S, H, Dh]; the rest is as for `rotate`."""
+    n = norm(x, weight, None, eps, "rms", steps.norm)
+    return rotate(n, rotation, sin, steps, interleaved, compute_dtype(x.dtype))
+
+
+def rotate(
+    n: Tensor, rotation: Tensor, sin: Tensor | None, steps: RotatedSteps, interleaved: bool, wide: torch.dtype
+) -> Tensor:
+    """The rotation of heads. n: [B, S, H, Dh]; wide: the dtype of the real and imaginary parts of complex products.
 
     Without `sin`, rotation is complex, [B|1, S, 1, Dh / 2]. It multiplies pairs of neighbouring elements as complex
     numbers, as in Z-Image and Lumina 2.
@@ -100,13 +108,12 @@ def rotated(
     n * cos + turned(n) * sin, where turned(n) is a quarter turn of each pair. A pair is two neighbouring elements
     (`interleaved`), or one element from each half of a head, as in Llama and Ideogram 4.
     """
-    n = norm(x, weight, None, eps, "rms", steps.norm)
     if sin is None:
-        pairs = torch.view_as_complex(n.to(compute_dtype(x.dtype)).reshape(*n.shape[:-1], n.shape[-1] // 2, 2))
+        pairs = torch.view_as_complex(n.to(wide).reshape(*n.shape[:-1], n.shape[-1] // 2, 2))
         turned = torch.view_as_real(pairs * rotation).flatten(3)
     else:
         n = n.to(steps.product)
-        cos, sin = (_for_both_of_a_pair(t.to(steps.product), x.shape[-1], interleaved) for t in (rotation, sin))
+        cos, sin = (_for_both_of_a_pair(t.to(steps.product), n.shape[-1], interleaved) for t in (rotation, sin))
         turned = (n * cos) + (_quarter_turn(n, interleaved) * sin)
     return turned.to(steps.rotated).to(steps.out)
 

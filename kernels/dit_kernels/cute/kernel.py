@@ -33,19 +33,20 @@ class Kernel:
 
     @cute.jit
     def __call__(self, *given):
-        """given: the family's arguments as pointers, numbers or None; B; S; strides in elements, 0 along a dimension of
-        size 1; the numbers from Family.of_launch; the stream."""
+        """given: the family's arguments as pointers, numbers or None; the numbers from Family.launch_numbers and
+        Family.of_launch; the stream."""
         self.split(iter(given))
 
     def split(self, given: Iterator[Any]) -> None:
         operands = {argument.name: next(given) for argument in self.arguments}
         batches, tokens = next(given), next(given)
-        strides = {a.name: tuple(islice(given, a.strides)) for a in self.arguments if a.strides}
+        strides = {a.name: tuple(islice(given, a.numbers)) for a in self.arguments if a.numbers}
         *of_launch, stream = given
         self.launch(operands, batches, tokens, strides, of_launch, stream)
 
     def launch(
         self, operands: dict[str, Any], batches: Int32, tokens: Int32, strides: dict[str, Any], of_launch, stream
     ) -> None:
-        """Launches the kernel. operands: by name, None if absent; strides: by name, of the arguments that have any."""
+        """Launches the kernel. operands: by name, None if absent; strides: by name, the numbers of each argument
+        that has any, see Layout.launch_numbers."""
         raise NotImplementedError

@@ -225,7 +225,7 @@ class NormRopeKernel(Kernel):
     """The kernel of a RotatedChain. A complex tensor is passed as a pointer to real numbers."""
 
     def launch(self, operands, batches, tokens, strides, of_launch, stream) -> None:
-        ctas = cute.ceil_div(tokens, self.tiling.tokens)
+        ctas = cute.ceil_div(self.all_tokens(tokens, strides), self.tiling.tokens)
         self.kernel(operands, batches, tokens, strides).launch(
             grid=[ctas, cutlass.min(batches, MAX_GRID_Y), cute.ceil_div(batches, MAX_GRID_Y)],
             block=[self.tiling.threads, 1, 1],
@@ -241,11 +241,12 @@ class NormRopeKernel(Kernel):
         last = cutlass.min(batch, batches - 1)
         lane, group = cute.arch.thread_idx()[0] % tiling.lanes, cute.arch.thread_idx()[0] // tiling.lanes
         token = cta * tiling.tokens + group // tiling.groups
-        place = HeadPlace(tiling, self.d, Int64(last), Int64(token), tokens, group % tiling.groups, lane)
-        bundle = self.bundle(operands, strides)
-        heads = [_Heads(place, bundle, "q", operands["q_eps"], chain.q)]
+        every = self.all_tokens(tokens, strides)
+        place = HeadPlace(tiling, self.d, Int64(last), Int64(token), every, group % tiling.groups, lane)
+        bundle, eps = self.bundle(operands, strides, place), self.eps(operands, strides, place)
+        heads = [_Heads(place, bundle, "q", eps["q"], chain.q)]
         if const_expr(chain.k is not None):
-            heads += [_Heads(place, bundle, "k", operands["k_eps"], chain.k)]
+            heads += [_Heads(place, bundle, "k", eps["k"], chain.k)]
         walk = [(of, i) for of in heads for i in range(of.passes)]
         ahead = [of.load(i) for of, i in walk[: tiling.ahead]]
         turn = _Rotation(place, chain, bundle)
@@ -255,7 +256,16 @@ class NormRopeKernel(Kernel):
         if batch < batches:
             self.run(walk, ahead, turn)
 
-    def bundle(self, operands: dict[str, Any], strides: dict[str, Any]) -> dict[str, Global | None]:
+    def all_tokens(self, tokens: Int32, strides: dict[str, Any]) -> Int32:
+        """How many tokens of a batch item are rotated."""
+        return tokens
+
+    def eps(self, operands: dict[str, Any], strides: dict[str, Any], place: HeadPlace) -> dict[str, Float32]:
+        """The eps of q and of k, for the token of this thread."""
+        return {x: operands[f"{x}_eps"] for x in "qk"}
+
+    def bundle(self, operands: dict[str, Any], strides: dict[str, Any], place: HeadPlace) -> dict[str, Global | None]:
+        """The tensors in global memory, for the token of this thread."""
         return {
             name: None if spec is None else Global(operands[name], spec, strides.get(name, ()))
             for name, spec in self.specs.items()

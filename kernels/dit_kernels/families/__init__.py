@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from dit_kernels.families import activation, modulated_norm, norm_rope
+from dit_kernels.families import activation, modulated_norm, norm_cat_rope, norm_rope
 from dit_kernels.families.family import EPS_TENSOR, Op
 
-OPS: dict[str, Op] = {op.name: op for family in (modulated_norm, norm_rope, activation) for op in family.OPS}
+_FAMILIES = (modulated_norm, norm_rope, norm_cat_rope, activation)
+OPS: dict[str, Op] = {op.name: op for family in _FAMILIES for op in family.OPS}
 
 
 def op_of(overload: torch._ops.OpOverload) -> Op:

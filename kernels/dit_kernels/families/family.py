@@ -58,9 +58,9 @@ class Family:
         return tuple(argument for argument in self.arguments if argument.is_tensor)
 
     @cached_property
-    def strides(self) -> int:
-        """How many strides a kernel is launched with."""
-        return sum(argument.strides for argument in self.arguments)
+    def numbers(self) -> int:
+        """How many numbers of its arguments a kernel is launched with."""
+        return sum(argument.numbers for argument in self.arguments)
 
     def check(self, op: Op, named: Named, options: Named) -> None:
         """Raises ValueError if arguments that are each valid do not fit together."""
@@ -97,15 +97,14 @@ class Family:
         return ()
 
     def launch_numbers(self, layouts: Mapping[str, Layout | None], equal: Equal = known_equal) -> tuple[Any, ...]:
-        """The numbers that a kernel is launched with: B, S, and strides in elements.
+        """The numbers that a kernel is launched with: B, S, and `Layout.launch_numbers` of each argument.
 
-        A stride is 0 along a dimension of size 1 and for an absent operand. layouts: those of the arguments that have
-        strides.
+        They are 0 for an absent operand. layouts: those of the arguments that have strides.
         """
         numbers: list[Any] = []
         for argument in self.arguments:
             layout = layouts.get(argument.name) if argument.strides else None
-            numbers += argument.strides * [0] if layout is None else layout.launch_strides(argument, equal)
+            numbers += argument.numbers * [0] if layout is None else layout.launch_numbers(argument, equal)
         first = layouts[self.arguments[0].name]
         assert first is not None
         return (first.shape[0], first.shape[1], *numbers)

@@ -44,7 +44,7 @@ _steps = lru_cache(maxsize=None)(rotated_steps)
 class NormRope(Family):
     """Computes a RotatedChain over the heads of a token. For norm_rope, x is q, and k is absent."""
 
-    arguments = (
+    arguments: tuple[Argument, ...] = (
         Argument("q", HEADS),
         Argument("k", HEADS),
         Argument("q_weight", COLUMN, optional=True),
@@ -84,8 +84,7 @@ class NormRope(Family):
         return (q,) if chain.k is None else (q, (named["k"].shape, chain.k.out))
 
     def definition(self, chain: RotatedChain, named: Named) -> tuple[Tensor, ...]:
-        rotation, sin = (_for_heads(named[name], named["q"]) for name in ("rotation", "sin"))
-        assert rotation is not None
+        rotation, sin = self.tables(named)
         return tuple(
             reference.rotated(
                 named[x], named[f"{x}_weight"], rotation, sin, named[f"{x}_eps"], steps, chain.interleaved
@@ -93,6 +92,21 @@ class NormRope(Family):
             for x, steps in (("q", chain.q), ("k", chain.k))
             if steps is not None
         )
+
+    def tables(self, named: Named) -> tuple[Tensor, Tensor | None]:
+        """The rotation and `sin`, reshaped to [B|1, S, 1, n]."""
+        rotation, sin = (self._for_heads(name, named) for name in ("rotation", "sin"))
+        assert rotation is not None
+        return rotation, sin
+
+    def _for_heads(self, name: str, named: Named) -> Tensor | None:
+        table: Tensor | None = named[name]
+        if table is None:
+            return None
+        shaped = self.named[name].role.laid(table.shape, (1,) * table.ndim, named["q"].shape, known_equal)
+        assert shaped is not None
+        batch, tokens, width = shaped[0]
+        return table.reshape(batch, tokens, 1, width)
 
     def fits_kernel(self, chain: RotatedChain, named: Named) -> bool:
         """Only a complex rotation and its product may be fp64. Dh is a multiple of HEAD_GRAIN up to WIDEST_HEAD."""
@@ -135,20 +149,10 @@ def _steps_of(x: str, named: Named, options: Named) -> RotatedSteps:
     )
 
 
-def _for_heads(table: Tensor | None, q: Tensor) -> Tensor | None:
-    """A table reshaped to [B|1, S, 1, n]."""
-    if table is None:
-        return None
-    shaped = TABLE.laid(table.shape, (1,) * table.ndim, q.shape, known_equal)
-    assert shaped is not None
-    batch, tokens, width = shaped[0]
-    return table.reshape(batch, tokens, 1, width)
-
-
 # --- the ops --------------------------------------------------------------------------------------------------------
 
 FAMILY = NormRope()
-_OPTIONS = (
+OPTIONS = (
     Option("interleaved", "bool", True),
     Option("rounding", "str", "cast_then_weight", FORMS),
     dtype_option("norm_dtype"),
@@ -161,8 +165,8 @@ OPS = (
         "norm_rope",
         FAMILY,
         ("q", "q_weight", "rotation", "sin", "q_eps", "q_out"),
-        _OPTIONS,
+        OPTIONS,
         {"q": "x", "q_weight": "weight", "q_eps": "eps"},
     ),
-    Op("qk_norm_rope", FAMILY, tuple(FAMILY.named), _OPTIONS),
+    Op("qk_norm_rope", FAMILY, tuple(FAMILY.named), OPTIONS),
 )
