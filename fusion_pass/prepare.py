@@ -58,21 +58,76 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def read_sizes_at_their_source(graph: Graph) -> None:
-    """Replaces a size that is read from a view by the node that the view got the size from.
+    """Replaces a size that is read from a view by the node that the view got the size from, and a size that is read
+    from a concatenation by the same size of an earlier node, or by the sum of its parts' sizes.
 
-    Then no node reads the view only for its size.
+    Then no node reads the view or the concatenation only for its size.
 
     The graph before and after:
 
         s = sym_size(x, 1); v = reshape(y, [b, s, d]); f(sym_size(v, 1))
         s = sym_size(x, 1); v = reshape(y, [b, s, d]); f(s)
+
+        c = cat([norm(x), norm(y)], 1); f(sym_size(c, 1))
+        c = cat([norm(x), norm(y)], 1); f(add(sym_size(x, 1), sym_size(y, 1)))
     """
+    holders: dict[Any, tuple[Node, int | None]] | None = None
     for size in graph.find_nodes(op="call_function", target=aten.sym_size.int):
-        view, dim = size.args
-        source = view.args[1][dim] if is_call(view, *TO_SHAPE) else None
+        whole, dim = size.args
+        source = whole.args[1][dim] if is_call(whole, *TO_SHAPE) else None
+        if is_call(whole, aten.cat.default):
+            holders = _first_holders(graph) if holders is None else holders
+            source = _of_concatenation(size, holders)
         if isinstance(source, Node) and known_equal(source.meta["val"], size.meta["val"]):
             size.replace_all_uses_with(source)
             graph.erase_node(size)
+
+
+def _first_holders(graph: Graph) -> dict[Any, tuple[Node, int | None]]:
+    """For each symbolic size, as an expression, the first node that holds it: a number, or a dimension of a tensor."""
+    holders: dict[Any, tuple[Node, int | None]] = {}
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt):
+            holders.setdefault(val.node.expr, (node, None))
+        for dim, by in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
+            if isinstance(by, torch.SymInt):
+                holders.setdefault(by.node.expr, (node, dim))
+    return holders
+
+
+def _of_concatenation(size: Node, holders: dict[Any, tuple[Node, int | None]]) -> Node | None:
+    """A node for a size of a concatenation that does not read the concatenation; None if there is none."""
+    whole, dim = size.args
+    parts, *along = whole.args
+    with size.graph.inserting_before(size):
+        held = _held(size.meta["val"], whole, holders)
+        if held is not None or dim != (along[0] if along else 0) % whole.meta["val"].ndim:
+            return held
+        total = None
+        for part in parts:
+            by = part.meta["val"].shape[dim]
+            one = by if isinstance(by, int) else _held(by, whole, holders)
+            if one is None:
+                return None
+            total = one if total is None else _sum(total, one, size.graph)
+    return total if isinstance(total, Node) else None
+
+
+def _held(size: torch.SymInt, before: Node, holders: dict[Any, tuple[Node, int | None]]) -> Node | None:
+    """The node of a size, which is inserted if a tensor holds the size; None if no node before `before` holds it."""
+    holder, dim = holders.get(size.node.expr, (before, None))
+    if not holder < before or dim is None:
+        return holder if holder < before else None
+    node = before.graph.call_function(aten.sym_size.int, (holder, dim))
+    node.meta["val"] = size
+    return node
+
+
+def _sum(a: Any, b: Any, graph: Graph) -> Node:
+    node = graph.call_function(operator.add, (a, b))
+    node.meta["val"] = (a.meta["val"] if isinstance(a, Node) else a) + (b.meta["val"] if isinstance(b, Node) else b)
+    return node
 
 
 def merge_equal_quantisers(graph: Graph) -> None:
