@@ -19,7 +19,7 @@ from torch._inductor.lowering import empty_strided, fallback_handler, register_l
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
-from dit_kernels.arguments import HEADS, Argument, Layout
+from dit_kernels.arguments import Argument, Layout
 from dit_kernels.families import OPS, op_of
 from dit_kernels.families.family import Op
 from dit_kernels.plans import ALIGNMENT
@@ -196,7 +196,7 @@ def _laid(argument: Argument, t: Any, first: Sequence[Any]) -> Layout:
     shape, strides = found
     if not _static(shape[-1]):
         raise Unusual(f"the width of the rows of {argument.name} is not a constant")
-    if argument.role is HEADS and not _static(shape[2]):
+    if len(shape) == 4 and not _static(shape[2]):
         raise Unusual(f"the number of heads of {argument.name} is not a constant")
     for size, by in zip(shape[:-1], strides[:-1], strict=True):
         if _known(size, 1):

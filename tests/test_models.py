@@ -419,13 +419,13 @@ def test_qwen_image_has_sites_in_its_attention_only_and_each_other_norm_has_a_re
     assert all(site.reason and site.source for site in backend.report.missed)
 
 
-def test_flux_2_is_fused_in_its_single_blocks_and_feed_forwards_and_computes_what_its_unfused_graph_does() -> None:
-    """Its double blocks join the heads of text and image after their norms, its single blocks the SwiGLU with the
-    attention, which Inductor writes in one kernel; its layer norms are not quite eager's."""
+def test_flux_2_is_fused_in_its_attention_and_feed_forwards_and_computes_what_its_unfused_graph_does() -> None:
+    """Its single blocks join the SwiGLU with the attention, which Inductor writes in one kernel. Its layer norms
+    are not quite eager's."""
     model, arguments = flux2(2)
     got, backend = compiled(model, arguments)
     assert torch.equal(got, compiled(model, arguments, fuse=False)[0])
-    assert backend.report.counts() == {"qk_norm_rope": 2, "silu_mul": 2 * 2}
+    assert backend.report.counts() == {"qk_norm_cat_rope": 2, "qk_norm_rope": 2, "silu_mul": 2 * 2}
 
 
 @pytest.mark.parametrize("layers", (2, 3))

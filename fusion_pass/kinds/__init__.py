@@ -14,6 +14,7 @@ from fusion_pass.kinds.modulated_norm import (
 )
 from fusion_pass.kinds.norm import NORM
 from fusion_pass.kinds.norm_rope import NormRope
+from fusion_pass.kinds.qk_norm_cat_rope import QKNormCatRope
 from fusion_pass.kinds.qk_norm_rope import QKNormRope
 from fusion_pass.kinds.residual_add import RESIDUAL_ADD
 from fusion_pass.kinds.rotation import ROTATION
@@ -25,6 +26,7 @@ REGISTRY = Registry(
     Entry(
         NORM,
         [
+            QKNormCatRope(),
             QKNormRope(),
             NormRope(),
             NormTanhMulAddNormScaleQuant(),

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from dit_kernels.arguments import KERNEL_DTYPES, known_equal
+from dit_kernels.families import OPS
 from dit_kernels.rounding import RotatedSteps, rotated_steps
 from fusion_pass.dataflow import (
     TO_SHAPE,
@@ -47,13 +48,17 @@ VECTOR = 16  # real numbers: a CPU's vectors cover a head of a multiple of this 
 
 @dataclass(frozen=True)
 class Rotated:
-    """A norm and its rotation. swapped: the rotated tensor is [B, H, S, Dh]; the op takes [B, S, H, Dh].
+    """A norm and its rotation.
 
-    heads: the view that reshapes the norm's input to one of these shapes, if the norm is computed on another shape.
+    part: the tensor that is rotated or, if it is joined from two streams by `cat`, the part of this norm. swapped: the
+    rotated tensor is [B, H, S, Dh]; the op takes [B, S, H, Dh]. heads: the view that reshapes the norm's input to one
+    of these shapes, if the norm is computed on another shape.
     """
 
     norm: Norm
     rotation: Rotation
+    part: Node
+    cat: Node | None
     swapped: bool
     heads: View | None
     steps: RotatedSteps
@@ -73,7 +78,7 @@ class Rotated:
     @property
     def swapped_norm(self) -> bool:
         """Is the norm computed on [B, H, S, Dh]?"""
-        return self.swapped != _are_swapped(self.norm.out, self.rotation.x)
+        return self.swapped != _are_swapped(self.norm.out, self.part)
 
     def check_sums(self, site: Site, name: str) -> None:
         """Raises Refused where a CPU's rounding depends on an order of heads and tokens that the op does not keep.
@@ -87,13 +92,16 @@ class Rotated:
             # layout decides how many rows the CPU treats as one, and so which numbers are in the remainder.
             x = self.rotation.x
             val = x.meta["val"].transpose(1, 2) if self.swapped else x.meta["val"]
-            if val.shape[-1] % VECTOR and in_memory(val) != in_memory(site.read(name)):
+            expected = in_memory(site.read(name)) if self.cat is None else sorted(in_memory(val))
+            if val.shape[-1] % VECTOR and in_memory(val) != expected:
                 raise Refused(Reason.LAYOUT, x, "how a CPU rounds a complex product depends on the layout", site.kind)
 
     @property
     def interior(self) -> tuple[Node, ...]:
-        between = rotation.between(self.norm.out, self.rotation.x) or ()
-        return (*self.norm.interior, *between, *self.rotation.interior)
+        nodes = (*self.norm.interior, *(rotation.between(self.norm.out, self.part) or ()), *self.rotation.interior)
+        if self.cat is None:
+            return nodes
+        return (*nodes, self.cat, *(rotation.between(self.cat, self.rotation.x) or ()))
 
     def x(self) -> Node | Operand:
         """The input of the norm, as the op reads it. Heads and tokens may be swapped between the norm and its
@@ -118,8 +126,8 @@ class Rotated:
         return replace(table, views=(*table.views, SWAP)) if four and self.swapped else table
 
     def size(self) -> tuple[int | torch.SymInt, ...]:
-        """B, S, H, Dh."""
-        x = value(self.rotation.x)
+        """B, S, H, Dh of the part."""
+        x = value(self.part)
         assert x is not None
         batch, tokens, heads, width = x.shape
         return (batch, heads, tokens, width) if self.swapped else (batch, tokens, heads, width)
@@ -155,7 +163,7 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
     """The site of one rotated norm, or of q and k with the same rotation. Raises Refused if operands or casts do not
     fit.
 
-    heads: the rotated norms, by the names of the op's arguments.
+    heads: the rotated norms, by the names of the op's arguments; first those that the op returns.
     """
     first = next(iter(heads.values()))
     alone = len(heads) == 1
@@ -167,6 +175,7 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
     operands |= first.tables()
     check_operands(operands, kind)
     others = list(heads.values())[1:]
+    returned = list(heads.values())[: len(OPS[kind].results)]
 
     def check_sums(site: Site) -> None:
         for name, rotated in heads.items():
@@ -181,9 +190,7 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
             "out_dtype": first.steps.out,
         },
         form=_form(kind, refused_at, list(heads.values())),
-        outputs=tuple(
-            Output(rotated.rotation.outs, SWAP if rotated.swapped_results else None) for rotated in heads.values()
-        ),
+        outputs=tuple(Output(rotated.rotation.outs, SWAP if rotated.swapped_results else None) for rotated in returned),
         interior=tuple(node for rotated in heads.values() for node in rotated.interior),
         anchor=first.norm.anchor,
         twins=tuple(t for other in others for t in (other.rotation.by, other.rotation.sin) if t is not None),
@@ -227,21 +234,23 @@ def _heads_of(out: Node) -> Iterator[Node]:
 def grow(norm: Norm) -> Rotated | None:
     """A norm and the rotation that reads it, or None if there is no rotation. Raises Refused."""
     pair = _rotation_of(norm)
-    if pair is None:
-        return None
-    norm, found = pair
+    return None if pair is None else of_part(*pair, pair[1].x)
+
+
+def of_part(norm: Norm, found: Rotation, part: Node, cat: Node | None = None) -> Rotated:
+    """A norm and its rotation, which reads `part`, or the part together with another one in `cat`. Raises Refused."""
     if norm.kind != "rms" or norm.bias is not None:
         raise Refused(Reason.UNNORMED, norm.anchor, kind=KIND)
     if norm.steps.root != "rsqrt":
         raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written as rsqrt", KIND)
-    if rotation.between(norm.out, found.x) is None:
+    if rotation.between(norm.out, part) is None:
         raise Refused(Reason.UNNORMED, norm.anchor, "the norm is one over all heads", KIND)
     x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.HEADS, norm.x, kind=KIND)
     heads = None
-    if not _has_shape_of(norm.x, found.x, _are_swapped(norm.out, found.x)):
-        heads = _heads(norm, found)
+    if not _has_shape_of(norm.x, part, _are_swapped(norm.out, part)):
+        heads = _heads(norm, part)
         if heads is None:
             raise Refused(Reason.HEADS, norm.x, kind=KIND)
     width = x.shape[3] // 2 if found.halved else x.shape[3]
@@ -253,7 +262,7 @@ def grow(norm: Norm) -> Rotated | None:
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines have different dtypes", KIND)
     if not found.is_complex and not any(is_read_from_memory(node) or is_joined(node) for node in found.outs):
         raise Refused(Reason.INLINE, found.out, kind=KIND)
-    return Rotated(norm, found, swapped, heads, _steps(norm, found))
+    return Rotated(norm, found, part, cat, swapped, heads, _steps(norm, found))
 
 
 class ComplexWith(View):
@@ -287,9 +296,9 @@ def _are_swapped(out: Node, rotated: Node) -> bool:
     return sum(map(is_swap, rotation.between(out, rotated) or ())) % 2 == 1
 
 
-def _heads(norm: Norm, turn: Rotation) -> View | None:
+def _heads(norm: Norm, part: Node) -> View | None:
     """The view after a norm that reshapes its rows to [B, S, H, Dh] or [B, H, S, Dh]; None if there is none."""
-    for node in rotation.between(norm.out, turn.x) or ():
+    for node in rotation.between(norm.out, part) or ():
         val = value(node)
         if is_call(node, *TO_SHAPE) and val is not None and val.ndim == 4:
             return View(node.target, node.args[1:])

@@ -46,7 +46,7 @@ def _partner(k: Rotated, survey: Survey) -> Rotated | None:
     attention = set(readers(k.rotation.out))
     for anchor in reversed(survey.notes(NORM_ROPE).values()):
         q = None if anchor._erased or not anchor < k.norm.anchor else _grown(anchor)
-        if q is not None and _is_turned_alike(q, k) and not attention.isdisjoint(readers(q.rotation.out)):
+        if q is not None and are_turned_alike(q, k) and not attention.isdisjoint(readers(q.rotation.out)):
             return q
     return None
 
@@ -59,7 +59,7 @@ def _grown(anchor: Node) -> Rotated | None:
         return None
 
 
-def _is_turned_alike(q: Rotated, k: Rotated) -> bool:
+def are_turned_alike(q: Rotated, k: Rotated) -> bool:
     """Do q and k have the same tokens and width, the same rotation, computed once or twice, and the same dtypes of its
     steps?"""
     sizes = list(zip(q.size(), k.size(), strict=True))
