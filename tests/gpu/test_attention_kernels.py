@@ -1,4 +1,4 @@
-"""The CUDA kernels of norm_rope, qk_norm_rope and silu_mul against the definition run on the same GPU.
+"""The CUDA kernels of the ops of heads, and of silu_mul, against the definition run on the same GPU.
 
 The bounds are those of `attention_kernel_bounds`.
 """
@@ -83,6 +83,17 @@ def test_weights_may_be_fp32_or_absent(rotation: torch.dtype) -> None:
     check_heads(o)
     check_heads(replace(o, q_weight=None, k_weight=None))
     check_heads(replace(o, q_weight=None), norm_dtype=BF16, out_dtype=BF16)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("numbers", ((24, 24, 128), (48, 48, 128), (2, 1, 64)))
+def test_two_streams_follow_the_definition(numbers: tuple[int, int, int], form: str) -> None:
+    before, later, both = (heads(2, tokens, *numbers, BF16, FP32) for tokens in (100, 259, 359))
+    before = replace(before, q=before.q * 3, k=before.k * -2, q_weight=before.k_weight, k_weight=before.q_weight)
+    later = replace(later, rotation=both.rotation, sin=both.sin)
+    bounds.check_joined(GPU, before, later, rounding=form, rope_dtype=FP32, out_dtype=BF16)
+    narrow = replace(later, q=misaligned(later.q), k=heads_first(later.k))
+    bounds.check_joined(GPU, before, narrow, rounding=form, rope_dtype=FP32, out_dtype=BF16)
 
 
 # --- heads: shapes and strides --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from attention_modules import (
     SiluModule,
     SiluSpec,
     complex_rope,
+    neighbours_rope,
     rope_inputs,
     rope_specs,
     silu_inputs,
@@ -131,6 +132,23 @@ def two_rotated_streams(
     rotated = (complex_rope(diffusers_norm(x, None), t, t) for x, t in ((text, text_table), (image, table)))
     heads = torch.cat(list(rotated), 1).transpose(1, 2)
     return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+
+def test_two_streams_that_are_joined_and_rotated_are_one_kernel() -> None:
+    """As in FLUX's double blocks."""
+    q, k, q_text, k_text = (torch.randn(2, tokens, 4, 64, device="cuda").bfloat16() for tokens in (128, 128, 40, 40))
+    angles = torch.randn(1, 168, 1, 32, device="cuda").repeat_interleave(2, -1)
+    args = (q, k, q_text, k_text, angles.cos(), angles.sin())
+
+    def attend(*args: torch.Tensor) -> torch.Tensor:
+        q, k, q_text, k_text, cos, sin = args
+        streams = (torch.cat([diffusers_norm(x, None) for x in both], 1) for both in ((q_text, q), (k_text, k)))
+        q, k = (neighbours_rope(x, cos, sin).transpose(1, 2) for x in streams)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    got, backend = run(attend, *args, kernels="auto")
+    assert backend.report.counts() == {"qk_norm_cat_rope": 1}
+    torch.testing.assert_close(got, attend(*args), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("batch", (1, 2))
