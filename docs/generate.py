@@ -34,6 +34,7 @@ WORDS = {
     "norm_rope": "QK-norm + RoPE",
     "qk_norm_rope": "QK-norm + RoPE",
     "qk_norm_cat_rope": "QK-norm + RoPE",
+    "norm_all_heads_rope": "QK-norm + RoPE",
     "silu_mul": "SwiGLU",
     "norm_scale_quant": "norms to FP8",
     "norm_tanh_mul_add_norm_scale_quant": "norms to FP8",
@@ -294,6 +295,7 @@ ROLES = {
 }
 MORE = {  # what the role of an argument does not say
     "rotation": "Without `sin` complex, n = Dh/2. With `sin` the cosines, n = Dh or Dh/2",
+    "cos": "The cosines, one for each element or for each pair. n = Dh or Dh/2; with `own`, D or D/2",
     "sin": "The sines",
     "static_scale": "Without it, nothing is scaled",
     "before": "What the quantised row starts with, in the dtype of the result",
@@ -306,6 +308,9 @@ OPTIONS = {
     "rounding": "Where the op rounds, see [rounding](rounding.md)",
     "root": "How the RMSNorm computes its root, see [rounding](rounding.md)",
     "interleaved": "True: a pair is two neighbouring elements. False: one element from each half of a head",
+    "heads": "H. D = H · Dh",
+    "own": "True: each head has a rotation of its own. False: all heads have the same",
+    "addcmul": "True: the sum of the two products is `torch.addcmul`, which does not round the second product",
     "y_dtype": "The dtype of y",
     "z_dtype": "The dtype of z",
     "out_dtype": "The dtype of the result",
@@ -339,6 +344,7 @@ MEANS = {
     "qk_norm_cat_rope": (
         "rotate(cat(norm(q_before), norm(q))) and the same for k, with one rotation. The tokens of both are joined"
     ),
+    "norm_all_heads_rope": "rotate(norm(x)), with one norm over all heads of a token",
     "silu_mul": "silu(a) · b",
     "norm_tanh_mul_add_norm_scale_quant": (
         "y = residual + tanh(gate) · norm(x), and q, s = quantised(norm(y) · (1 + scale))"

@@ -14,7 +14,9 @@ settings.register_profile(
     "ci", max_examples=150, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_QUIET
 )
 settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_QUIET)
-pytest.register_assert_rewrite("attention_kernel_bounds", "graph_checks", "kernel_bounds")  # as asserts in tests are
+pytest.register_assert_rewrite(
+    "attention_kernel_bounds", "graph_checks", "kernel_bounds", "rotated_row_bounds"
+)  # as asserts in tests are
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -76,6 +76,18 @@ class RotatedChain:
 
 
 @dataclass(frozen=True)
+class RotatedRowChain:
+    """rotate(norm(x)), with one norm over all heads of a token."""
+
+    heads: int  # a pair is in one of them
+    own: bool  # True: each head has a rotation of its own; False: all heads have the same
+    interleaved: bool  # as in RotatedChain
+    one_a_pair: bool  # as in RotatedChain
+    addcmul: bool  # the second product is not rounded before the sum
+    steps: RotatedSteps
+
+
+@dataclass(frozen=True)
 class ActivationChain:
     """act(a) * b; act(a) if there is no b. act: one of rounding.ACTIVATIONS. quant and keeps: as for a NormChain."""
 

@@ -6,6 +6,7 @@
     norm_rope                     rotate(norm(x)) of heads
     qk_norm_rope                  rotate(norm(q)) and rotate(norm(k)), with one rotation
     qk_norm_cat_rope              rotate(cat(norm(q_before), norm(q))), and the same for k
+    norm_all_heads_rope           rotate(norm(x)), with one norm over all heads of a token
     silu_mul                      silu(a) * b
 
     norm_scale_quant, norm_tanh_mul_add_norm_scale_quant, silu_mul_quant
@@ -24,6 +25,10 @@ neighbouring elements, as it always is with complex numbers. Otherwise a pair ha
 
 qk_norm_cat_rope: the same, and q_before and k_before are [B, S', H, Dh] and [B, S', Hk, Dh]. Their tokens come first.
 The rotation is for S' + S tokens. q_before and q have the same dtype, and so have their weights; the same for k.
+
+norm_all_heads_rope: x is [B, S, D], `heads` heads one after the other; weight is [D] or None; cos and sin are [S, n],
+[1|B, S, n] or [1|B, S, 1, n]. n is Dh or Dh/2; if each head has a rotation of its own (`own`), it is D or D/2.
+`interleaved` is as above. With `addcmul`, the second product is not rounded before the sum.
 
 silu_mul and gelu_quant: a and b are [..., S, D]. `approximate` is that of F.gelu. silu_mul_quant and gelu_quant may be
 given `before`, [..., S, E] in the dtype of the result. They then quantise the joined row [before, result], and q is

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels.chain import Stage
+from dit_kernels.chain import RotatedRowChain, Stage
 from dit_kernels.rounding import (
     LARGEST,
     ActivationSteps,
@@ -116,6 +116,23 @@ def rotate(
         cos, sin = (_for_both_of_a_pair(t.to(steps.product), n.shape[-1], interleaved) for t in (rotation, sin))
         turned = (n * cos) + (_quarter_turn(n, interleaved) * sin)
     return turned.to(steps.rotated).to(steps.out)
+
+
+def rotated_row(
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float | Tensor, chain: RotatedRowChain
+) -> Tensor:
+    """rotate(norm(x)) with one norm over all heads of a token.
+
+    x: [B, S, D]; weight: [D] or None; cos and sin: [B|1, S, 1, n] for all heads or [B|1, S, H, n] for each head, where
+    n is Dh or Dh / 2. The rotation of a head is that of `rotated`. With `addcmul`, the sum is torch.addcmul, as in
+    LTX-2.
+    """
+    steps = chain.steps
+    n = norm(x, weight, None, eps, "rms", steps.norm).unflatten(-1, (chain.heads, -1)).to(steps.product)
+    cos, sin = (_for_both_of_a_pair(t.to(steps.product), n.shape[-1], chain.interleaved) for t in (cos, sin))
+    straight, turned = n * cos, _quarter_turn(n, chain.interleaved)
+    total = torch.addcmul(straight, turned, sin) if chain.addcmul else straight + turned * sin
+    return total.to(steps.rotated).to(steps.out).flatten(2)
 
 
 def _for_both_of_a_pair(t: Tensor, d: int, interleaved: bool) -> Tensor:

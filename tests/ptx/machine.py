@@ -138,6 +138,7 @@ def _pure() -> dict[str, Pure]:
         "div.s32": Pure(_divide, S32, (S32, S32)),
         "mul.wide.u32": Pure(lambda a, b: a.astype(U64) * b, U64, (U32, U32)),
         "cvt.u16.u32": Pure(lambda a: a.astype(U16), U16, (U32,)),
+        "cvt.u32.u16": Pure(lambda a: a.astype(U32), U32, (U16,)),
         "cvt.u64.u16": Pure(lambda a: a.astype(U64), U64, (U16,)),
         "min.u32": Pure(np.minimum, U32, (U32, U32)),
         "max.u32": Pure(np.maximum, U32, (U32, U32)),

@@ -254,7 +254,7 @@ VALUE, FAULT = (AssertionError, "off by|differ"), (Fault, "out of bounds|nothing
     ("owner", "name", "wrong", "of", "found"),
     (
         (norm_rope, "_complex_product", _turned_backwards, COMPLEX_HEADS, VALUE),
-        (norm_rope, "_neighbours_swapped", _argument_back, REAL_HEADS, VALUE),
+        (norm_rope, "neighbours_swapped", _argument_back, REAL_HEADS, VALUE),
         (norm_rope._Rotation, "_turned", _sines_unsigned, REAL_HALVES, VALUE),
         (norm_rope._Rotation, "_by_real", _halves_unswapped, REAL_HALVES, VALUE),
         (norm_rope._Heads, "load_weight", _no_weight, COMPLEX_HEADS, VALUE),

@@ -282,6 +282,7 @@ def test_upper_halves_of_products_are_exact() -> None:
     assert computed("mul.hi.u32", [2**32 - 1], [2**32 - 5]) == [(2**32 - 1) * (2**32 - 5) >> 32]
     assert computed("mul.hi.u16", [2**16 - 1], [2**16 - 5]) == [(2**16 - 1) * (2**16 - 5) >> 16]
     assert computed("cvt.u16.u32", [2**16 + 5]) == [5] and computed("cvt.u64.u16", [2**16 - 5]) == [2**16 - 5]
+    assert computed("cvt.u32.u16", [2**16 - 5]) == [2**16 - 5]
 
 
 def test_a_saturating_conversion_ends_at_0_and_1_and_makes_a_nan_0() -> None:

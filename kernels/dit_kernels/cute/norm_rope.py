@@ -25,6 +25,7 @@ from dit_kernels.cute.fma import fma32, fma64
 from dit_kernels.cute.heads import HeadTiling
 from dit_kernels.cute.kernel import Kernel
 from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
+from dit_kernels.cute.pairs import doubled, neighbours_swapped
 from dit_kernels.cute.reduce import warp_sum
 from dit_kernels.cute.spec import TensorSpec
 from dit_kernels.cute.tiling import MAX_GRID_Y
@@ -54,21 +55,6 @@ def _complex_product(n, rotation: cute.Tensor):
         turned[i] = Float32(fma(a, c, -(b * s)))
         turned[i + 1] = Float32(fma(b, c, a * s))
     return turned.load()
-
-
-def _doubled(numbers: cute.Tensor):
-    """Turns a, b, ... into a, a, b, b, ..."""
-    doubled = cute.make_rmem_tensor(2 * cute.size(numbers), numbers.element_type)
-    for i in range(cute.size(doubled)):
-        doubled[i] = numbers[i // 2]
-    return doubled.load()
-
-
-def _neighbours_swapped(n):
-    elements, swapped = elements_of(n), cute.make_rmem_tensor(n.shape, n.dtype)
-    for i in range(cute.size(n.shape)):
-        swapped[i] = elements[i ^ 1]
-    return swapped.load()
 
 
 @dataclass(frozen=True)
@@ -191,7 +177,7 @@ class _Rotation:
         if not self.chain.interleaved:
             first = place.vectors()[: t.vectors]
             return 2 * [loaded(at, t.vector, inside).load() for at, inside in first]
-        return [_doubled(loaded(at // 2, t.vector // 2, inside)) for at, inside in place.vectors()]
+        return [doubled(loaded(at // 2, t.vector // 2, inside)) for at, inside in place.vectors()]
 
     def _turned(self, sin, i: int):
         """The sines with the sign of the quarter turn, (a, b) -> (-b, a). The sign changes no digit of a product."""
@@ -212,7 +198,7 @@ class _Rotation:
     def _by_real(self, head: Vectors, dtype: torch.dtype) -> Vectors:
         """n * cos + turned(n) * sin."""
         head, many = [rounded(n, dtype) for n in head], self.place.tiling.vectors
-        others = [_neighbours_swapped(n) for n in head] if self.chain.interleaved else head[many:] + head[:many]
+        others = [neighbours_swapped(n) for n in head] if self.chain.interleaved else head[many:] + head[:many]
         straight = [product(n, c, dtype) for n, c in zip(head, self.cos[dtype], strict=True)]
         across = [product(n, s, dtype) for n, s in zip(others, self.sin[dtype], strict=True)]
         return [total(a, b, dtype) for a, b in zip(straight, across, strict=True)]

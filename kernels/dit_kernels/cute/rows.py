@@ -84,6 +84,18 @@ class RowKernel(Kernel):
         """What the rows of the batch item at `place` share."""
         return Shared()
 
+    def place(self, batch: Int32, token: Int32, thread: Int32) -> RowPlace:
+        """Where a thread works."""
+        return RowPlace(self.tiling, self.d, batch, token, thread)
+
+    def place_in(self, name: str, place: RowPlace) -> RowPlace:
+        """Which vectors a thread reads of the row operand `name`."""
+        return place
+
+    def width(self, name: str) -> int:
+        """The last dimension of an argument that has a row for each token."""
+        return self.d
+
     def tensor(self, batches: Int32, tokens: Int32, name: str, pointer, strides):
         """An argument as (B, S, D), or, if it broadcasts, (B, 1, D), (D,) or (1, 1, 1). Results are contiguous.
 
@@ -94,7 +106,7 @@ class RowKernel(Kernel):
             return None
         if self.roles[name] is PER_ROW:
             return cute.make_tensor(pointer, cute.make_layout((batches, tokens), stride=(Int64(tokens), 1)))
-        width = spec.width or self.d
+        width = spec.width or self.width(name)
         by_batch, by_token = strides or (Int64(tokens) * width, width)
         layouts = {
             "token": ((batches, tokens, width), (by_batch, by_token, 1)),
@@ -110,12 +122,23 @@ class RowKernel(Kernel):
 
     def readers(self, operands: dict[str, Any], place: RowPlace, ahead: bool) -> dict[str, Reader]:
         """Readers of the rows of a token."""
-        return {name: Reader.of(operands[name], self.specs[name], place, ahead) for name in self.row_names}
+        return {
+            name: Reader.of(operands[name], self.specs[name], self.place_in(name, place), ahead)
+            for name in self.row_names
+        }
 
     def refill(self, ahead: dict[str, Reader], operands: dict[str, Any], place: RowPlace) -> None:
         """Loads the rows of another token into the registers of readers, unless the token is negative."""
         for name, reader in ahead.items():
-            reader.refill(Reader.of(operands[name], self.specs[name], place), place.token >= 0)
+            reader.refill(Reader.of(operands[name], self.specs[name], self.place_in(name, place)), place.token >= 0)
+
+    def taken(self, ahead: dict[str, Reader], place: RowPlace) -> dict[str, Reader]:
+        """Readers of the rows that were loaded ahead, whose registers may be filled again."""
+        return {name: reader.taken(self.place_in(name, place)) for name, reader in ahead.items()}
+
+    def staged(self, rings: dict[str, _Ring], place: RowPlace, stage: Int32) -> dict[str, Reader]:
+        """Readers of the rows in a stage."""
+        return {name: ring.reader(self.place_in(name, place), stage) for name, ring in rings.items()}
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -132,7 +155,7 @@ class RowKernel(Kernel):
         """A CTA works on one row."""
         row, tokens = cute.arch.block_idx()[0], self.tokens(operands)
         batch = row // tokens
-        place = RowPlace(self.tiling, self.d, batch, row - batch * tokens, cute.arch.thread_idx()[0])
+        place = self.place(batch, row - batch * tokens, cute.arch.thread_idx()[0])
         # Every load that can be issued early is issued here, before the first sum waits.
         rows = self.readers(operands, place, self.tiling.resident)
         shared = self.shared(operands, place)
@@ -143,7 +166,7 @@ class RowKernel(Kernel):
         """A CTA walks over rows of one batch item. It loads the next row into registers while it works on a row."""
         thread, tokens = cute.arch.thread_idx()[0], self.tokens(operands)
         batch, token, _ = cute.arch.block_idx()
-        place = RowPlace(self.tiling, self.d, batch, token, thread)
+        place = self.place(batch, token, thread)
         following = self.readers(operands, place, True)
         shared = self.shared(operands, place)
         tickets = _Tickets(tickets, batch, walkers, given, drawn)
@@ -159,7 +182,7 @@ class RowKernel(Kernel):
         parity, ahead = Int32(0), cutlass.select_(token + walkers < tokens, token + walkers, Int32(-1))
         while token >= 0:
             here = replace(place, token=token)
-            rows = _taken(following, here)
+            rows = self.taken(following, here)
             self.refill(following, operands, replace(place, token=ahead))
             if thread == 0:  # the row after the next: drawing a ticket takes as long as a row
                 token_at[parity] = row_of_ticket(ticket)
@@ -175,12 +198,12 @@ class RowKernel(Kernel):
         """A CTA walks over rows of one batch item. Bulk copies load the next rows into shared memory."""
         stages, thread, tokens = self.tiling.schedule.stages, cute.arch.thread_idx()[0], self.tokens(operands)
         batch, walker, _ = cute.arch.block_idx()
-        place = RowPlace(self.tiling, self.d, batch, walker, thread)
+        place = self.place(batch, walker, thread)
         allocator = SmemAllocator()
         arrived = allocator.allocate_array(Int64, stages)
         rings = {name: _Ring(allocator, operands[name], self.specs[name], self.tiling) for name in self.row_names}
         token_at = allocator.allocate_tensor(Int32, cute.make_layout(stages))  # the row in each stage; -1: none
-        fetch, rows_at = partial(_fetch, tuple(rings.values()), arrived, token_at, batch), partial(_staged, rings)
+        fetch, rows_at = partial(_fetch, tuple(rings.values()), arrived, token_at, batch), partial(self.staged, rings)
         tickets = _Tickets(tickets, batch, walkers, given, drawn)
         draw, row_of_ticket = tickets.draw, tickets.row_of
         ticket = Int32(0)
@@ -221,19 +244,16 @@ class RowKernel(Kernel):
 
         A kernel that computes scales keeps the largest numbers of the warps behind the sums of the norms.
         """
-        reductions = max(1, self.norms + isinstance(self.chain.quant, QuantSteps))
-        return SmemAllocator().allocate_tensor(Float32, cute.make_layout((self.tiling.warps, 2, reductions, buffers)))
+        layout = cute.make_layout((self.tiling.warps, 2, max(1, self.reductions), buffers))
+        return SmemAllocator().allocate_tensor(Float32, layout)
+
+    @property
+    def reductions(self) -> int:
+        """How many norms, and quantisers that compute scales, there are."""
+        return self.norms + isinstance(self.chain.quant, QuantSteps)
 
 
 # --- the rows of a walk ---------------------------------------------------------------------------------------------
-
-
-def _taken(ahead: dict[str, Reader], place: RowPlace) -> dict[str, Reader]:
-    return {name: reader.taken(place) for name, reader in ahead.items()}
-
-
-def _staged(rings: dict[str, _Ring], place: RowPlace, stage: Int32) -> dict[str, Reader]:
-    return {name: ring.reader(place, stage) for name, ring in rings.items()}
 
 
 class _Ring:

@@ -64,6 +64,10 @@ PLAIN_THREADS = 640
 # The same for rows of two parts: the most threads per CTA, and registers per thread for both parts.
 JOINED_THREADS, JOINED_REGISTERS = 768, 24
 
+# A kernel that rotates a row: registers per thread beside x, the weight and the tables, if the next rows wait in shared
+# memory and if the next row waits in registers.
+ROTATING_REGISTERS = (24, 40)
+
 # Bytes of the widest operand of a row that stays in registers. Two parts may need one vector more than one row.
 WIDEST_ROW, WIDEST_PLAIN_ROW = (4 * ROW_REGISTERS * threads for threads in (MAX_THREADS, PLAIN_THREADS))
 WIDEST_JOINED_ROW = 4 * ROW_REGISTERS * JOINED_THREADS
@@ -185,6 +189,48 @@ def plain_row_tiling(d: int, row_widths: Sequence[int], more: int = 0) -> RowTil
             fewest = min(-(-total // MAX_THREADS), most)
         threads, vectors = _split(total, most, fewest)
     return RowTiling(threads, vector, vectors, threads * vectors != total, resident=True, ahead=True, schedule=None)
+
+
+def rotated_row_tiling(
+    d: int,
+    part: int,
+    together: int,
+    width: int,
+    weight_width: int,
+    numbers: int,
+    row_bytes: int,
+    arch: str,
+    aligned: bool = True,
+) -> RowTiling:
+    """The tiling for rows of `d` elements, of at most WIDEST_ROW bytes, that are normed and then rotated.
+
+    part: elements that vectors may not pass the end of: a head, or a half of it. together: 2 if a thread has the same
+    vector of both halves of a head, which are its vectors 2k and 2k + 1; otherwise 1. width and weight_width: bytes per
+    element of x and of the weight, 0 without a weight. numbers: bytes of the tables per element of x. row_bytes: of a
+    token, as they are loaded. aligned: each row starts and ends at multiples of 16 bytes, as bulk copies require.
+    """
+    vector = _vector_elements(part, width)
+    registers, held = together * _registers(vector, width), together * _registers(vector, weight_width)
+    tables = together * _registers(vector, numbers)
+    total, on = d // (vector * together), machine(arch)
+    fewest = -(-total // (MAX_THREADS_OF_ONE_VECTOR if together == 1 else MAX_THREADS))
+    most = max(fewest, min(WALKING_VECTORS // together, ROW_REGISTERS // registers))
+    tiled = _fullest(total, range(fewest, most + 1))
+    assert tiled is not None
+    threads, units = tiled
+    tail = threads * units != total
+    used = units * (registers + held) + tables + 8 * tail
+
+    def most_ctas(registers: int) -> int:
+        return max(1, min(REGISTERS // (threads * registers), WALKING_THREADS[1, 1] // threads))
+
+    schedule = None
+    if aligned and on.shared_bytes > 0:
+        schedule = _staged(most_ctas(used + ROTATING_REGISTERS[0]), row_bytes, on.shared_bytes)
+    if schedule is None and units * (registers + held + tables) <= LOADED_REGISTERS:
+        following = units * registers + tables  # the next row
+        schedule = Schedule(min(most_ctas(used + following + ROTATING_REGISTERS[1]), MAX_CTAS), 0)
+    return RowTiling(threads, vector, units * together, tail, True, schedule is not None, schedule)
 
 
 def _unstaged(threads: int, loaded: int) -> Schedule:
