@@ -88,10 +88,29 @@ def pairwise_neighbours_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([first, second], dim=-1).flatten(-2)
 
 
+def written_neighbours_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """diffusers' Wan: results are written into every second element, which casts them."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(x)
+    out[..., 0::2] = first * cos - second * sin
+    out[..., 1::2] = first * sin + second * cos
+    return out.type_as(x)
+
+
+def completed_half_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """diffusers' LTX-2: each half of the products is completed in place."""
+    pairs = x.unflatten(-1, (2, -1)).float()
+    first, second = pairs[..., :1, :], pairs[..., 1:, :]
+    out = pairs * cos.unsqueeze(-2)
+    out[..., :1, :].addcmul_(-sin.unsqueeze(-2), second)
+    out[..., 1:, :].addcmul_(sin.unsqueeze(-2), first)
+    return out.flatten(-2).to(x.dtype)
+
+
 COMPLEX: tuple[Rope, ...] = (complex_rope, reshaped_complex_rope)
 HALVES: tuple[Rope, ...] = (half_rope, chunked_half_rope, unbound_half_rope)
 NEIGHBOURS: tuple[Rope, ...] = (neighbours_rope, wide_neighbours_rope, strided_neighbours_rope)
-PAIRWISE: tuple[Rope, ...] = (pairwise_half_rope, pairwise_neighbours_rope)
+PAIRWISE: tuple[Rope, ...] = (pairwise_half_rope, pairwise_neighbours_rope, written_neighbours_rope)
 ROPES = (*COMPLEX, *HALVES, *NEIGHBOURS, *PAIRWISE)
 
 
@@ -347,11 +366,6 @@ def the_table_is_computed_from_the_norm(q: Tensor, k: Tensor, cos: Tensor, sin: 
     return _attend(_rotate(n, _turned(n), cos, sin), k)
 
 
-def the_norm_runs_over_all_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    n = diffusers_norm(q.flatten(2), None).unflatten(2, (4, -1))
-    return _attend(_rotate(n, _turned(n), cos, sin), k)
-
-
 def the_mean_runs_over_two_dimensions(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = q.float()
     n = (wide * torch.rsqrt(wide.pow(2).mean((-2, -1), keepdim=True) + EPS)).to(q.dtype)
@@ -445,7 +459,6 @@ NEVER_TURNED = (
     the_norm_is_read_elsewhere,
     the_turned_pairs_are_read_elsewhere,
     the_table_is_computed_from_the_norm,
-    the_norm_runs_over_all_heads,
     the_mean_runs_over_two_dimensions,
     a_layer_norm_is_turned,
     nothing_is_normed,

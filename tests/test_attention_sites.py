@@ -240,7 +240,6 @@ REASONS = {
     "the_turned_pairs_are_read_elsewhere": ["ESCAPES"],
     "the_table_is_computed_from_the_norm": ["ESCAPES"],
     "the_mean_runs_over_two_dimensions": ["DIMENSION", "UNNORMED"],
-    "the_norm_runs_over_all_heads": ["UNNORMED"],
     "a_layer_norm_is_turned": ["UNNORMED"],
     "nothing_is_normed": ["UNNORMED"],
     "the_result_is_computed_on": ["INLINE"],

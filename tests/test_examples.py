@@ -57,11 +57,11 @@ def run_without_code(folder: Path, *names: str) -> tuple[dict[str, Any], str]:
 
 
 def test_small_models_are_explained_and_compared_with_eager(tmp_path: Path) -> None:
-    """Of the models of zoo_models.py, Wan has no site."""
     names = ["flux", "qwen_image", "wan", "regional_compile"]
     has_torchao = importlib.util.find_spec("torchao") is not None
     results, text = run_without_code(tmp_path, *names, *(["quantized_zimage"] if has_torchao else []))
-    expected = {"flux": {"qk_norm_cat_rope": 1, "qk_norm_rope": 1}, "qwen_image": {"qk_norm_rope": 2}, "wan": {}}
+    expected = {"flux": {"qk_norm_cat_rope": 1, "qk_norm_rope": 1}, "qwen_image": {"qk_norm_rope": 2}}
+    expected["wan"] = {"norm_all_heads_rope": 2}
     expected["regional_compile"] = {"qk_norm_rope": 2}  # in one of three equal blocks
     if has_torchao:
         expected["quantized_zimage"] = zimage.expected_counts(layers=1, refiners=1)

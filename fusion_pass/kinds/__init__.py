@@ -13,6 +13,7 @@ from fusion_pass.kinds.modulated_norm import (
     NormTanhMulAddNormScaleQuant,
 )
 from fusion_pass.kinds.norm import NORM
+from fusion_pass.kinds.norm_all_heads_rope import NormAllHeadsRope
 from fusion_pass.kinds.norm_rope import NormRope
 from fusion_pass.kinds.qk_norm_cat_rope import QKNormCatRope
 from fusion_pass.kinds.qk_norm_rope import QKNormRope
@@ -26,6 +27,7 @@ REGISTRY = Registry(
     Entry(
         NORM,
         [
+            NormAllHeadsRope(),
             QKNormCatRope(),
             QKNormRope(),
             NormRope(),

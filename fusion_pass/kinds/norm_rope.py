@@ -28,6 +28,7 @@ from fusion_pass.kinds import rotation
 from fusion_pass.kinds.kind import Kind, Survey
 from fusion_pass.kinds.norm import Norm, eps_operand
 from fusion_pass.kinds.rotation import Rotation
+from fusion_pass.kinds.table import dense
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import (
     MODEL_FORMS,
@@ -69,7 +70,8 @@ class Rotated:
         assert x is not None and by is not None
         by = by.to_complex() if self.rotation.is_complex else by
         weight = operand_dtype(self.norm.weight)
-        return self.steps == rotated_steps(form, x, weight, by, norm_dtype, self.steps.rotated, self.steps.out)
+        rotated, out, root = self.steps.rotated, self.steps.out, self.norm.steps.root
+        return self.steps == rotated_steps(form, x, weight, by, norm_dtype, rotated, out, root)
 
     @property
     def swapped_results(self) -> bool:
@@ -118,7 +120,7 @@ class Rotated:
         by, sin = self.rotation.by, self.rotation.sin
         if self.rotation.is_complex and sin is not None:
             return {"rotation": self._swapped(_complex_table(by, sin)), "sin": None}
-        return {"rotation": self._swapped(Operand(by)), "sin": None if sin is None else self._swapped(Operand(sin))}
+        return {"rotation": self._swapped(dense(by)), "sin": None if sin is None else self._swapped(dense(sin))}
 
     def _swapped(self, table: Operand) -> Operand:
         val = table.value()
@@ -141,7 +143,7 @@ class NormRope(Kind[Norm]):
 
     def note(self, value: Norm, survey: Survey) -> None:
         """Notes which norms are rotated, so that q and k can find each other, and a rotation can find its norm."""
-        found = _rotation_of(value)
+        found = rotation_of(value)
         if found is not None:
             survey.notes(self.name)[found[1].x] = value.anchor
 
@@ -189,7 +191,7 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
             "rope_dtype": first.steps.rotated,
             "out_dtype": first.steps.out,
         },
-        form=_form(kind, refused_at, list(heads.values())),
+        form=form_of(kind, refused_at, list(heads.values())),
         outputs=tuple(Output(rotated.rotation.outs, SWAP if rotated.swapped_results else None) for rotated in returned),
         interior=tuple(node for rotated in heads.values() for node in rotated.interior),
         anchor=first.norm.anchor,
@@ -200,7 +202,7 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
     )
 
 
-def _form(kind: str, refused_at: Node, heads: list[Rotated]) -> Form:
+def form_of(kind: str, refused_at: Node, heads: list[Rotated]) -> Form:
     """The first form whose steps are those of all heads. Raises Refused if there is none."""
     normed = (dtype for rotated in heads for dtype in (rotated.norm.steps.normed, rotated.norm.steps.out))
     candidates = (None, *dict.fromkeys(normed))
@@ -211,17 +213,17 @@ def _form(kind: str, refused_at: Node, heads: list[Rotated]) -> Form:
     raise Refused(Reason.ROUNDING, refused_at, kind=kind)
 
 
-def _rotation_of(norm: Norm) -> tuple[Norm, Rotation] | None:
+def rotation_of(norm: Norm) -> tuple[Norm, Rotation] | None:
     """A rotation that reads a norm, and that norm. A computed [D] that multiplies the norm before the rotation is its
     weight. A norm over all heads is followed through the view that makes the heads."""
     for read in filter(None, (norm, norm.with_computed_weight)):
-        found = next(filter(None, map(rotation.of, (read.out, *_heads_of(read.out)))), None)
+        found = next(filter(None, map(rotation.of, (read.out, *heads_of(read.out)))), None)
         if found is not None:
             return read, found
     return None
 
 
-def _heads_of(out: Node) -> Iterator[Node]:
+def heads_of(out: Node) -> Iterator[Node]:
     """The views of a norm over all heads that split the last dimension into heads."""
     for user in past_views(out)[-1].users:
         rows, heads = value(user.args[0]) if is_call(user, *TO_SHAPE) else None, value(user)
@@ -233,7 +235,7 @@ def _heads_of(out: Node) -> Iterator[Node]:
 
 def grow(norm: Norm) -> Rotated | None:
     """A norm and the rotation that reads it, or None if there is no rotation. Raises Refused."""
-    pair = _rotation_of(norm)
+    pair = rotation_of(norm)
     return None if pair is None else of_part(*pair, pair[1].x)
 
 
@@ -245,6 +247,8 @@ def of_part(norm: Norm, found: Rotation, part: Node, cat: Node | None = None) ->
         raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written as rsqrt", KIND)
     if rotation.between(norm.out, part) is None:
         raise Refused(Reason.UNNORMED, norm.anchor, "the norm is one over all heads", KIND)
+    if found.addcmul:
+        raise Refused(Reason.ROTATION, found.out, kind=KIND)
     x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.HEADS, norm.x, kind=KIND)
@@ -262,7 +266,7 @@ def of_part(norm: Norm, found: Rotation, part: Node, cat: Node | None = None) ->
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines have different dtypes", KIND)
     if not found.is_complex and not any(is_read_from_memory(node) or is_joined(node) for node in found.outs):
         raise Refused(Reason.INLINE, found.out, kind=KIND)
-    return Rotated(norm, found, part, cat, swapped, heads, _steps(norm, found))
+    return Rotated(norm, found, part, cat, swapped, heads, steps_of(norm, found))
 
 
 class ComplexWith(View):
@@ -316,14 +320,14 @@ def _has_shape_of(x: Node, rotated: Node, swapped: bool) -> bool:
     return all(known_equal(before.shape[dim], size) for dim, size in zip(order, after.shape, strict=True))
 
 
-def _steps(norm: Norm, turn: Rotation) -> RotatedSteps:
+def steps_of(norm: Norm, turn: Rotation, kind: str = KIND) -> RotatedSteps:
     """The steps of a norm and its rotation. A complex product is cast once. A real sum is rounded to the dtype of its
     terms and then cast."""
     product, out = turn.product, dtype(turn.out)
     if product is None or out is None:
-        raise Refused(Reason.ROUNDING, turn.out, kind=KIND)
+        raise Refused(Reason.ROUNDING, turn.out, kind=kind)
     if out not in KERNEL_DTYPES:
-        raise Refused(Reason.DTYPE, turn.out, str(out), KIND)
+        raise Refused(Reason.DTYPE, turn.out, str(out), kind)
     return RotatedSteps(norm.steps, product, out if turn.is_complex else product, out)
 
 

@@ -4,6 +4,9 @@
     real:     out = cast?(x * cos + turned(x) * sin)         turned: every pair (a, b) becomes (-b, a)
               out = every pair (a, b) becomes (a * cos - b * sin, a * sin + b * cos), with one cos and sin for a pair
 
+In the last form, the two elements of all pairs are joined, or written into slices of a new tensor. Or a tensor of the
+products with cos is completed in place, by addcmul_, which does not round the products with sin.
+
 A pair is two neighbours, or two elements with the same index in the two halves of the last dimension. Complex numbers
 are neighbours. All of this is read from the dataflow, in any order of operands. Halves and neighbours are taken by
 slices, split, unbind or select, with casts up before or after them.
@@ -12,7 +15,7 @@ slices, split, unbind or select, with casts up before or after them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +47,11 @@ from fusion_pass.dataflow import (
 from fusion_pass.kinds.kind import Survey, Value
 from fusion_pass.refusal import Reason
 
-ANCHORS = (aten.view_as_complex.default, aten.cat.default)
+SCATTER = aten.slice_scatter.default
+ANCHORS = (aten.view_as_complex.default, aten.cat.default, SCATTER)
 ROTATED_NORMS = "norm_rope"  # the name of the notes that map a rotated tensor to the anchor of its norm
 
+_EMPTY = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 
@@ -72,6 +77,7 @@ class Rotation:
     outs: tuple[Node, ...]
     swapped_after: bool
     interior: tuple[Node, ...]  # every node after x and before `outs`
+    addcmul: bool = False  # is the sum of the two products torch.addcmul?
 
     @property
     def out(self) -> Node:
@@ -98,8 +104,23 @@ class RotationValue(Value[Rotation]):
             a, b = x.chunk(2, -1); x * cos + torch.cat((-b, a), -1) * sin
 
             a, b = split(x, Dh / 2, -1); t = cat([neg(b), a], -1); add(mul(x, cos), mul(t, sin))
+
+            out = torch.empty_like(x); out[..., 0::2] = a * cos - b * sin; out[..., 1::2] = a * sin + b * cos
+
+            s = slice_scatter(empty, copy(slice(empty), sub(mul(a, cos), mul(b, sin))), 3, 0, end, 2);
+            slice_scatter(s, copy(slice(s), add(mul(a, sin), mul(b, cos))), 3, 1, end, 2)
+
+            pairs = x.unflatten(-1, (2, -1)).float(); out = pairs * cos[..., None, :]
+            out[..., :1, :].addcmul_(-sin[..., None, :], pairs[..., 1:, :])
+            out[..., 1:, :].addcmul_(sin[..., None, :], pairs[..., :1, :])
+
+            out = mul(pairs, unsqueeze(cos, -2)); b = slice(pairs, 3, 1, end); a = slice(pairs, 3, 0, 1)
+            s = slice_scatter(out, addcmul(slice(out, 3, 0, 1), neg(unsqueeze(sin, -2)), b), 3, 0, 1)
+            slice_scatter(s, addcmul(slice(s, 3, 1, end), unsqueeze(sin, -2), a), 3, 1, end)
         """
-        return _complex(anchor) if is_call(anchor, aten.view_as_complex.default) else _real(anchor)
+        if is_call(anchor, aten.view_as_complex.default):
+            return _complex(anchor)
+        return _pairwise(anchor) or _completed(anchor) if is_call(anchor, SCATTER) else _real(anchor)
 
     def measured(self, anchor: Node) -> Node:
         """The tensor that is rotated; the anchor itself if no rotation is found."""
@@ -139,8 +160,8 @@ def _anchors_after(x: Node) -> Iterator[Node]:
     """The anchors that read x, directly or through parts of x, casts, and the product and the sum of halves that are
     rotated separately."""
     complex_views = (aten.view_as_complex.default, aten.view_as_real.default)
-    parts = (*VIEWS, *PARTS, *complex_views, aten.neg.default, aten.clone.default)
-    arithmetic = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
+    parts = (*VIEWS, *PARTS, *complex_views, aten.neg.default, aten.clone.default, aten.copy.default)
+    arithmetic = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default)
     seen: set[Node] = set()
     pending = [(user, 2) for user in x.users]
     while pending:
@@ -233,10 +254,11 @@ def _sum(anchor: Node, turn: _Turn, product: Node, total: Node) -> Rotation | No
     return Rotation(anchor, turn.x, cos, sin, turn.interleaved, False, False, product_dtype, out, swapped_after, inside)
 
 
-def _pairwise(cat: Node) -> Rotation | None:
-    """The rotation that computes the two elements of each pair separately, from halves, and joins them by `cat`."""
+def _pairwise(anchor: Node) -> Rotation | None:
+    """The rotation that computes the two elements of each pair separately, from halves, and joins them by a `cat` or
+    writes them into slices."""
     nodes: list[Node] = []
-    joined = _joined(cat, nodes)
+    joined = _written(anchor, nodes) if is_call(anchor, SCATTER) else _joined(anchor, nodes)
     if joined is None:
         return None
     left, right, interleaved, flat = joined
@@ -259,15 +281,88 @@ def _pairwise(cat: Node) -> Rotation | None:
     cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (difference, total, *difference.args, *total.args)}
     rounded = is_narrowing(left) or is_narrowing(right)
-    if rounded and dtype(left) != dtype(right):
-        dtypes |= {dtype(left), dtype(right)}  # the two are rounded to different dtypes: no form does this
-    # If the parts are cast before they are joined, the joined tensor is not rounded again.
-    out, swapped_after, inside = _results(flat, [*nodes, difference, total], casts=not rounded)
+    if rounded:
+        dtypes |= {dtype(left), dtype(right), dtype(flat)} - {dtype(left)}  # rounded to several dtypes: no form does it
+    # If the parts are cast before they are joined, or by a copy into slices, the result is not rounded again.
+    casts = not rounded and dtype(flat) == dtype(total)
+    out, swapped_after, inside = _results(flat, [*nodes, difference, total], casts)
     product_dtype = dtypes.pop() if len(dtypes) == 1 else None
     is_complex = any(is_call(node, aten.view_as_complex.default) for node in nodes)
     if is_complex and not all(product.args[1] in tables for product in products):
         product_dtype = None  # PyTorch contracts the other one of two products, see _complex
-    return Rotation(cat, x, cos, sin, interleaved, True, is_complex, product_dtype, out, swapped_after, inside)
+    return Rotation(anchor, x, cos, sin, interleaved, True, is_complex, product_dtype, out, swapped_after, inside)
+
+
+def _completed(second: Node) -> Rotation | None:
+    """The rotation of halves whose products with the cosines are completed by addcmul_, the later half by `second`."""
+    first = second.args[0]
+    product: Any = first.args[0] if is_call(first, SCATTER) else None
+    flats = tuple(second.users)  # without a cast, each reader may have a view of its own
+    if not is_call(product, aten.mul.Tensor) or not flats or not all(is_call(flat, *TO_SHAPE) for flat in flats):
+        return None
+    for pairs, cos in (product.args[:2], product.args[1::-1]):
+        nodes: list[Node] = [product, first, second]
+        found = [_completing(scatter, product, pairs, nodes) for scatter in (first, second)]
+        split, cos = _narrowest(pairs, nodes), _below_pairs(cos)
+        sines = {half[0]: half[1] for half in found if half is not None}
+        if cos is None or sines.keys() != {0, 1} or not is_call(split, *TO_SHAPE):
+            continue
+        nodes.append(split)
+        x, minus_sin, sin = _narrowest(split.args[0], nodes), sines[0], sines[1]
+        minus_sin = minus_sin.args[0] if is_call(minus_sin, aten.neg.default) else None
+        minus_sin, sin = (_below_pairs(table) for table in (minus_sin, sin))
+        if sin is None or not computed_alike(minus_sin, sin) or not all(have_same_shape(flat, x) for flat in flats):
+            continue
+        if not _are_pairs(split, x, -2) or not all(have_same_shape(part, second) for part in (first, product)):
+            continue
+        of_dtype = dtype(product) if {dtype(node) for node in nodes[1:3]} == {dtype(product)} else None
+        out, swapped_after, inside = _results(flats[0], nodes)
+        if len(flats) > 1:
+            out, swapped_after, inside = flats, False, tuple(dict.fromkeys(nodes))
+        cos, sin = before_widening(cos), before_widening(sin)
+        return Rotation(second, x, cos, sin, False, True, False, of_dtype, out, swapped_after, inside, addcmul=True)
+    return None
+
+
+def _completing(scatter: Node, product: Node, pairs: Any, nodes: list[Node]) -> tuple[int, Node] | None:
+    """(0 or 1, the table) if a scatter writes product + table * other half of the pairs into a half of a product."""
+    into, added, *slicing = scatter.args
+    index = _of_two(into, slicing)
+    if index is None or not is_call(added, aten.addcmul.default) or len(added.args) != 3 or added.kwargs:
+        return None
+    if dtype(added) != dtype(into):
+        return None
+    half, *factors = added.args
+    # The half that the other scatter writes is not this one.
+    if not _is_half(half, (into, product), index):
+        return None
+    for table, other in (factors, factors[::-1]):
+        if _is_half(other, (pairs,), 1 - index) and isinstance(table, Node) and have_same_shape(added, half):
+            nodes += [added, half, other]
+            return index, table
+    return None
+
+
+def _is_half(node: Any, of: tuple[Any, ...], index: int) -> bool:
+    """Is a node the first or second of the two rows of pairs of one of these tensors?"""
+    return is_call(node, aten.slice.Tensor) and node.args[0] in of and _of_two(node.args[0], node.args[1:]) == index
+
+
+def _of_two(of: Node, slicing: Sequence[Any]) -> int | None:
+    """0 or 1 if a slice takes this one of two rows of pairs, [..., 2, Dh / 2]."""
+    given: tuple[Any, ...] = (*slicing, *(0, None, None, 1)[len(slicing) :])
+    dim, start, end, step = given
+    val = value(of)
+    if val is None or val.ndim < 3 or dim not in (-2, val.ndim - 2) or not known_equal(val.shape[-2], 2):
+        return None
+    taken = [*range(2)[start:end:step]] if all(n is None or isinstance(n, int) for n in (start, end, step)) else []
+    return taken[0] if len(taken) == 1 else None
+
+
+def _below_pairs(table: Any) -> Node | None:
+    """The table before an unsqueeze that gives both rows of pairs the same numbers."""
+    val = value(table) if is_call(table, aten.unsqueeze.default) else None
+    return table.args[0] if val is not None and table.args[1] in (-2, val.ndim - 2) else None
 
 
 def _results(total: Node, nodes: list[Node], casts: bool = True) -> tuple[tuple[Node, ...], bool, tuple[Node, ...]]:
@@ -335,6 +430,35 @@ def _joined(cat: Node, nodes: list[Node]) -> tuple[Node, Node, bool, Node] | Non
     return left, right, interleaved, whole
 
 
+def _written(second: Node, nodes: list[Node]) -> tuple[Node, Node, bool, Node] | None:
+    """The same for halves that are written into slices of one tensor, the later one by `second`."""
+    first = second.args[0]
+    if not is_call(first, SCATTER):
+        return None
+    tried: list[Node] = [first, second]
+    halves = {scatter: _half_written(scatter, tried) for scatter in tried[:2]}
+    found = {half[1:]: half[0] for half in halves.values() if half is not None}
+    for interleaved in (False, True):
+        if found.keys() == {(interleaved, 0), (interleaved, 1)}:
+            base = first.args[0]
+            nodes += tried if not is_call(base, *_EMPTY) else (*tried, base)
+            return found[interleaved, 0], found[interleaved, 1], interleaved, second
+    return None
+
+
+def _half_written(scatter: Node, nodes: list[Node]) -> tuple[Node, bool, int] | None:
+    """(what is written, interleaved?, 0 or 1) if a scatter writes the first or second half of a last dimension, or the
+    first or second of all neighbours."""
+    into, written, *slicing = scatter.args
+    half = _taken(value(into), *slicing)
+    if is_call(written, aten.copy.default):  # a copy casts
+        nodes += [node for node in (written, written.args[0]) if is_call(node, aten.copy.default, aten.slice.Tensor)]
+        if not have_same_shape(written, written.args[1]):
+            return None
+        written = written.args[1]
+    return None if half is None or not isinstance(written, Node) else (written, *half)
+
+
 def _below_unsqueeze(node: Any, nodes: list[Node]) -> Any:
     """The node before an unsqueeze(-1); the node itself if it is not an unsqueeze(-1)."""
     val = value(node) if is_call(node, aten.unsqueeze.default) else None
@@ -368,8 +492,14 @@ def _half(node: Any, nodes: list[Node]) -> tuple[Node, bool, int] | None:
 
 
 def _slice(node: Node) -> tuple[Node, bool, int] | None:
-    of, dim, start, end, step = node.args + (None, 0, None, None, 1)[len(node.args) :]
-    val = value(of)
+    half = _taken(value(node.args[0]), *node.args[1:])
+    return None if half is None else (node.args[0], *half)
+
+
+def _taken(
+    val: torch.Tensor | None, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> tuple[bool, int] | None:
+    """(interleaved?, 0 or 1) if a slice takes a half of the last dimension, or every second element of it."""
     if val is None or dim not in (-1, val.ndim - 1) or not isinstance(val.shape[-1], int) or val.shape[-1] % 2:
         return None
     width = val.shape[-1]
@@ -380,7 +510,7 @@ def _slice(node: Node) -> tuple[Node, bool, int] | None:
     neighbours = (range(0, width, 2), range(1, width, 2))
     for interleaved, both in ((False, halves), (True, neighbours)):
         if taken in both:
-            return of, interleaved, both.index(taken)
+            return interleaved, both.index(taken)
     return None
 
 

@@ -17,9 +17,8 @@ from torch.fx import Node
 from dit_kernels.arguments import known_equal
 from fusion_pass.dataflow import PARTS, VIEWS, aten, is_call, is_cast, is_plain_add, value
 from fusion_pass.kinds.kind import Value
+from fusion_pass.kinds.rotation import ROTATION, SCATTER
 from fusion_pass.refusal import Reason
-
-_SCATTER = aten.slice_scatter.default
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class UnreadRotationValue(Value[UnreadRotation]):
     """A rotation that is written into slices of a tensor, or that multiplies by 2×2 matrices."""
 
     name = "rope"
-    anchors = (_SCATTER, aten.sum.dim_IntList, aten.add.Tensor, aten.addcmul.default)
+    anchors = (SCATTER, aten.sum.dim_IntList, aten.add.Tensor, aten.addcmul.default)
     is_modulated = False
     unfused = Reason.ROTATION
 
@@ -60,8 +59,8 @@ class UnreadRotationValue(Value[UnreadRotation]):
         return self._rotated(anchor) or anchor
 
     def _rotated(self, anchor: Node) -> Node | None:
-        if is_call(anchor, _SCATTER):
-            return _of_slices(anchor)
+        if is_call(anchor, SCATTER):
+            return None if ROTATION.find(anchor) else _of_slices(anchor)
         return _of_sum(anchor) if is_call(anchor, aten.sum.dim_IntList) else _of_columns(anchor)
 
 
@@ -71,7 +70,7 @@ UNREAD_ROTATION = UnreadRotationValue()
 def _of_slices(second: Node) -> Node | None:
     """x if `second` and the scatter before it write the two halves of a rotation into slices of one tensor."""
     first = second.args[0]
-    if not is_call(first, _SCATTER) or first.args[2] != second.args[2]:
+    if not is_call(first, SCATTER) or first.args[2] != second.args[2]:
         return None
     read = [_factors(scatter.args[1]) for scatter in (first, second)]
     if read[0] != read[1] or len(read[0]) != 3:  # x, cosines and sines
@@ -96,7 +95,7 @@ def _factors(half: Any) -> set[Node]:
 
 def _written_first(node: Any) -> Any:
     """The tensor before slices of it were written."""
-    while is_call(node, _SCATTER):
+    while is_call(node, SCATTER):
         node = _whole(node.args[0])
     return node
 
