@@ -16,6 +16,7 @@ from fusion_pass.dataflow import (
     is_read_from_memory,
     is_swap,
     past_views,
+    same_shape,
     sole_user,
     stored_casts,
     value,
@@ -74,15 +75,16 @@ def _heads(norm: Norm, turn: Rotation) -> _Heads | None:
     rows, turned = value(norm.x), value(turn.x)
     if rows is None or turned is None or rows.ndim != 3:
         return None
-    if turn.x is norm.out and turned.ndim == 3:
+    if turn.x is norm.out and same_shape(rows, turned):
         return _Heads(1, False, ())
     for view in heads_of(norm.out):
         inside = rotation.between(view, turn.x)
         if inside is not None and turned.ndim == 4:
             swapped = sum(map(is_swap, inside)) % 2 == 1
-            count = turned.shape[1 if swapped else 2]
+            tokens, count = turned.shape[1:3][:: -1 if swapped else 1]
             before = past_views(norm.out)[1:]
-            return _Heads(count, swapped, (*before, view, *inside)) if isinstance(count, int) else None
+            same_rows = known_equal(turned.shape[0], rows.shape[0]) and known_equal(tokens, rows.shape[1])
+            return _Heads(count, swapped, (*before, view, *inside)) if same_rows and isinstance(count, int) else None
     return None
 
 

@@ -68,7 +68,7 @@ def test_ctas_that_walk_many_rows_cover_every_row() -> None:
         check(row(2, 23, 2, 64, tables=2))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     width=st.sampled_from((16, 48, 64, 128)),
     heads=st.integers(1, 5),
