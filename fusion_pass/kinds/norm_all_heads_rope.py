@@ -93,7 +93,7 @@ def _site(norm: Norm, turn: Rotation, heads: _Heads) -> Site:
     if turn.is_complex:
         raise Refused(Reason.HEADS, turn.x, kind=KIND)
     turn = _tokens_first(norm, turn, heads)
-    rotated = Rotated(norm, turn, heads.swapped, None, steps_of(norm, turn, KIND))
+    rotated = Rotated(norm, turn, turn.x, None, heads.swapped, None, steps_of(norm, turn, KIND))
     operands: dict[str, Any] = {"x": norm.x, "weight": norm.weight, "eps": eps_operand(norm.eps)}
     sin = turn.sin
     assert sin is not None

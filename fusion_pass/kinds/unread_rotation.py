@@ -1,6 +1,6 @@
 """A rotation in a spelling that no kind fuses yet, as a value: the report lists it.
 
-slices:    out[..., 0::2] = a * cos - b * sin; out[..., 1::2] = a * sin + b * cos      in place, also by addcmul_
+slices:    out[..., 0::2] = a * cos + b * sin; out[..., 1::2] = b * cos - a * sin      as rotation.py does not read it
 matrices:  out = (matrix * x[..., None, :]).sum(-1)                 the matrix is [[cos, -sin], [sin, cos]]
            out = matrix[..., 0] * x[..., 0] + matrix[..., 1] * x[..., 1]               also by addcmul
 """
