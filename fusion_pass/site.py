@@ -21,6 +21,7 @@ from dit_kernels.arguments import (
     ROW,
     TABLE,
     Argument,
+    known_equal,
 )
 from dit_kernels.families import OPS
 from dit_kernels.families.family import Op
@@ -203,8 +204,10 @@ class Site:
         return self.x if self.like is None else self.like
 
     def row_shape(self, val: torch.Tensor) -> tuple[Any, ...]:
-        """The shape of an operand or a result for the op: the sizes of `like`, and the width of its own rows."""
-        return (*self.shaped().meta["val"].shape[:-1], val.shape[-1])
+        """The shape of an operand or a result for the op: that of `like`, or with wider rows if they are wider."""
+        like = self.shaped().meta["val"]
+        same = known_equal(val.numel(), like.numel())
+        return tuple(like.shape) if same else (*like.shape[:-1], val.shape[-1])
 
     def results(self) -> tuple[Node, ...]:
         return tuple(node for output in self.outputs for node in output.nodes)
