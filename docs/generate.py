@@ -40,6 +40,7 @@ WORDS = {
     "norm_tanh_mul_add_norm_scale_quant": "norms to FP8",
     "silu_mul_quant": "SwiGLU to FP8",
     "gelu_quant": "GELU to FP8",
+    "quant": "rows to FP8",
 }
 # What bench_kernels.py calls an op, and the name of the op.
 BENCHED = {"dual": "norm_tanh_mul_add_norm_scale", "gated": "norm_tanh_mul_add", "scaled": "norm_scale"}
@@ -351,6 +352,7 @@ MEANS = {
     ),
     "norm_scale_quant": "q, s = quantised(norm(x) · (1 + scale))",
     "silu_mul_quant": "q, s = quantised(silu(a) · b). With `before`: q, s = quantised([before, silu(a) · b])",
+    "quant": "q, s = quantised(x)",
     "gelu_quant": "q, s = quantised(gelu(a)). With `before`: q, s = quantised([before, gelu(a)])",
 }
 OVERLOADS = {  # what an overload of an op does in another way

@@ -197,7 +197,8 @@ class Site:
 
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the op."""
-        return {**self.options, "rounding": self.form.name, **self.form.dtypes}
+        rounding = {"rounding": self.form.name} if self.op.has_rounding else {}
+        return {**self.options, **rounding, **self.form.dtypes}
 
     def shaped(self) -> Node:
         """The node whose shape the op uses."""

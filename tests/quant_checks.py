@@ -18,14 +18,14 @@ from dit_kernels.families import OPS
 from dit_kernels.rounding import FP8
 
 NORM, DUAL = "norm_scale_quant", "norm_tanh_mul_add_norm_scale_quant"
-SILU, GELU = "silu_mul_quant", "gelu_quant"
+SILU, GELU, QUANT = "silu_mul_quant", "gelu_quant", "quant"
 LARGEST_BF16 = torch.finfo(BF16).max
 
 
 def arguments(
     op: str, d: int, dtype: torch.dtype = BF16, batch: int = 2, tokens: int = 3, device: str = "cpu"
 ) -> tuple[Any, ...]:
-    if op in (SILU, GELU):
+    if op in (SILU, GELU, QUANT):
         a, b = (random(batch, tokens, d, dtype=dtype, seed=seed, device=device) for seed in (1, 2))
         return (a * 3, b) if op == SILU else (a * 3,)
     return operands(batch, tokens, d, dtype, device=device).arguments(op.removesuffix("_quant"))
@@ -48,8 +48,8 @@ def check(on: Device, op: str, *given: Any, before: Tensor | None = None, **opti
     """
     call = OPS[op].call(*given, **options)
     results = on.run(op, *given, *([] if before is None else [before]), **options)
-    plain = OPS.get(op.partition("_quant")[0])
-    if plain is None:  # a GELU
+    plain = OPS.get(op.partition("_quant")[0]) if op != QUANT else None
+    if plain is None:  # a GELU, or the rows themselves
         with on.eager():
             others, z = [], reference.activation(given[0], None, call.chain.act, call.chain.steps)
     else:

@@ -176,6 +176,7 @@ QUANTISED = {
     "scaled-tail": quantised(scaled(dual(2544))),
     "silu": variant(OPS["silu_mul_quant"].family, SILU_CHAIN, 10240, a=SILU_ROW, b=SILU_ROW, **SILU_RESULTS),
     "silu-13824": variant(OPS["silu_mul_quant"].family, SILU_CHAIN, 13824, a=SILU_ROW, b=SILU_ROW, **SILU_RESULTS),
+    "quant": variant(OPS["quant"].family, replace(GELU_CHAIN, act="identity"), 3840, a=SILU_ROW, **SILU_RESULTS),
     "gelu": variant(OPS["gelu_quant"].family, GELU_CHAIN, 12288, a=SILU_ROW, **SILU_RESULTS),
     "gelu-joined": joined(3072, GELU_CHAIN, 12288, a=SILU_ROW),  # FLUX.1
     "silu-joined": joined(6144, SILU_CHAIN, 18432, a=SILU_ROW, b=SILU_ROW),  # FLUX.2

@@ -17,6 +17,7 @@ from fusion_pass.kinds.norm_all_heads_rope import NormAllHeadsRope
 from fusion_pass.kinds.norm_rope import NormRope
 from fusion_pass.kinds.qk_norm_cat_rope import QKNormCatRope
 from fusion_pass.kinds.qk_norm_rope import QKNormRope
+from fusion_pass.kinds.quant import STORED_ROWS, Quant
 from fusion_pass.kinds.residual_add import RESIDUAL_ADD
 from fusion_pass.kinds.rotation import ROTATION
 from fusion_pass.kinds.silu import SILU
@@ -40,6 +41,7 @@ REGISTRY = Registry(
     ),
     Entry(SILU, [SiluMulQuant(), SiluMul()]),
     Entry(GELU, [GeluQuant()]),
+    Entry(STORED_ROWS, [Quant()]),
     Entry(ROTATION),
     Entry(UNREAD_ROTATION),
     Entry(RESIDUAL_ADD),

@@ -12,6 +12,7 @@
     norm_scale_quant, norm_tanh_mul_add_norm_scale_quant, silu_mul_quant
                                   the same, with q and s in place of the last result: q, s = quantised(z)
     gelu_quant                    q, s = quantised(gelu(a))
+    quant                         q, s = quantised(x)
 
 The first three ops: x and residual are [..., S, D]. weight and bias are [D] or None. gate and scale are None or
 broadcast to x ([D], [1,1,D], [B,1,D], [B,S,D], one element, ...), with any strides. `norm` is "rms" or "layer".
@@ -34,7 +35,9 @@ silu_mul and gelu_quant: a and b are [..., S, D]. `approximate` is that of F.gel
 given `before`, [..., S, E] in the dtype of the result. They then quantise the joined row [before, result], and q is
 [..., S, E + D].
 
-An op with `_quant` returns each row of z in FP8: q, float8_e4m3fn, has the shape of z, and s, float32, is [..., S, 1].
+quant: x is [..., S, D].
+
+An op that quantises returns each row of z in FP8: q, float8_e4m3fn, has the shape of z, and s, float32, is [..., S, 1].
 `s_dtype` (z's dtype by default), `fmax`, `smallest_amax`, `smallest_scale`, `reciprocal` and `clamp` are the steps of
 dit_kernels.rounding.QuantSteps. These ops have no gradient; a call that needs one raises RuntimeError.
 

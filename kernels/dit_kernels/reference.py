@@ -7,6 +7,9 @@ autograd needs a gradient. The CUDA kernels are tested against it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -152,12 +155,16 @@ def _quarter_turn(n: Tensor, interleaved: bool) -> Tensor:
 
 def activation(a: Tensor, b: Tensor | None, act: str, steps: ActivationSteps) -> Tensor:
     """act(a) * b; act(a) if b is None. a and b: [..., D]; act: one of rounding.ACTIVATIONS."""
-    wide = a.to(torch.promote_types(a.dtype, steps.activated))
-    activated = (F.silu(wide) if act == "silu" else F.gelu(wide, approximate=_APPROXIMATE[act])).to(steps.activated)
+    activated = _ACTIVATIONS[act](a.to(torch.promote_types(a.dtype, steps.activated))).to(steps.activated)
     return (activated if b is None else activated * b).to(steps.product).to(steps.out)
 
 
-_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda a: a,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def quantised(z: Tensor, steps: QuantSteps | StaticSteps, static_scale: Tensor | None = None) -> tuple[Tensor, ...]:

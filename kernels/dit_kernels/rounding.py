@@ -56,7 +56,7 @@ import torch
 
 FORMS: tuple[str, ...] = ("cast_then_weight", "weight_then_cast", "native", "gate_in_fp32", "fp32")
 NORMS: tuple[str, ...] = ("rms", "layer")
-ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS: tuple[str, ...] = ("identity", "silu", "gelu", "gelu_tanh")
 ACTIVATION_FORMS: tuple[str, ...] = ("model", "fp32")
 ROOTS: tuple[str, ...] = ("rsqrt", "reciprocal", "quotient")
 SCALINGS: tuple[str, ...] = ("quotient", "reciprocal", "product")  # by a static s: z / s, z * (1 / s), z * s

@@ -12,7 +12,7 @@ import pytest
 import quant_checks
 import torch
 from kernel_bounds import BF16, FP16, FP32, random
-from quant_checks import DUAL, GELU, NORM, SILU, arguments, every_quotient, special_rows
+from quant_checks import DUAL, GELU, NORM, QUANT, SILU, arguments, every_quotient, special_rows
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
@@ -26,7 +26,7 @@ QUANTISING = ("sm_89", *ARCHS[1:])
 check, quantised = partial(quant_checks.check, INTERPRETER), partial(quant_checks.check_rows, INTERPRETER)
 
 
-ON_EVERY_GPU = ((NORM, 2544), (DUAL, 3840), (SILU, 10240))
+ON_EVERY_GPU = ((NORM, 2544), (DUAL, 3840), (SILU, 10240), (QUANT, 3840))
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def _tanh_half(a: Float32) -> Float32:
     return fma32(tanh, cute.math.copysign(Float32(0.5), a), Float32(0.5))
 
 
-_ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
+_ACTIVATIONS = {"identity": lambda a, precise: a, "silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
 
 
 def _activation(a, b, chain: ActivationChain):

@@ -1,4 +1,4 @@
-"""Activations of rows: silu(a) * b (SwiGLU), stored or quantised, and gelu(a), quantised.
+"""Activations of rows: silu(a) * b (SwiGLU), stored or quantised, and gelu(a) and x itself, quantised.
 
 a and b are [..., S, D] with any strides, e.g. halves of one tensor. A quantised row may start with the elements of
 another tensor, before: [..., S, E].
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_kernels import reference
-from dit_kernels.arguments import PART, ROW, Argument, Option, dtype_option, known, reject
+from dit_kernels.arguments import PART, QUANT_OPTIONS, ROW, Argument, Option, dtype_option, known, reject
 from dit_kernels.chain import ActivationChain
 from dit_kernels.cute.tiling import (
     WIDEST_JOINED_ROW,
@@ -43,9 +43,10 @@ class Activation(Family):
 
     def chain(self, op: Op, named: Named, options: Named) -> ActivationChain:
         assert isinstance(op, ActivationOp)
-        b, out = named.get("b"), options["out_dtype"]
+        b, out = named.get("b"), options.get("out_dtype")
         activated = options.get("silu_dtype", out)  # without a product, the activation is rounded once
-        steps = _steps(options["rounding"], named["a"].dtype, None if b is None else b.dtype, activated, out)
+        form = options.get("rounding", "model")
+        steps = _steps(form, named["a"].dtype, None if b is None else b.dtype, activated, out)
         if not op.quantises:
             return ActivationChain(op.act(options), steps)
         return ActivationChain(op.act(options), steps, quant_options(options, steps.out), keeps="out" in op.arguments)
@@ -128,7 +129,7 @@ def _width(part: Tensor | None) -> Any:
 
 @dataclass(frozen=True)
 class ActivationOp(Op):
-    """An op that applies an activation. activation: "silu" or "gelu"."""
+    """An op that applies an activation. activation: "identity", "silu" or "gelu"."""
 
     activation: str = ""
 
@@ -147,4 +148,7 @@ OPS = (
     SILU_MUL,
     *quantising(SILU_MUL, _QUANTISED, ("before",)),
     *quantising(GELU, _QUANTISED, ("before",)),
+    ActivationOp(
+        "quant", _QUANTISED, ("a", "q", "s"), QUANT_OPTIONS, {"a": "x"}, quantises=True, activation="identity"
+    ),
 )

@@ -162,6 +162,11 @@ class Op:
         found: torch._ops.OpOverload = getattr(getattr(torch.ops.dit_kernels, packet), name or "default")
         return found
 
+    @property
+    def has_rounding(self) -> bool:
+        """Does the op compute anything that a rounding form changes?"""
+        return any(option.name == "rounding" for option in self.options)
+
     def schema(self, eps: str = "float?") -> str:
         """The op's schema without its name. eps: the type of an eps; None is accepted there, and rejected by `call`."""
         given = [
