@@ -126,10 +126,10 @@ def test_only_one_kernel_runs_between_a_projection_and_its_attention(table: torc
 
 
 def two_rotated_streams(
-    text: torch.Tensor, image: torch.Tensor, text_table: torch.Tensor, table: torch.Tensor
+    text: torch.Tensor, image: torch.Tensor, weight: torch.Tensor, text_table: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
     """As in Qwen-Image."""
-    rotated = (complex_rope(diffusers_norm(x, None), t, t) for x, t in ((text, text_table), (image, table)))
+    rotated = (complex_rope(diffusers_norm(x, weight), t, t) for x, t in ((text, text_table), (image, table)))
     heads = torch.cat(list(rotated), 1).transpose(1, 2)
     return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
 
@@ -156,7 +156,8 @@ def test_two_streams_that_are_joined_and_rotated_are_one_kernel() -> None:
 def test_streams_that_are_rotated_and_joined_are_not_copied(mode: str, batch: int) -> None:
     heads = [torch.randn(batch, tokens, 4, 64, device="cuda").bfloat16() for tokens in (40, 128)]
     angles = [torch.randn(1, tokens, 1, 32, device="cuda") for tokens in (40, 128)]
-    args = (*heads, *(torch.polar(torch.ones_like(a), a) for a in angles))
+    weight = torch.randn(64, device="cuda").bfloat16()
+    args = (*heads, weight, *(torch.polar(torch.ones_like(a), a) for a in angles))
     compiled = torch.compile(two_rotated_streams, backend=Backend(strict=True), mode=mode)
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
