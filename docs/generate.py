@@ -40,7 +40,7 @@ WORDS = {
     "norm_tanh_mul_add_norm_scale_quant": "norms to FP8",
     "silu_mul_quant": "SwiGLU to FP8",
     "gelu_quant": "GELU to FP8",
-    "quant": "rows to FP8",
+    "quant": "FP8 input",
 }
 # What bench_kernels.py calls an op, and the name of the op.
 BENCHED = {"dual": "norm_tanh_mul_add_norm_scale", "gated": "norm_tanh_mul_add", "scaled": "norm_scale"}
@@ -84,7 +84,7 @@ def zoo_label(row: Row) -> str:
     options = row["options"]
     words = [row["title"], *([] if row["precision"] == "bf16" else [row["precision"].upper()])]
     words += [name.replace("_", " ") for name in ("dynamic", "per_block", "coordinate_descent") if options[name]]
-    words += [f"{options['steps']} steps at once"] if options.get("steps", 1) > 1 else []
+    words += [f"{options['steps']} steps in a row"] if options.get("steps", 1) > 1 else []
     words += [f"{row['sizes']['pixels']}²"] if row["sizes"].get("pixels", 1024) != 1024 else []
     return ", ".join(words)
 
