@@ -319,7 +319,7 @@ def test_a_rounding_before_a_pair_is_put_together_is_kept(joined, dtype: torch.d
     assert_bit_equal(got, plain)
 
 
-@pytest.mark.parametrize("dtype", (torch.float8_e4m3fn, torch.int32, torch.complex64), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float8_e5m2, torch.int32, torch.complex64), ids=str)
 def test_a_swiglu_that_is_cast_to_what_no_op_gives_harms_no_other_site(dtype: torch.dtype) -> None:
     def model(a, b, x, scale):
         return (torch.nn.functional.silu(a) * b).to(dtype), (_norm(x) * (1 + scale)) @ x.mT

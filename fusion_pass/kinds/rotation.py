@@ -281,8 +281,9 @@ def _pairwise(anchor: Node) -> Rotation | None:
     cos, sin = before_widening(cos), before_widening(sin)
     dtypes = {dtype(node) for node in (difference, total, *difference.args, *total.args)}
     rounded = is_narrowing(left) or is_narrowing(right)
-    if rounded:
-        dtypes |= {dtype(left), dtype(right), dtype(flat)} - {dtype(left)}  # rounded to several dtypes: no form does it
+    stored = {dtype(left), dtype(right), dtype(flat)}
+    if rounded and len(stored) > 1:
+        dtypes |= stored  # rounded to several dtypes: no form does it
     # If the parts are cast before they are joined, or by a copy into slices, the result is not rounded again.
     casts = not rounded and dtype(flat) == dtype(total)
     out, swapped_after, inside = _results(flat, [*nodes, difference, total], casts)
