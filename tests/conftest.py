@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile(
-    "ci", max_examples=50, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_QUIET
+    "ci", max_examples=30, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_QUIET
 )
 settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_QUIET)
 pytest.register_assert_rewrite(
