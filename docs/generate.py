@@ -310,7 +310,7 @@ OPTIONS = {
     "root": "How the RMSNorm computes its root, see [rounding](rounding.md)",
     "interleaved": "True: a pair is two neighbouring elements. False: one element from each half of a head",
     "heads": "H. D = H · Dh",
-    "own": "True: each head has a rotation of its own. False: all heads have the same",
+    "own": "True: each head has its own rotation. False: all heads share one rotation",
     "addcmul": "True: the sum of the two products is `torch.addcmul`, which does not round the second product",
     "y_dtype": "The dtype of y",
     "z_dtype": "The dtype of z",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -140,12 +140,14 @@ def in_memory(t: torch.Tensor) -> list[int]:
     """The dimensions whose size is not 1, from the outermost in memory to the innermost. Adds no guard."""
     dims = [dim for dim, size in enumerate(t.shape) if not known_equal(size, 1)]
     strides = t.stride()
-    return sorted(dims, key=lambda dim: -_hint(strides[dim]))
+    return sorted(dims, key=lambda dim: -hint(strides[dim], 0))
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    """The number for a size: for a symbol, its value in the first call, or 0 if it had none."""
-    return size if isinstance(size, int) else size.node.hint or 0
+def hint(size: int | torch.SymInt, unknown: int) -> int:
+    """The number for a size: for a symbol, its value at compile time, or `unknown` if it has none. Adds no guard."""
+    if isinstance(size, int):
+        return size
+    return unknown if size.node.hint is None else int(size.node.hint)
 
 
 def keeps_sums(node: Any) -> bool:
@@ -214,6 +216,11 @@ def is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_cast(node)
 
 
+def is_random(node: Node) -> bool:
+    """May a node compute something else at each call, from the same inputs?"""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def is_stored(node: Node, but: Container[Node] = ()) -> bool:
     """Does any node, but for some, read this node from memory, rather than in the kernel that computes it?"""
     past = (*VIEWS, *PARTS, aten.expand.default, aten.clone.default)
@@ -267,8 +274,7 @@ def computed_alike(a: Any, b: Any, proven: set[tuple[Node, Node]] | None = None)
         return False
     if not is_call(a, *VIEWS, aten.expand.default, aten.slice.Tensor, aten.select.int) and not is_pointwise(a):
         return False
-    seeded = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
-    if seeded or not all(computed_alike(m, n, proven) for m, n in zip(a.args, b.args, strict=True)):
+    if is_random(a) or not all(computed_alike(m, n, proven) for m, n in zip(a.args, b.args, strict=True)):
         return False
     proven.add((a, b))
     return True
@@ -307,7 +313,12 @@ def is_swap(node: Any) -> bool:
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Are the shapes equal for all values of their symbols? Adds no guard."""
-    return a.ndim == b.ndim and all(known_equal(m, n) for m, n in zip(a.shape, b.shape, strict=True))
+    return same_sizes(a.shape, b.shape)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """The same for sizes."""
+    return len(a) == len(b) and all(map(known_equal, a, b))
 
 
 def have_same_shape(a: Any, b: Any) -> bool:

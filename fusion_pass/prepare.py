@@ -11,7 +11,19 @@ from torch._inductor.pattern_matcher import is_mutation_op
 from torch.fx import Graph, Node
 
 from dit_kernels.arguments import known_equal
-from fusion_pass.dataflow import TO_SHAPE, VIEWS, aten, dtype, is_call, is_pointwise, prims, readers, region, value
+from fusion_pass.dataflow import (
+    TO_SHAPE,
+    VIEWS,
+    aten,
+    dtype,
+    is_call,
+    is_pointwise,
+    is_random,
+    prims,
+    readers,
+    region,
+    value,
+)
 
 # The operators that find the range of the values that a quantiser scales.
 _RANGES = (
@@ -180,7 +192,7 @@ def _is_step(node: Node) -> bool:
     """Can two of these nodes be one if they read the same? Then the node computes what its inputs determine."""
     if is_call(node, operator.getitem, aten.full.default, *_RANGES) or _is_view(node):
         return True
-    return is_pointwise(node) and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+    return is_pointwise(node) and not is_random(node)
 
 
 def _is_view(node: Node) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
-from dit_kernels.arguments import PER_ROW, Role, known_equal
-from fusion_pass.dataflow import RESHAPES, aten, have_same_shape, is_call, prims, value
+from dit_kernels.arguments import PER_ROW, Role
+from fusion_pass.dataflow import RESHAPES, aten, have_same_shape, is_call, prims, same_sizes, value
 from fusion_pass.proof import find_size
 from fusion_pass.site import ORIGIN, Operand, Output, Site
 
@@ -110,7 +110,7 @@ def _viewed(graph: Graph, node: Node, shape: Sequence[Any], origin: Node, site: 
     """`node`, reshaped. origin: the node whose place in the model the new one has."""
     val = value(node)
     assert val is not None
-    if len(val.shape) == len(shape) and all(map(known_equal, val.shape, shape)):
+    if same_sizes(val.shape, shape):
         return node
     view = graph.call_function(aten.reshape.default, (node, [_size(graph, size, site) for size in shape]))
     view.meta = {k: v for k, v in origin.meta.items() if k in ORIGIN}

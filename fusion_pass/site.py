@@ -14,12 +14,10 @@ from torch.fx.node import map_arg
 from dit_kernels.arguments import (
     COMPLEX,
     EPS,
-    JOINED_TABLE,
     KERNEL_DTYPES,
     MODULATION,
     PART,
     ROW,
-    TABLE,
     Argument,
     known_equal,
 )
@@ -282,7 +280,7 @@ def check_operands(operands: Operands, kind: str) -> None:
         node, val = operand.source, operand.value()
         if val is None or like is None or type(val) not in PLAIN_TENSORS or val.layout != torch.strided:
             raise Refused(Reason.DTYPE, node, "not a plain tensor", kind)
-        if val.dtype not in (*KERNEL_DTYPES, *(COMPLEX if argument.role in (TABLE, JOINED_TABLE) else ())):
+        if val.dtype not in (*KERNEL_DTYPES, *(COMPLEX if argument.role.may_be_complex else ())):
             raise Refused(Reason.DTYPE, node, str(val.dtype), kind)
         if val.device != like.device:
             raise Refused(Reason.DEVICE, node, f"{val.device}, while {first_name} is on {like.device}", kind)

@@ -79,11 +79,6 @@ class GeluValue(Value[Gelu]):
         by_hand = dtype(wide) != torch.float32 or comes_from(anchor, "gelu", "GELU") is False
         return Gelu(anchor, before_widening(wide), out, "tanh" if with_tanh else "none", by_hand, interior)
 
-    def measured(self, anchor: Node) -> Node:
-        """The tensor that is activated; the anchor itself if no gelu is found."""
-        gelu = self.find(anchor)
-        return anchor if gelu is None else gelu.x
-
 
 GELU = GeluValue()
 

@@ -30,7 +30,10 @@ class Survey:
 
 
 class Found(Protocol):
-    """A value that was found."""
+    """A value that was found: computed from x, with the result `out`."""
+
+    @property
+    def x(self) -> Node: ...
 
     @property
     def out(self) -> Node: ...
@@ -58,8 +61,9 @@ class Value(Protocol[V]):
         ...
 
     def measured(self, anchor: Node) -> Node:
-        """The tensor that the report shows for an anchor; the anchor itself if that tensor is not found."""
-        ...
+        """The tensor that the report shows for an anchor: the value's x, or the anchor itself if no value is found."""
+        found = self.find(anchor)
+        return anchor if found is None else found.x
 
     def has_gates(self, graph: Graph) -> bool:
         """Does the graph seem to gate such values?"""

@@ -26,7 +26,7 @@ from fusion_pass.kinds.kind import Kind, Survey
 from fusion_pass.kinds.norm import Norm, eps_operand
 from fusion_pass.kinds.norm_rope import SWAP, Rotated, form_of, heads_of, rotation_of, steps_of
 from fusion_pass.kinds.rotation import Rotation
-from fusion_pass.kinds.table import dense, joined_heads
+from fusion_pass.kinds.table import joined_heads
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import Operand, Output, Site, check_operands
 
@@ -105,7 +105,8 @@ def _site(norm: Norm, turn: Rotation, heads: _Heads) -> Site:
     if not any(map(is_read_from_memory, turn.outs)):
         raise Refused(Reason.INLINE, turn.out, kind=KIND)
     own = bool(owns[0])
-    operands |= {name: _table(t, own, heads) for name, t in (("cos", turn.by), ("sin", sin))}
+    tables = [_joined_table(table, heads) for table in (turn.by, sin)] if own else rotated.tables().values()
+    operands |= dict(zip(("cos", "sin"), tables, strict=True))
     check_operands(operands, KIND)
     return Site(
         kind=KIND,
@@ -167,12 +168,8 @@ def _own_rotations(table: Node, turn: Rotation, heads: _Heads) -> bool | None:
     return False if known_equal(of_heads, 1) else True if known_equal(of_heads, heads.count) else None
 
 
-def _table(table: Node, own: bool, heads: _Heads) -> Operand:
-    """A table as the op reads it."""
-    if not own:
-        val, found = value(table), dense(table)
-        four = val is not None and val.ndim == 4
-        return replace(found, views=(*found.views, SWAP)) if heads.swapped and four else found
+def _joined_table(table: Node, heads: _Heads) -> Operand:
+    """A table with rows for each head as the op reads it."""
     if not heads.swapped:
         return joined_heads(table)
     return joined_heads(table.args[0]) if is_swap(table) else joined_heads(table, SWAP)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch.fx import Node
 
-from fusion_pass.dataflow import VIEWS, aten, is_call, is_widening, keeps_rows, value
+from fusion_pass.dataflow import VIEWS, aten, hint, is_call, value
 from fusion_pass.kinds import quantiser
 from fusion_pass.kinds.kind import Kind, Survey, Value
 from fusion_pass.refusal import Refused
@@ -33,9 +31,9 @@ MATMULS = (
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows in memory. anchor: their absolute values, whose largest ones a quantiser finds."""
+    """Rows x in memory. out: their absolute values, whose largest ones a quantiser finds."""
 
-    anchor: Node
+    x: Node
     out: Node
 
 
@@ -57,13 +55,8 @@ class StoredRowsValue(Value[StoredRows]):
             o = getitem(_scaled_dot_product_flash_attention(q, k, v), 0); z = view(permute(o, [0, 2, 1, 3]), [B, S, D]);
             a = amax(abs(z), [-1], True); ...
         """
-        rows = _before(anchor.args[0])
-        return StoredRows(anchor, rows) if _is_in_memory(rows) else None
-
-    def measured(self, anchor: Node) -> Node:
-        """The quantised rows; the anchor itself if they are not found."""
-        found = self.find(anchor)
-        return anchor if found is None else found.out
+        rows = quantiser.before_same_rows(anchor.args[0])
+        return StoredRows(rows, anchor) if _is_in_memory(rows) else None
 
 
 STORED_ROWS = StoredRowsValue()
@@ -77,10 +70,10 @@ class Quant(Kind[StoredRows]):
 
     def find(self, value: StoredRows, survey: Survey) -> Site | None:
         """Finds the quantisers that read rows. kinds/quantiser.py has the code of the user and its graph."""
-        rows = (value.out,)
-        if not quantiser.follow(rows) or not _are_many(value.out):
+        rows = (value.x,)
+        if not quantiser.follow(rows) or not _are_many(value.x):
             return None
-        operands: Operands = {"x": value.out}
+        operands: Operands = {"x": value.x}
         try:
             check_operands(operands, self.name)
             found = quantiser.behind(rows, self.name)
@@ -94,18 +87,11 @@ class Quant(Kind[StoredRows]):
             options=found.options(),
             form=Form("model", {}),
             outputs=(Output(found.q), Output(found.s)),
-            interior=tuple(node for node in found.interior if node is not value.out),
-            anchor=value.anchor,
-            like=value.out,
-            origin=value.out,
+            interior=found.interior,
+            anchor=value.out,
+            like=value.x,
+            origin=value.x,
         )
-
-
-def _before(node: Any) -> Any:
-    """The node before casts up and views that keep the rows."""
-    while is_widening(node) or keeps_rows(node):
-        node = node.args[0]
-    return node
 
 
 def _is_in_memory(node: Node) -> bool:
@@ -123,13 +109,6 @@ def _is_in_memory(node: Node) -> bool:
 
 
 def _are_many(rows: Node) -> bool:
-    """Are there enough rows? A symbolic size counts as in the call that is compiled."""
+    """Are there enough rows? A symbolic size counts as it is at compile time, and an unknown one as large."""
     val = value(rows)
-    return val is not None and math.prod(map(_hint, val.shape[:-1])) >= FEWEST_ROWS
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """The size in the call that is compiled. Adds no guard. An unbacked size counts as large."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.has_hint() else FEWEST_ROWS
+    return val is not None and math.prod(hint(size, FEWEST_ROWS) for size in val.shape[:-1]) >= FEWEST_ROWS

@@ -58,6 +58,7 @@ from fusion_pass.dataflow import (
     is_widening,
     keeps_rows,
     readers,
+    same_sizes,
     value,
 )
 from fusion_pass.refusal import Reason, Refused
@@ -157,13 +158,13 @@ def row_with(z: tuple[Node, ...], kind: str) -> Row | None:
     """
     if follow(z):
         return Row(z, z)
-    readers = dict.fromkeys(user for node in z for user in node.users)
-    joined = next((user for user in readers if is_call(user, aten.cat.default) and follow((user,))), None)
+    users = dict.fromkeys(user for node in z for user in node.users)
+    joined = next((user for user in users if is_call(user, aten.cat.default) and follow((user,))), None)
     if joined is None:
         return None
     parts, rank = joined.args[0], joined.meta["val"].ndim
     detail = ""
-    if len(readers) > 1:
+    if len(users) > 1:
         detail = "something else reads the value"
     elif joined.args[1:] not in ((-1,), (rank - 1,)):
         detail = "tensors are concatenated along another dimension than the last"
@@ -498,6 +499,12 @@ def _path(node: Node, z: Sequence[Node]) -> list[Node]:
     return passed
 
 
+def before_same_rows(node: Any) -> Any:
+    """The node before casts up and views that keep the rows."""
+    passed = _passed(node, _is_same_rows)
+    return passed[-1].args[0] if passed else node
+
+
 def _path_to(node: Any, z: Sequence[Node]) -> list[Node] | None:
     passed = _passed(node, lambda node: node not in z and _is_same_rows(node))
     return passed if (passed[-1].args[0] if passed else node) in z else None
@@ -515,9 +522,7 @@ def _passed(node: Any, passes: Callable[[Any], bool]) -> list[Node]:
 def _is_row_of(divisor: Node, rows: Node) -> bool:
     """Does the divisor have one element for each row?"""
     left, right = value(divisor), value(rows)
-    if left is None or right is None or left.ndim != right.ndim or not left.ndim:
-        return False
-    return all(map(known_equal, left.shape, (*right.shape[:-1], 1)))
+    return left is not None and right is not None and right.ndim > 0 and same_sizes(left.shape, (*right.shape[:-1], 1))
 
 
 def _refusal(node: Node, detail: str) -> Refused:

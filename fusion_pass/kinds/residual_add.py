@@ -31,9 +31,9 @@ from fusion_pass.refusal import Reason
 
 @dataclass(frozen=True)
 class ResidualAdd:
-    """out = residual + added, where `added` is computed from the residual."""
+    """out = x + added, where `added` is computed from the residual x."""
 
-    residual: Node
+    x: Node
     added: Node
     out: Node
 

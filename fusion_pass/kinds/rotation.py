@@ -122,11 +122,6 @@ class RotationValue(Value[Rotation]):
             return _complex(anchor)
         return _pairwise(anchor) or _completed(anchor) if is_call(anchor, SCATTER) else _real(anchor)
 
-    def measured(self, anchor: Node) -> Node:
-        """The tensor that is rotated; the anchor itself if no rotation is found."""
-        rotation = self.find(anchor)
-        return anchor if rotation is None else rotation.x
-
     def is_reported_elsewhere(self, found: Rotation, survey: Survey) -> bool:
         """A rotation of a norm is reported with the norm."""
         return found.x in survey.notes(ROTATED_NORMS)
@@ -298,7 +293,7 @@ def _completed(second: Node) -> Rotation | None:
     """The rotation of halves whose products with the cosines are completed by addcmul_, the later half by `second`."""
     first = second.args[0]
     product: Any = first.args[0] if is_call(first, SCATTER) else None
-    flats = tuple(second.users)  # without a cast, each reader may have a view of its own
+    flats = tuple(second.users)  # without a cast, each reader may have its own view
     if not is_call(product, aten.mul.Tensor) or not flats or not all(is_call(flat, *TO_SHAPE) for flat in flats):
         return None
     for pairs, cos in (product.args[:2], product.args[1::-1]):

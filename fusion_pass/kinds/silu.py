@@ -58,11 +58,6 @@ class SiluValue(Value[Silu]):
         """
         return _quotient(anchor) if is_call(anchor, aten.exp.default) else _product(anchor)
 
-    def measured(self, anchor: Node) -> Node:
-        """The tensor that is activated; the anchor itself if no silu is found."""
-        silu = self.find(anchor)
-        return anchor if silu is None else silu.x
-
 
 SILU = SiluValue()
 

@@ -54,10 +54,6 @@ class UnreadRotationValue(Value[UnreadRotation]):
         x = self._rotated(anchor)
         return None if x is None else UnreadRotation(x, anchor)
 
-    def measured(self, anchor: Node) -> Node:
-        """The tensor that is rotated; the anchor itself if no rotation is found."""
-        return self._rotated(anchor) or anchor
-
     def _rotated(self, anchor: Node) -> Node | None:
         if is_call(anchor, SCATTER):
             return None if ROTATION.find(anchor) else _of_slices(anchor)

@@ -38,7 +38,7 @@ class Role:
     equal): does the argument have the expected shape? laid(sizes, strides, of_first, equal): the shape and strides in
     which a kernel takes the same memory, or None if it takes a copy. strides: how many of these strides a kernel is
     launched with, starting with the outermost. own_tokens: is a kernel also launched with the number of tokens, which
-    is not that of the first argument?
+    is not that of the first argument? may_be_complex: are complex numbers allowed, too?
     """
 
     name: str
@@ -48,6 +48,7 @@ class Role:
     laid: Callable[[Sizes, Sizes, Sizes, Equal], Strided | None]
     strides: int = 0
     own_tokens: bool = False
+    may_be_complex: bool = False
 
 
 def _fits_row(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
@@ -213,6 +214,7 @@ TABLE = Role(
     _fits_table,
     _lay_table,
     2,
+    may_be_complex=True,
 )
 # One element on the device, as a static scale. A kernel takes it as (1, 1, 1).
 SCALAR = Role("scalar", "[]", "one element", _fits_scalar, _lay_scalar)
@@ -234,6 +236,7 @@ JOINED_TABLE = Role(
     _fits_joined_table,
     _lay_joined_table,
     2,
+    may_be_complex=True,
 )
 # A number that is not negative, or one floating-point element on the CPU.
 EPS = Role("eps", "", "a number >= 0, or one floating-point element on the CPU", _no_tensor, _no_tensor)
@@ -403,7 +406,7 @@ def check_argument(op: str, name: str, argument: Argument, given: Any, first_nam
         return
     if not isinstance(given, Tensor):
         reject(op, name, given, f"a tensor of shape {role.shape}")
-    dtypes = (*DTYPES, *COMPLEX) if role in (TABLE, JOINED_TABLE) else DTYPES
+    dtypes = (*DTYPES, *COMPLEX) if role.may_be_complex else DTYPES
     check_tensor(op, name, given, first_name, first, dtypes)
     if not role.fits(given.shape, first.shape, perhaps_equal):
         sizes = list(first.shape)

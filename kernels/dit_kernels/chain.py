@@ -80,7 +80,7 @@ class RotatedRowChain:
     """rotate(norm(x)), with one norm over all heads of a token."""
 
     heads: int  # a pair is in one of them
-    own: bool  # True: each head has a rotation of its own; False: all heads have the same
+    own: bool  # True: each head has its own rotation; False: all heads share one
     interleaved: bool  # as in RotatedChain
     one_a_pair: bool  # as in RotatedChain
     addcmul: bool  # the second product is not rounded before the sum

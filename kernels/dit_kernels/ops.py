@@ -28,7 +28,7 @@ qk_norm_cat_rope: the same, and q_before and k_before are [B, S', H, Dh] and [B,
 The rotation is for S' + S tokens. q_before and q have the same dtype, and so have their weights; the same for k.
 
 norm_all_heads_rope: x is [B, S, D], `heads` heads one after the other; weight is [D] or None; cos and sin are [S, n],
-[1|B, S, n] or [1|B, S, 1, n]. n is Dh or Dh/2; if each head has a rotation of its own (`own`), it is D or D/2.
+[1|B, S, n] or [1|B, S, 1, n]. n is Dh or Dh/2; if each head has its own rotation (`own`), it is D or D/2.
 `interleaved` is as above. With `addcmul`, the second product is not rounded before the sum.
 
 silu_mul and gelu_quant: a and b are [..., S, D]. `approximate` is that of F.gelu. silu_mul_quant and gelu_quant may be

@@ -115,9 +115,7 @@ def rotate(
         pairs = torch.view_as_complex(n.to(wide).reshape(*n.shape[:-1], n.shape[-1] // 2, 2))
         turned = torch.view_as_real(pairs * rotation).flatten(3)
     else:
-        n = n.to(steps.product)
-        cos, sin = (_for_both_of_a_pair(t.to(steps.product), n.shape[-1], interleaved) for t in (rotation, sin))
-        turned = (n * cos) + (_quarter_turn(n, interleaved) * sin)
+        turned = _by_real(n, rotation, sin, steps.product, interleaved)
     return turned.to(steps.rotated).to(steps.out)
 
 
@@ -131,11 +129,19 @@ def rotated_row(
     LTX-2.
     """
     steps = chain.steps
-    n = norm(x, weight, None, eps, "rms", steps.norm).unflatten(-1, (chain.heads, -1)).to(steps.product)
-    cos, sin = (_for_both_of_a_pair(t.to(steps.product), n.shape[-1], chain.interleaved) for t in (cos, sin))
-    straight, turned = n * cos, _quarter_turn(n, chain.interleaved)
-    total = torch.addcmul(straight, turned, sin) if chain.addcmul else straight + turned * sin
-    return total.to(steps.rotated).to(steps.out).flatten(2)
+    n = norm(x, weight, None, eps, "rms", steps.norm).unflatten(-1, (chain.heads, -1))
+    turned = _by_real(n, cos, sin, steps.product, chain.interleaved, chain.addcmul)
+    return turned.to(steps.rotated).to(steps.out).flatten(2)
+
+
+def _by_real(
+    n: Tensor, cos: Tensor, sin: Tensor, product: torch.dtype, interleaved: bool, addcmul: bool = False
+) -> Tensor:
+    """n * cos + turned(n) * sin, computed in the dtype `product`."""
+    n = n.to(product)
+    cos, sin = (_for_both_of_a_pair(t.to(product), n.shape[-1], interleaved) for t in (cos, sin))
+    straight, turned = n * cos, _quarter_turn(n, interleaved)
+    return torch.addcmul(straight, turned, sin) if addcmul else straight + turned * sin
 
 
 def _for_both_of_a_pair(t: Tensor, d: int, interleaved: bool) -> Tensor:

@@ -25,7 +25,7 @@ from dit_kernels.cute.fma import fma32, fma64
 from dit_kernels.cute.heads import HeadTiling
 from dit_kernels.cute.kernel import Kernel
 from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
-from dit_kernels.cute.pairs import doubled, neighbours_swapped
+from dit_kernels.cute.pairs import doubled, neighbours_swapped, signed
 from dit_kernels.cute.reduce import warp_sum
 from dit_kernels.cute.spec import TensorSpec
 from dit_kernels.cute.tiling import MAX_GRID_Y
@@ -161,7 +161,7 @@ class _Rotation:
         sin_batch, sin_token = sin.strides
         cosines = self._load(rotation, offset)
         sines = self._load(sin, place.batch * sin_batch + place.token * sin_token)
-        sines = [self._turned(s, p) for p, s in enumerate(sines)]
+        sines = [signed(s, chain.interleaved, i < place.tiling.vectors) for i, s in enumerate(sines)]
         self.cos = {dtype: [rounded(c, dtype) for c in cosines] for dtype in dtypes}
         self.sin = {dtype: [rounded(s, dtype) for s in sines] for dtype in dtypes}
 
@@ -178,15 +178,6 @@ class _Rotation:
             first = place.vectors()[: t.vectors]
             return 2 * [loaded(at, t.vector, inside).load() for at, inside in first]
         return [doubled(loaded(at // 2, t.vector // 2, inside)) for at, inside in place.vectors()]
-
-    def _turned(self, sin, i: int):
-        """The sines with the sign of the quarter turn, (a, b) -> (-b, a). The sign changes no digit of a product."""
-        elements = elements_of(widen(sin))
-        for e in range(cute.size(elements)):
-            minus = e % 2 == 0 if self.chain.interleaved else i < self.place.tiling.vectors
-            if minus:
-                elements[e] = -elements[e]
-        return elements.load()
 
     def __call__(self, head: Vectors, steps: RotatedSteps) -> Vectors:
         if self.complex:

@@ -1,10 +1,10 @@
-"""Pairs of neighbouring elements in a vector. Plain Python: these functions run while a kernel is traced."""
+"""Pairs of elements that are rotated, in vectors. Plain Python: these functions run while a kernel is traced."""
 
 from __future__ import annotations
 
 import cutlass.cute as cute
 
-from dit_kernels.cute.arith import elements_of
+from dit_kernels.cute.arith import elements_of, widen
 
 
 def doubled(numbers: cute.Tensor):
@@ -21,3 +21,15 @@ def neighbours_swapped(n):
     for i in range(cute.size(n.shape)):
         swapped[i] = elements[i ^ 1]
     return swapped.load()
+
+
+def signed(sin, interleaved: bool, is_first: bool):
+    """The sines with the sign of the quarter turn, (a, b) -> (-b, a). The sign changes no digit of a product.
+
+    is_first: is this vector in the first half of a head? It matters if the pairs are not `interleaved`.
+    """
+    elements = elements_of(widen(sin))
+    for e in range(cute.size(elements)):
+        if e % 2 == 0 if interleaved else is_first:
+            elements[e] = -elements[e]
+    return elements.load()

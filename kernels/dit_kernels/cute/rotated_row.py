@@ -19,7 +19,7 @@ from dit_kernels.chain import RotatedRowChain
 from dit_kernels.cute.arith import elements_of, product, rounded, total, widen
 from dit_kernels.cute.fma import fma32
 from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
-from dit_kernels.cute.pairs import doubled, neighbours_swapped
+from dit_kernels.cute.pairs import doubled, neighbours_swapped, signed
 from dit_kernels.cute.reduce import cta_sum
 from dit_kernels.cute.rows import RowKernel, Shared
 from dit_kernels.cute.stage import Reader, RowPlace, walk
@@ -165,15 +165,12 @@ class _Rotation:
         return rounded(c.load(), self.dtype)
 
     def _numbers(self, i: int) -> tuple[Any, Any]:
-        """The cosines of a vector, and its sines with the sign of the quarter turn, (a, b) -> (-b, a)."""
+        """The cosines of a vector, and its sines with the sign of the quarter turn."""
         slot, half = self.place.slot(i), 0 if self.chain.interleaved else i % 2
         if (slot, half) not in self.known:
             cos, sin = (self._for_each(table(slot)) for table in (self.cos, self.sin))
-            elements = elements_of(widen(sin))
-            for e in range(cute.size(elements)):
-                if (e % 2 if self.chain.interleaved else half) == 0:
-                    elements[e] = -elements[e]  # changes no digit of a product
-            self.known[slot, half] = rounded(cos, self.dtype), rounded(elements.load(), self.dtype)
+            sin = signed(sin, self.chain.interleaved, half == 0)
+            self.known[slot, half] = rounded(cos, self.dtype), rounded(sin, self.dtype)
         return self.known[slot, half]
 
     def _for_each(self, numbers):

@@ -1,7 +1,7 @@
 """The norms of the query and key heads of two streams, which are joined and rotated (RoPE), as in FLUX's double blocks.
 
 q is [B, S, H, Dh], k is [B, S, Hk, Dh]: the heads of the image, for example. q_before and k_before are those of the
-tokens that come first, such as the text: [B, S', H, Dh] and [B, S', Hk, Dh]. Each of the four has a norm of its own.
+tokens that come first, such as the text: [B, S', H, Dh] and [B, S', Hk, Dh]. Each of the four has its own norm.
 The rotation is as for qk_norm_rope, for S' + S tokens.
 """
 

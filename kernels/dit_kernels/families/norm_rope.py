@@ -25,6 +25,7 @@ from dit_kernels.arguments import (
     TABLE,
     Argument,
     Option,
+    Role,
     check_tensor,
     differ,
     dtype_option,
@@ -76,8 +77,10 @@ class NormRope(Family):
 
     def chain(self, op: Op, named: Named, options: Named) -> RotatedChain:
         one_a_pair = named["rotation"].shape[-1] == named["q"].shape[3] // 2
-        k = None if named.get("k") is None else _steps_of("k", named, options)
-        return RotatedChain(options["interleaved"], one_a_pair, _steps_of("q", named, options), k)
+        rotation = named["rotation"]
+        q = steps_of(named["q"], named["q_weight"], rotation, options)
+        k = None if named.get("k") is None else steps_of(named["k"], named["k_weight"], rotation, options)
+        return RotatedChain(options["interleaved"], one_a_pair, q, k)
 
     def results(self, chain: RotatedChain, named: Named) -> tuple[Shaped, ...]:
         q = named["q"].shape, chain.q.out
@@ -95,18 +98,12 @@ class NormRope(Family):
 
     def tables(self, named: Named) -> tuple[Tensor, Tensor | None]:
         """The rotation and `sin`, reshaped to [B|1, S, 1, n]."""
-        rotation, sin = (self._for_heads(name, named) for name in ("rotation", "sin"))
+        rotation, sin = (
+            None if named[name] is None else for_heads(named[name], self.named[name].role, named["q"])
+            for name in ("rotation", "sin")
+        )
         assert rotation is not None
         return rotation, sin
-
-    def _for_heads(self, name: str, named: Named) -> Tensor | None:
-        table: Tensor | None = named[name]
-        if table is None:
-            return None
-        shaped = self.named[name].role.laid(table.shape, (1,) * table.ndim, named["q"].shape, known_equal)
-        assert shaped is not None
-        batch, tokens, width = shaped[0]
-        return table.reshape(batch, tokens, 1, width)
 
     def fits_kernel(self, chain: RotatedChain, named: Named) -> bool:
         """Only a complex rotation and its product may be fp64. Dh is a multiple of HEAD_GRAIN up to WIDEST_HEAD."""
@@ -134,14 +131,21 @@ def _check_width(op: str, name: str, table: Tensor, widths: tuple[int, ...]) -> 
         reject(op, f"{name}.shape", list(table.shape), f"a last dimension of {' or '.join(map(str, widths))}")
 
 
-def _steps_of(x: str, named: Named, options: Named) -> RotatedSteps:
-    """The steps of q or of k."""
-    weight = named[f"{x}_weight"]
+def for_heads(table: Tensor, role: Role, first: Tensor, heads: int = 1) -> Tensor:
+    """A table reshaped to [B|1, S, heads, n]. first: the first argument of the op."""
+    shaped = role.laid(table.shape, (1,) * table.ndim, first.shape, known_equal)
+    assert shaped is not None
+    batch, tokens, width = shaped[0]
+    return table.reshape(batch, tokens, heads, width // heads)
+
+
+def steps_of(x: Tensor, weight: Tensor | None, rotation: Tensor, options: Named) -> RotatedSteps:
+    """The steps of rotate(norm(x)) that the options of an op describe."""
     return _steps(
         options["rounding"],
-        named[x].dtype,
+        x.dtype,
         None if weight is None else weight.dtype,
-        named["rotation"].dtype,
+        rotation.dtype,
         options["norm_dtype"],
         options["rope_dtype"],
         options["out_dtype"],

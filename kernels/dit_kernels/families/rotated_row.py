@@ -2,14 +2,13 @@
 
 x is [B, S, D], the H heads of a token one after the other, Dh elements each. The weight of the norm is [D] or None.
 cos and sin have a number for each element or for each pair: they are [S, Dh] or [S, Dh/2], the same for all heads. If
-each head has a rotation of its own, they are [S, D] or [S, D/2]. Both may have a dimension of size B or 1 before S, and
+each head has its own rotation, they are [S, D] or [S, D/2]. Both may have a dimension of size B or 1 before S, and
 one of size 1 after S.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -25,19 +24,13 @@ from dit_kernels.arguments import (
     Option,
     check_tensor,
     differ,
-    dtype_option,
-    known_equal,
     reject,
 )
 from dit_kernels.chain import RotatedRowChain
 from dit_kernels.cute.tiling import WIDEST_ROW, RowTiling, rotated_row_tiling
 from dit_kernels.families.family import Named, Op, Shaped
+from dit_kernels.families.norm_rope import HEAD_GRAIN, OPTIONS, for_heads, steps_of
 from dit_kernels.families.rows import RowFamily, are_copied_in_bulk
-from dit_kernels.rounding import FORMS, ROOTS, rotated_steps
-
-HEAD_GRAIN = 8  # kernels take heads, or halves of heads, of multiples of this
-
-_steps = lru_cache(maxsize=None)(rotated_steps)
 
 
 class RotatedRow(RowFamily):
@@ -72,16 +65,7 @@ class RotatedRow(RowFamily):
     def chain(self, op: Op, named: Named, options: Named) -> RotatedRowChain:
         x, weight, cos = named["x"], named["weight"], named["cos"]
         heads, own = options["heads"], options["own"]
-        steps = _steps(
-            options["rounding"],
-            x.dtype,
-            None if weight is None else weight.dtype,
-            cos.dtype,
-            options["norm_dtype"],
-            options["rope_dtype"],
-            options["out_dtype"],
-            options["root"],
-        )
+        steps = steps_of(x, weight, cos, options)
         one_a_pair = cos.shape[-1] != (x.shape[2] if own else x.shape[2] // heads)
         return RotatedRowChain(heads, own, options["interleaved"], one_a_pair, options["addcmul"], steps)
 
@@ -90,7 +74,8 @@ class RotatedRow(RowFamily):
 
     def definition(self, chain: RotatedRowChain, named: Named) -> tuple[Tensor, ...]:
         x = named["x"]
-        cos, sin = (_for_heads(named[name], x, chain.heads if chain.own else 1) for name in ("cos", "sin"))
+        heads = chain.heads if chain.own else 1
+        cos, sin = (for_heads(named[name], TABLE, x, heads) for name in ("cos", "sin"))
         return (reference.rotated_row(x, named["weight"], cos, sin, named["eps"], chain),)
 
     def fits_kernel(self, chain: RotatedRowChain, named: Named) -> bool:
@@ -129,14 +114,6 @@ def _part(chain: RotatedRowChain, d: int) -> int:
     return d // chain.heads // (1 if chain.interleaved else 2)
 
 
-def _for_heads(table: Tensor, x: Tensor, heads: int) -> Tensor:
-    """A table reshaped to [B|1, S, 1|H, n]."""
-    shaped = TABLE.laid(table.shape, (1,) * table.ndim, x.shape, known_equal)
-    assert shaped is not None
-    batch, tokens, width = shaped[0]
-    return table.reshape(batch, tokens, heads, width // heads)
-
-
 # --- the op ---------------------------------------------------------------------------------------------------------
 
 FAMILY = RotatedRow()
@@ -145,16 +122,6 @@ OPS = (
         "norm_all_heads_rope",
         FAMILY,
         tuple(FAMILY.named),
-        (
-            Option("heads", "int", 1),
-            Option("own", "bool", False),
-            Option("interleaved", "bool", True),
-            Option("addcmul", "bool", False),
-            Option("rounding", "str", "cast_then_weight", FORMS),
-            dtype_option("norm_dtype"),
-            dtype_option("rope_dtype"),
-            dtype_option("out_dtype"),
-            Option("root", "str", "rsqrt", ROOTS),
-        ),
+        (Option("heads", "int", 1), Option("own", "bool", False), Option("addcmul", "bool", False), *OPTIONS),
     ),
 )
