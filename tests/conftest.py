@@ -34,3 +34,13 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled_anew():
+    """Inductor generates all code of a test anew, without gradients, for the same random numbers each time."""
+    from torch._inductor.utils import fresh_cache  # slow, and few tests compile
+
+    torch.manual_seed(0)
+    with fresh_cache(), torch.no_grad():
+        yield

@@ -42,6 +42,15 @@ def with_a_least_rounded_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / s.float()).to(FP8), s.float()
 
 
+ROW_WISE: tuple[Quantise, ...] = (
+    torchao,
+    by_hand,
+    by_reciprocal,
+    without_a_dimension,
+    with_a_least_rounded_scale,
+)
+
+
 class Linear(nn.Module):
     """A linear layer with weights in FP8, one scale for each row of the weight, and a given quantiser of its input."""
 

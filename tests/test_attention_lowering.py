@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from test_lowering import STREAM, addresses, assert_equal, compiled, gpu, is_direct, launch_numbers, launched, random
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
 
 import fusion_pass.lowering  # noqa: F401  Inductor's way to call the ops
 from dit_kernels.direct import DirectCall
@@ -19,12 +18,7 @@ ops = torch.ops.dit_kernels
 B, S, H, HK, D, EPS = 2, 5, 4, 2, 16, 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with fresh_cache(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def freqs(*lead: int, dtype: torch.dtype = torch.complex64) -> Tensor:

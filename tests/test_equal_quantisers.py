@@ -69,11 +69,7 @@ def by_an_asymmetric_range(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FORMS: tuple[Quantise, ...] = (
-    quantized.torchao,
-    quantized.by_hand,
-    quantized.by_reciprocal,
-    quantized.without_a_dimension,
-    quantized.with_a_least_rounded_scale,
+    *quantized.ROW_WISE,
     int8,
     to_e5m2,
     per_tensor,

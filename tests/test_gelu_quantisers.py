@@ -13,10 +13,10 @@ from graph_checks import BF16, FP32, options_of, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized import FP8
-from test_models import Arguments, build, compiled, flux2
+from test_models import compiled, flux1, flux2
 from test_models import run as run_model
 from test_quantisers import DEFAULTS, STEPS, Model, assert_equal
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fusion_pass
@@ -296,29 +296,6 @@ def test_inductors_code_calls_the_op_directly() -> None:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def flux(layers: int, single_layers: int, dtype: torch.dtype = BF16) -> tuple[nn.Module, Arguments]:
-    model = build(
-        "FluxTransformer2DModel",
-        dtype,
-        in_channels=4,
-        num_layers=layers,
-        num_single_layers=single_layers,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    )
-    return model, {
-        "hidden_states": torch.randn(1, 16, 4, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, 6, 32, dtype=dtype),
-        "pooled_projections": torch.randn(1, 16, dtype=dtype),
-        "timestep": torch.tensor([0.5], dtype=dtype),
-        "img_ids": torch.cartesian_prod(*(torch.arange(n).float() for n in (1, 4, 4))),
-        "txt_ids": torch.zeros(6, 3),
-    }
-
-
 def of_blocks(name: str) -> bool:
     """The linear layers of the blocks, but not those that compute gates and scales."""
     return "blocks" in name and "norm" not in name
@@ -331,7 +308,7 @@ def quantised_count(backend: GraphBackend, kind: str) -> int:
 @needs_casts
 def test_flux_1_quantises_two_gelus_a_double_block_and_a_joined_row_a_single_block() -> None:
     layers, single_layers = 1, 2
-    model, arguments = flux(layers, single_layers)
+    model, arguments = flux1(layers, single_layers)
     got, backend = compiled(quantized.quantize_(model, chosen=of_blocks), arguments)
     assert torch.equal(got, run_model(model, arguments))
     assert quantised_count(backend, GELU) == 2 * layers + single_layers

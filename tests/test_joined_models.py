@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 from graph_backend import GraphBackend
-from test_models import WRAPPER, Arguments, build, compiled, run
+from test_models import WRAPPER, Arguments, build, compiled, flux1, run
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_graph")
@@ -51,35 +51,10 @@ def test_hunyuan_videos_heads_are_fused_in_each_double_block() -> None:
 # --- norms of both streams, joined, then rotated ------------------------------------------------------------------
 
 
-def flux1(layers: int, batch: int = 2) -> tuple[nn.Module, Arguments]:
-    model = build(
-        "FluxTransformer2DModel",
-        BF16,
-        in_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-        num_layers=layers,
-        num_single_layers=1,
-    )
-    return model, {
-        "hidden_states": torch.randn(batch, 16, 4, dtype=BF16),
-        "encoder_hidden_states": torch.randn(batch, 6, 32, dtype=BF16),
-        "pooled_projections": torch.randn(batch, 16, dtype=BF16),
-        "timestep": torch.full((batch,), 0.5),
-        "guidance": torch.ones(batch),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
-        "txt_ids": torch.zeros(6, 3),
-    }
-
-
 @pytest.mark.parametrize(("layers", "dynamic", "wrapper"), ((2, None, False), (1, None, True)))
 def test_fluxs_heads_are_fused_in_each_block(layers: int, dynamic: bool | None, wrapper: bool) -> None:
     """Those of both streams of a double block are one site."""
-    model, arguments = flux1(layers)
+    model, arguments = flux1(layers, 1, batch=2)
     if wrapper and not hasattr(functorch_config, WRAPPER):
         pytest.skip("this torch has no complex wrapper")
     with functorch_config.patch(**({WRAPPER: True} if wrapper else {})):
@@ -90,7 +65,7 @@ def test_fluxs_heads_are_fused_in_each_block(layers: int, dynamic: bool | None, 
 
 
 def test_a_double_block_of_flux_alone_with_sizes_that_change() -> None:
-    model, arguments = flux1(1, batch=1)
+    model, arguments = flux1(1, 1)
     expected = run(model, arguments)
     backend = GraphBackend()
     model.transformer_blocks[0].compile(backend=backend, fullgraph=True, dynamic=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from test_attention_lowering import freqs
 from test_lowering import addresses, assert_equal, compiled, gpu, is_direct, launch_numbers, launched, random
 from torch import Tensor
 from torch._inductor import config
-from torch._inductor.utils import fresh_cache
 
 import fusion_pass.lowering
 from dit_kernels import ops as dit_ops
@@ -27,12 +26,7 @@ ops = torch.ops.dit_kernels
 B, S, H, D, EPS = 2, 5, 4, 16, 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with fresh_cache(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def attention(q: Tensor, k: Tensor) -> Tensor:
@@ -41,7 +35,7 @@ def attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def both_streams(text: Tensor, image: Tensor, w: Tensor, *rotations: Tensor) -> Tensor:
-    """Qwen-Image: each stream has a rotation of its own."""
+    """Qwen-Image: each stream has its own rotation."""
     streams = zip((text, image), rotations, strict=True)
     pairs = [ops.qk_norm_rope(x, x, w, w, rotation, None, EPS, EPS) for x, rotation in streams]
     return attention(*(torch.cat(heads, dim=1) for heads in zip(*pairs, strict=True)))
@@ -58,7 +52,7 @@ def streams(batch: int = B, text: int = 3, image: int = S) -> tuple[Tensor, ...]
 
 
 def buffers(code: str) -> int:
-    """How many tensors the code allocates for heads, each of its own."""
+    """How many tensors the code allocates for heads."""
     return len(re.findall(r" = empty_strided_cpu\(\(\d+, \d+, \d+, \d+\)", code))
 
 

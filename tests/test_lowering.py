@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 import fusion_pass
 from dit_kernels import ops, tickets
@@ -30,12 +30,7 @@ GATED = torch.ops.dit_kernels.norm_tanh_mul_add
 SCALED = torch.ops.dit_kernels.norm_scale
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with fresh_cache(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def random(*shape: int) -> Tensor:

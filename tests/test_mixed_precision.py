@@ -42,7 +42,7 @@ def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 
 class Opaque(nn.Module):
-    """What a graph sees of bitsandbytes' Linear4bit: an op of its own, whose code Inductor does not know."""
+    """What a graph sees of bitsandbytes' Linear4bit: a custom op, whose code Inductor does not see."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

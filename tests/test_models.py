@@ -193,28 +193,30 @@ def qwen_image(layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Mod
     return model, _packed_inputs(dtype, [[(1, 4, 4)]] * 2)
 
 
-def flux1(layers: int, single_layers: int, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Arguments]:
+def flux1(
+    layers: int, single_layers: int, dtype: torch.dtype = torch.bfloat16, batch: int = 1
+) -> tuple[nn.Module, Arguments]:
     model = build(
         "FluxTransformer2DModel",
         dtype,
-        patch_size=1,
-        in_channels=8,
+        in_channels=4,
         num_layers=layers,
         num_single_layers=single_layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
         pooled_projection_dim=16,
+        guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    image, text = 16, 6
     return model, {
-        "hidden_states": torch.randn(1, image, 8, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, text, 32, dtype=dtype),
-        "pooled_projections": torch.randn(1, 16, dtype=dtype),
-        "timestep": torch.tensor([0.5], dtype=dtype),
-        "img_ids": torch.zeros(image, 3),
-        "txt_ids": torch.zeros(text, 3),
+        "hidden_states": torch.randn(batch, 16, 4, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, 6, 32, dtype=dtype),
+        "pooled_projections": torch.randn(batch, 16, dtype=dtype),
+        "timestep": torch.full((batch,), 0.5),
+        "guidance": torch.ones(batch),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(6, 3),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from graph_backend import needs_casts
 from site_modules import torch_norm
 from test_lowering import is_direct, random
 from torch import Tensor
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 from fusion_pass import Backend
 
@@ -20,11 +19,7 @@ S, H, DH = 6, 2, 16
 D = H * DH
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    with fresh_cache(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def wan(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,13 +19,6 @@ from fusion_pass.kinds import quant
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 S, D = quant.FEWEST_ROWS, 16
-FORMS: tuple[Quantise, ...] = (
-    quantized.torchao,
-    quantized.by_hand,
-    quantized.by_reciprocal,
-    quantized.without_a_dimension,
-    quantized.with_a_least_rounded_scale,
-)
 Model = Callable[..., Tensor]
 
 
@@ -59,7 +52,10 @@ def of_an_input(quantise: Quantise) -> Model:
 @needs_casts
 @pytest.mark.parametrize(
     ("make", "quantise"),
-    [*((make, quantized.torchao) for make in (after_attention, after_a_matmul)), *((of_an_input, q) for q in FORMS)],
+    [
+        *((make, quantized.torchao) for make in (after_attention, after_a_matmul)),
+        *((of_an_input, q) for q in quantized.ROW_WISE),
+    ],
 )
 def test_rows_in_memory_are_quantised_by_one_op_and_bit_equal_to_eager(
     make: Callable[[Quantise], Model], quantise: Quantise
