@@ -136,6 +136,7 @@ def _pure() -> dict[str, Pure]:
         "neg.s32": Pure(np.negative, S32, (S32,)),
         "abs.s32": Pure(np.abs, S32, (S32,)),
         "div.s32": Pure(_divide, S32, (S32, S32)),
+        "mul.wide.u16": Pure(lambda a, b: a.astype(U32) * b, U32, (U16, U16)),
         "mul.wide.u32": Pure(lambda a, b: a.astype(U64) * b, U64, (U32, U32)),
         "cvt.u16.u32": Pure(lambda a: a.astype(U16), U16, (U32,)),
         "cvt.u32.u16": Pure(lambda a: a.astype(U32), U32, (U16,)),

@@ -272,6 +272,7 @@ def test_integers_divide_towards_zero() -> None:
 def test_wide_products_keep_their_upper_half_and_sign() -> None:
     assert computed("mul.wide.s32", [-3, -(2**31)], [2**30, -(2**31)]) == [-3 * 2**30, 2**62]
     assert computed("mul.wide.u32", [2**32 - 1], [2**32 - 1]) == [(2**32 - 1) ** 2]
+    assert computed("mul.wide.u16", [2**16 - 1], [2**16 - 5]) == [(2**16 - 1) * (2**16 - 5)]
     assert computed("mul.lo.s32", [2**30], [4]) == [0]
     assert computed("cvt.s64.s32", [-5]) == [-5] and computed("cvt.u64.u32", [2**32 - 5]) == [2**32 - 5]
 
