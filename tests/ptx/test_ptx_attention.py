@@ -229,7 +229,7 @@ def _sum_of_half_of_the_lanes(original, value, lanes):  # type: ignore[no-untype
     return original(value, lanes // 2)
 
 
-def _sines_unsigned(original, rotation, sin, i):  # type: ignore[no-untyped-def]
+def _sines_unsigned(original, sin, *pair):  # type: ignore[no-untyped-def]
     return sin
 
 
@@ -255,7 +255,7 @@ VALUE, FAULT = (AssertionError, "off by|differ"), (Fault, "out of bounds|nothing
     (
         (norm_rope, "_complex_product", _turned_backwards, COMPLEX_HEADS, VALUE),
         (norm_rope, "neighbours_swapped", _argument_back, REAL_HEADS, VALUE),
-        (norm_rope._Rotation, "_turned", _sines_unsigned, REAL_HALVES, VALUE),
+        (norm_rope, "signed", _sines_unsigned, REAL_HALVES, VALUE),
         (norm_rope._Rotation, "_by_real", _halves_unswapped, REAL_HALVES, VALUE),
         (norm_rope._Heads, "load_weight", _no_weight, COMPLEX_HEADS, VALUE),
         (norm_rope, "_normed", _norm_not_rounded, KINDS["Z-Image"], VALUE),
