@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 
+# Inductor asks each new process to compile a program for each vector extension of the CPU. That takes 6 s, and what
+# the CPU itself says is enough. Processes that tests start inherit this.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

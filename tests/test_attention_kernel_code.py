@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from kernel_variants import variant
-from ptx.device import compiled
+from ptx.device import UNLIKE, compiled, on_two
 from test_kernel_code import COMPILED, WIDE, resources
 
 from dit_kernels.chain import ActivationChain, RotatedChain
@@ -84,8 +84,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("arch", COMPILED)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("arch", "name"), on_two(VARIANTS, COMPILED))
 def test_nothing_spills(arch: str, name: str) -> None:
     kernel = compiled(arch, VARIANTS[name])
     used = resources(kernel.cubin)
@@ -94,7 +93,7 @@ def test_nothing_spills(arch: str, name: str) -> None:
     assert -(-used["registers"] // 8) * 8 * VARIANTS[name].tiling(arch).threads <= 65536
 
 
-@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_five_ctas_of_z_images_heads_run_on_a_multiprocessor(arch: str) -> None:
     registers = -(-resources(compiled(arch, VARIANTS["Z-Image"]).cubin)["registers"] // 8) * 8
     assert 5 * registers * VARIANTS["Z-Image"].tiling(arch).threads <= 65536
@@ -104,7 +103,7 @@ def accesses(ptx: str) -> tuple[list[str], list[str]]:
     return re.findall(r"ld\.global\S*", ptx), re.findall(r"st\.global\S*", ptx)
 
 
-@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.parametrize("arch", UNLIKE)
 @pytest.mark.parametrize(
     ("name", "loads", "stores"),
     [
@@ -147,7 +146,7 @@ def test_a_misaligned_head_narrows_its_own_accesses_only() -> None:
     assert all(access.endswith(WIDE) for access in writes)
 
 
-@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_complex_numbers_are_multiplied_with_two_fmas_and_two_products(arch: str) -> None:
     """As CUDA's compiler contracts eager's product: the sums would else round once more than it does."""
     ptx = compiled(arch, VARIANTS["Lumina 2"]).ptx
@@ -155,7 +154,7 @@ def test_complex_numbers_are_multiplied_with_two_fmas_and_two_products(arch: str
     assert "add.f64" not in ptx and "sub.f64" not in ptx
 
 
-@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_silu_in_16_bits_takes_two_special_functions_an_element_and_fp32_divides(arch: str) -> None:
     narrow, wide = (compiled(arch, VARIANTS[name]).ptx for name in ("silu", "silu fp32"))
     assert narrow.count("ex2.approx.ftz.f32") == narrow.count("rcp.approx.ftz.f32") == 16

@@ -10,17 +10,21 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from graph_backend import GraphBackend
 from site_modules import SiteModule, Spec, inputs
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+from torch._inductor import compile_fx
 from torch._inductor.codecache import FxGraphCache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import clear_caches, fresh_cache
 
+import dit_kernels
 import fusion_pass
 from dit_kernels.warn import warn_once
 from fusion_pass import Backend, graph_pass
@@ -198,49 +202,41 @@ def test_the_uuid_tells_options_apart_and_nothing_else() -> None:
     assert FusionPass().uuid() == FusionPass().uuid()
 
 
-SOURCES_CHANGED = """
-    import json, sys
-    from pathlib import Path
-    sys.path[:0] = [sys.argv[1], sys.argv[1] + "/kernels"]
-    from fusion_pass import graph_pass
+def test_the_uuid_changes_with_every_source_and_with_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    packages = [Path(package.__file__).parent for package in (fusion_pass, dit_kernels)]
+    assert sorted(graph_pass._PACKAGES) == sorted(packages)
 
-    root, fingerprint = Path(sys.argv[1]), graph_pass._fingerprint.__wrapped__
-    assert graph_pass.__file__.startswith(str(root))
-    before, blind = fingerprint(), []
-    sources = sorted(root.rglob("*.py"))
+    def copied(place: str) -> list[Path]:
+        copies = [tmp_path / place / package.name for package in packages]
+        for package, copy in zip(packages, copies, strict=True):
+            shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        monkeypatch.setattr(graph_pass, "_PACKAGES", copies)
+        return [source for copy in copies for source in sorted(copy.rglob("*.py"))]
+
+    fingerprint = graph_pass._fingerprint.__wrapped__
+    sources, before, blind = copied("here"), fingerprint(), []
     for source in sources:
         source.touch()
-    (root / "fusion_pass" / "notes.txt").write_text("no source")
+    (sources[0].parent / "notes.txt").write_text("no source")
     assert fingerprint() == before
-    for source in sources if root.name == "here" else ():
-        text = source.read_text()
-        source.write_text(text + "# changed\\n")
+    for source in sources:
+        text = source.read_bytes()
+        source.write_bytes(text + b"# changed\n")
         if fingerprint() == before:
-            blind.append(str(source))
-        source.write_text(text)
+            blind.append(source)
+        source.write_bytes(text)
+    assert len(sources) > 50
+    assert blind == []
     assert fingerprint() == before
-    print(json.dumps([before, blind]))
-"""
-
-
-def test_the_uuid_changes_with_every_source_and_with_nothing_else(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    found = []
-    for place in ("here", "there"):
-        for package in ("fusion_pass", "kernels/dit_kernels"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(root / package, tmp_path / place / package, ignore=ignored)
-        command = [sys.executable, "-c", textwrap.dedent(SOURCES_CHANGED), str(tmp_path / place)]
-        process = subprocess.run(command, capture_output=True, text=True, check=True)
-        found.append(json.loads(process.stdout))
-    assert [blind for _, blind in found] == [[], []]
-    assert found[0] == found[1]  # wherever the package lies
+    copied("there")
+    assert fingerprint() == before  # wherever the packages lie
 
 
 WARM = """
     import json, logging, sys
     import torch
     from torch._dynamo.utils import counters
+    from torch._functorch import config
     sys.path.insert(0, {tests!r})
     import fusion_pass
     from site_modules import SiteModule, Spec, inputs
@@ -252,41 +248,37 @@ WARM = """
     logging.getLogger("fusion_pass").addHandler(handler)
     torch.manual_seed(0)
     module = SiteModule(Spec())
-    with torch.no_grad():
-        got = torch.compile(module, backend=fusion_pass.Backend(kernels="reference"))(*inputs(Spec()))
-        equal = all(map(torch.equal, got, module(*inputs(Spec()))))
-    called = counters["fusion_pass"]["graphs"]
-    counted = counters["fusion_pass"]["norm_tanh_mul_add_norm_scale"]
-    hits = {{key: counters["inductor"][key] + counters["aot_autograd"][key] for key in ("fxgraph_cache_hit",
-            "fxgraph_cache_miss", "autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass")}}
-    print(json.dumps({{"equal": equal, "called": called, "counted": counted, "hits": hits, "lines": lines}}))
+    for autograd_cache in (False, True):
+        torch._dynamo.reset(), counters.clear(), lines.clear()
+        with torch.no_grad(), config.patch(enable_autograd_cache=autograd_cache):
+            got = torch.compile(module, backend=fusion_pass.Backend(kernels="reference"))(*inputs(Spec()))
+            equal = all(map(torch.equal, got, module(*inputs(Spec()))))
+        called = counters["fusion_pass"]["graphs"]
+        counted = counters["fusion_pass"]["norm_tanh_mul_add_norm_scale"]
+        hits = {{key: counters["inductor"][key] + counters["aot_autograd"][key] for key in ("fxgraph_cache_hit",
+                "fxgraph_cache_miss", "autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass")}}
+        print(json.dumps({{"equal": equal, "called": called, "counted": counted, "hits": hits, "lines": lines}}))
 """
 
 
-@pytest.mark.parametrize("autograd_cache", ("0", "1"), ids=("fx graph cache", "autograd cache"))
-def test_a_second_process_compiles_nothing_and_still_tells_what_is_fused(tmp_path: Path, autograd_cache: str) -> None:
-    environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "TORCHINDUCTOR_AUTOGRAD_CACHE": autograd_cache,
-    }
+def test_a_second_process_compiles_nothing_and_still_tells_what_is_fused(tmp_path: Path) -> None:
+    """With the cache of Inductor's graphs alone, and with that of autograd's as well."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     script = textwrap.dedent(WARM).format(tests=str(Path(__file__).parent))
-    cold, warm = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-            ).stdout.splitlines()[-1]
-        )
+    command = [sys.executable, "-c", script]
+    (cold, _), warm = (
+        [json.loads(line) for line in subprocess.check_output(command, env=environment, text=True).splitlines()[-2:]]
         for _ in range(2)
     )
-    assert cold["equal"]
-    assert warm["equal"]
-    assert cold["counted"] == warm["counted"] == 1
     assert cold["called"] == 1
-    assert warm["called"] == 0
-    assert warm["hits"]["fxgraph_cache_miss"] == 0
-    assert warm["hits"]["autograd_cache_hit" if autograd_cache == "1" else "fxgraph_cache_hit"] == 1, warm["hits"]
     assert cold["lines"] == [f"graph: fused 1 ({DUAL} 1), missed 0"]
-    assert warm["lines"] == [f"graph from a warm cache: fused ops in it: 1 ({DUAL} 1)"]
+    for one, cache in zip(warm, ("fxgraph_cache_hit", "autograd_cache_hit"), strict=True):
+        assert one["equal"] and cold["equal"]
+        assert one["counted"] == cold["counted"] == 1
+        assert one["called"] == 0
+        assert one["hits"]["fxgraph_cache_miss"] == 0
+        assert one["hits"][cache] == 1, one["hits"]
+        assert one["lines"] == [f"graph from a warm cache: fused ops in it: 1 ({DUAL} 1)"]
 
 
 # --- strict, and errors of our own -----------------------------------------------------------------------------------
@@ -347,6 +339,9 @@ STEPS = (
 
 @pytest.mark.parametrize("step", STEPS)
 def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(module, args, step, monkeypatch) -> None:
+    if step not in ("rewrite", "_fingerprint"):  # to save time, Inductor generates code for some steps only
+        stop = GraphBackend()._stop_after_passes
+        monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=stop))
     plain = torch.compile(module)(*args)
     torch._dynamo.reset()
     owner, _, name = step.rpartition(".")

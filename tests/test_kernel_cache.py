@@ -42,7 +42,9 @@ def variant(d: int = 256) -> Variant:
     return variant_of(FAMILY, NormChain((stage,)), d, x=row, z=row)
 
 
-compiled_once = cache(kernels.compile_variant)  # the tests are about what is kept of a kernel: one compilation serves all
+compiled_once = cache(
+    kernels.compile_variant
+)  # the tests are about what is kept of a kernel: one compilation serves all
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from kernel_variants import variant, with_specs
-from ptx.device import ARCHS, compiled
+from ptx.device import ARCHS, UNLIKE, compiled, on_two
 
 from dit_kernels.chain import GATED, SCALED, SECOND, ActivationChain, NormChain, Stage
 from dit_kernels.compile import Variant
@@ -120,8 +120,7 @@ def attributes(info: bytes) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("arch", COMPILED)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("arch", "name"), on_two(VARIANTS, COMPILED))
 def test_nothing_spills_and_as_many_ctas_fit_as_are_launched(arch: str, name: str) -> None:
     assert_fits(arch, VARIANTS[name])
 
@@ -185,8 +184,7 @@ QUANTISED = {
 QUANTISED |= {f"{name}-static-with-z": static_with_z(QUANTISED[name]) for name in ("dual", "silu")}
 
 
-@pytest.mark.parametrize("arch", ("sm_89", *ARCHS[1:]))
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize(("arch", "name"), on_two(QUANTISED, ("sm_89", *ARCHS[1:])))
 def test_what_quantises_does_not_spill_and_as_many_ctas_fit_as_are_launched(arch: str, name: str) -> None:
     assert_fits(arch, QUANTISED[name])
 
@@ -235,7 +233,7 @@ WIDE = (".v4.b32", ".v4.u32", ".v4.f32", ".v2.b64")
     [
         ("bf16", "sm_80", 8),  # x, residual, gate, scale and two weights; x and residual of the next row
         *(("bf16", arch, 4) for arch in ARCHS[1:]),  # x and residual come by bulk copies
-        *(("bf16-per-token", arch, 6) for arch in ARCHS),
+        *(("bf16-per-token", arch, 6) for arch in UNLIKE),
     ],
 )
 def test_aligned_rows_are_read_and_written_in_pieces_of_16_bytes_only(name: str, arch: str, loads: int) -> None:
@@ -288,8 +286,7 @@ def test_a_misaligned_operand_narrows_its_own_accesses_only() -> None:
     assert len(re.findall(r"ld\.global\S*\.[bu]16", ptx)) == 8
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["bf16", "fp16-native", "fp32"])
+@pytest.mark.parametrize(("arch", "name"), on_two(("bf16", "fp16-native", "fp32")))
 def test_tanh_and_rsqrt_are_those_of_eager(arch: str, name: str) -> None:
     ptx, _ = code(arch, VARIANTS[name])
     assert "tanh.approx" not in ptx
@@ -298,7 +295,7 @@ def test_tanh_and_rsqrt_are_those_of_eager(arch: str, name: str) -> None:
     assert not re.search(r"\b(add|sub|mul|fma|cvt)\S*\.ftz", ptx)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_a_root_that_eager_rounds_is_rounded_and_costs_one_instruction_a_row_or_one_an_element(arch: str) -> None:
     elements = VARIANTS["bf16-quotient"].tiling(arch).vectors * VARIANTS["bf16-quotient"].tiling(arch).vector
     for root, divisions in (("reciprocal", ("rcp.rn.f32", 2)), ("quotient", ("div.rn.f32", 2 * elements))):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import cycle, product
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -25,6 +25,14 @@ from ptx.memory import GlobalMemory
 from ptx.program import parse
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+UNLIKE = ("sm_80", "sm_90a")  # without and with bulk copies; the others run the code of sm_90a, in other tilings
+
+
+def on_two(cases: Iterable[Any], archs: Sequence[str] = ARCHS) -> list[tuple[Any, ...]]:
+    """(architecture, *case): each case on sm_90a, and on one of the others in turn. All pairs would take minutes."""
+    others = cycle(arch for arch in archs if arch != "sm_90a")
+    tuples = (case if isinstance(case, tuple) else (case,) for case in cases)
+    return [(arch, *case) for case in tuples for arch in ("sm_90a", next(others))]
 
 
 @dataclass(frozen=True)

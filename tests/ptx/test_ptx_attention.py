@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 from dit_kernels.cute import activation, norm_rope
 from dit_kernels.rounding import ACTIVATION_FORMS, FORMS, ROOTS
 from ptx import numbers
-from ptx.device import ARCHS, call, compiled, gpu
+from ptx.device import call, compiled, gpu, on_two
 from ptx.judging import Interpreter
 from ptx.memory import Fault
 
@@ -51,8 +52,7 @@ def check_kind(kind: str, **options: Any) -> None:
     check_heads(heads(*sizes, **of_operands, interleaved=interleaved), **given)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("arch", "kind"), on_two(KINDS))
 def test_each_models_heads_follow_the_definition(arch: str, kind: str) -> None:
     with gpu(arch, 1):
         check_kind(kind)
@@ -158,9 +158,7 @@ def test_a_batch_wider_than_the_grid_is_covered(monkeypatch: pytest.MonkeyPatch)
 # --- silu -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("form", ACTIVATION_FORMS)
-@pytest.mark.parametrize("dtype", (BF16, FP16, FP32))
+@pytest.mark.parametrize(("arch", "form", "dtype"), on_two(product(ACTIVATION_FORMS, (BF16, FP16, FP32))))
 def test_silu_mul_follows_the_definition(arch: str, form: str, dtype: torch.dtype) -> None:
     a, b = random(2, 3, 1000, dtype=dtype, seed=1) * 3, random(2, 3, 1000, dtype=dtype, seed=2)
     with gpu(arch, 1):

@@ -32,7 +32,7 @@ from dit_kernels.cute.tiling import VectorTiling
 from dit_kernels.families import OPS
 from dit_kernels.families import rows as families_of_rows
 from ptx import device
-from ptx.device import ARCHS, compiled, gpu
+from ptx.device import UNLIKE, compiled, gpu
 from ptx.host import launch
 from ptx.judging import check
 from ptx.machine import Machine
@@ -64,7 +64,7 @@ def run(
         check(op, o or bounds.operands(**{"batch": 2, "tokens": 5, "d": 2304, **sizes}), eps, eps2)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_a_patch_that_changes_nothing_is_no_mistake(arch: str) -> None:
     run(modulated_norm, "write", lambda original, *a: original(*a), arch)
 
@@ -84,7 +84,7 @@ def run_with_strides_swapped(swapped: str, arch: str, tokens: int, per_token: bo
     run(rows.RowKernel, "tensor", tensor, arch, o=o)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 @pytest.mark.parametrize("per_token", (False, True))
 @pytest.mark.parametrize(("name", "result"), (("x", "y"), ("residual", "y"), ("gate", "y"), ("scale", "z")))
 def test_strides_of_batch_and_token_swapped_are_found(arch: str, name: str, result: str, per_token: bool) -> None:
@@ -146,7 +146,7 @@ def sum_without_the_first_vector(original, place, i, value):  # type: ignore[no-
     return Float32(cutlass.select_(place.thread == 0, Float32(0.0), original(place, i, value)))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 @pytest.mark.parametrize(
     ("owner", "name", "wrong", "result"),
     (
@@ -169,7 +169,7 @@ def test_a_mistake_that_changes_values_is_found(arch: str, owner: Any, name: str
         run(owner, name, wrong, arch)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_a_second_norm_of_y_before_it_is_rounded_is_found(arch: str) -> None:
     def write(original, of, *others):  # type: ignore[no-untyped-def]
         unrounded = replace(of, steps=replace(of.steps, sum=torch.float32, out=torch.float32))
@@ -196,13 +196,13 @@ def run_with_eps(first: str, second: str, arch: str) -> None:
     run(modulated_norm.ModulatedNormKernel, "run", chain, arch, eps=1e-5, eps2=1e-1, batch=1, tokens=2)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_eps_and_eps2_swapped_are_found(arch: str) -> None:
     with pytest.raises(AssertionError, match=VALUE.format("y")):
         run_with_eps("eps2", "eps", arch)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 @pytest.mark.parametrize(("eps", "result"), (("eps", "z"), ("eps2", "y")))
 def test_one_eps_for_both_norms_is_found(arch: str, eps: str, result: str) -> None:
     with pytest.raises(AssertionError, match=VALUE.format(result)):
@@ -212,7 +212,7 @@ def test_one_eps_for_both_norms_is_found(arch: str, eps: str, result: str) -> No
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 @pytest.mark.parametrize(("more", "message"), ((-1, r"never written, the first at [yz]\[0, \d+, 0\]"), (1, WHERE)))
 def test_rows_drawn_one_too_few_or_too_many_are_found(arch: str, more: int, message: str) -> None:
     def tickets(original, self, counters, batch, walkers, given, drawn):  # type: ignore[no-untyped-def]
@@ -222,7 +222,7 @@ def test_rows_drawn_one_too_few_or_too_many_are_found(arch: str, more: int, mess
         run(rows._Tickets, "__init__", tickets, arch, batch=1, tokens=14)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_a_row_that_is_drawn_twice_is_found(arch: str) -> None:
     def row_of(original, tickets, ticket):  # type: ignore[no-untyped-def]
         return original(tickets, ticket // 2 * 2)
@@ -231,7 +231,7 @@ def test_a_row_that_is_drawn_twice_is_found(arch: str) -> None:
         run(rows._Tickets, "row_of", row_of, arch, batch=1, tokens=14)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_tickets_of_another_batch_item_are_found(arch: str) -> None:
     def tickets(original, self, counters, batch, *others):  # type: ignore[no-untyped-def]
         original(self, counters, Int32(0), *others)
@@ -240,7 +240,7 @@ def test_tickets_of_another_batch_item_are_found(arch: str) -> None:
         run(rows._Tickets, "__init__", tickets, arch, batch=2, tokens=14)
 
 
-@pytest.mark.parametrize("arch", ARCHS[1:])
+@pytest.mark.parametrize("arch", UNLIKE[1:])
 def test_a_copy_of_a_row_behind_the_last_is_found(arch: str) -> None:
     def fetch(original, rings, arrived, token_at, batch, token, stage):  # type: ignore[no-untyped-def]
         original(rings, arrived, token_at, batch, cutlass.select_(token < 0, Int32(5), token), stage)
@@ -249,7 +249,7 @@ def test_a_copy_of_a_row_behind_the_last_is_found(arch: str) -> None:
         run(rows, "_fetch", fetch, arch, batch=1)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_operands_less_aligned_than_the_kernel_expects_are_found(arch: str) -> None:
     o = bounds.operands(1, 2, 2304)
     storage, spec_of = random(2 * 2304 + 1, seed=1), spec.spec_of
@@ -277,7 +277,7 @@ def sum_with_warp_idx_in_a_branch(value: Float32, partials: cute.Tensor) -> Floa
     return reduce.warp_sum(value)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_warp_idx_under_a_branch_of_one_lane_is_found(arch: str) -> None:
     with pytest.raises(Fault, match=WHERE + "shfl.sync.*waits for all of its warp, of which 31 threads are elsewhere"):
         run(stage, "cta_sum", lambda _, *a: sum_with_warp_idx_in_a_branch(*a), arch)
@@ -295,7 +295,7 @@ def test_sums_of_two_rows_in_one_buffer_are_found_where_one_barrier_is_between(o
         run(rows.RowKernel, "partials", partials, "sm_80", op)
 
 
-@pytest.mark.parametrize("arch", ARCHS[1:])
+@pytest.mark.parametrize("arch", UNLIKE[1:])
 def test_a_wait_whose_phase_never_turns_is_found(arch: str) -> None:
     def wait(original, barrier, phase):  # type: ignore[no-untyped-def]
         original(barrier, Int32(0))
@@ -304,7 +304,7 @@ def test_a_wait_whose_phase_never_turns_is_found(arch: str) -> None:
         run(cute.arch, "mbarrier_wait", wait, arch, batch=1, tokens=14)
 
 
-@pytest.mark.parametrize("arch", ARCHS[1:])
+@pytest.mark.parametrize("arch", UNLIKE[1:])
 def test_a_wait_for_another_stage_is_found(arch: str) -> None:
     def fetch(original, rings, arrived, token_at, batch, token, stage):  # type: ignore[no-untyped-def]
         original(rings, arrived, token_at, batch, token, 1 - stage)
@@ -316,7 +316,7 @@ def test_a_wait_for_another_stage_is_found(arch: str) -> None:
 # --- the launch -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 @pytest.mark.parametrize("axis", ("batch", "rows"))
 def test_a_grid_one_cta_short_is_found(arch: str, axis: str) -> None:
     def short(*arguments: Any) -> Any:
@@ -333,7 +333,7 @@ def test_a_grid_one_cta_short_is_found(arch: str, axis: str) -> None:
         check(bounds.DUAL, bounds.operands(2, 5, 2304))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_too_little_shared_memory_is_found(arch: str) -> None:
     def little(*arguments: Any) -> Any:
         what = device_launch(*arguments)

@@ -16,7 +16,7 @@ pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not insta
 
 from dit_kernels.rounding import FORMS, NORMS
 from ptx import numbers
-from ptx.device import ARCHS, gpu
+from ptx.device import gpu, on_two
 from ptx.judging import check
 from ptx.machine import PURE, Machine
 from ptx.memory import Fault, GlobalMemory
@@ -407,8 +407,7 @@ def test_a_perturbed_result_is_off_by_what_the_manual_allows_and_special_ones_st
 
 
 @pytest.mark.parametrize("direction", (-1, 1))
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("op", bounds.OPS)
+@pytest.mark.parametrize(("arch", "op"), on_two(bounds.OPS))
 def test_kernels_stay_within_the_bounds_whichever_way_approximations_err(arch: str, op: str, direction: int) -> None:
     with gpu(arch, 1), numbers.perturbed(direction):
         check(op, bounds.operands(2, 3, 3840))
