@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 
 # Inductor asks each new process to compile a program for each vector extension of the CPU. That takes 6 s, and what
 # the CPU itself says is enough. Processes that tests start inherit this.
@@ -48,3 +49,13 @@ def compiled_anew():
     torch.manual_seed(0)
     with fresh_cache(), torch.no_grad():
         yield
+
+
+@pytest.fixture
+def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor generates no code, to save time: it stops after its passes, and PyTorch runs the graph."""
+    from graph_backend import GraphBackend  # imports Inductor
+    from torch._inductor import compile_fx
+
+    stopping = partial(compile_fx.compile_fx, inner_compile=GraphBackend()._stop_after_passes)
+    monkeypatch.setattr(compile_fx, "compile_fx", stopping)

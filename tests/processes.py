@@ -24,7 +24,7 @@ def run_python(folder: Path, *command: str, imports: tuple[Path, ...] = (), **va
         env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **variables},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

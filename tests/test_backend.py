@@ -10,16 +10,13 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from graph_backend import GraphBackend
 from site_modules import SiteModule, Spec, inputs
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
-from torch._inductor import compile_fx
 from torch._inductor.codecache import FxGraphCache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import clear_caches, fresh_cache
@@ -338,10 +335,11 @@ STEPS = (
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(module, args, step, monkeypatch) -> None:
+def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(
+    module, args, step, monkeypatch, request
+) -> None:
     if step not in ("rewrite", "_fingerprint"):  # to save time, Inductor generates code for some steps only
-        stop = GraphBackend()._stop_after_passes
-        monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=stop))
+        request.getfixturevalue("without_code")
     plain = torch.compile(module)(*args)
     torch._dynamo.reset()
     owner, _, name = step.rpartition(".")

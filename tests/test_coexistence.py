@@ -134,6 +134,7 @@ def test_a_model_with_parameters_that_want_gradients_is_fused_where_no_gradient_
     assert counters["fusion_pass"][DUAL] == 1
 
 
+@pytest.mark.usefixtures("without_code")
 def test_one_compiled_model_serves_inference_and_training_in_turns(args) -> None:
     model = SiteModule(Spec(dtype=torch.float32))
     args = tuple(arg.float() for arg in args)
@@ -158,6 +159,7 @@ class Checkpointed(SiteModule):
         return checkpoint(super().forward, *args, use_reentrant=False)
 
 
+@pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("kind", (SiteModule, Checkpointed))
 def test_gradients_in_training_are_those_of_plain_torch_compile(kind, dtype) -> None:
@@ -185,6 +187,7 @@ def compilations(model: nn.Module, backend: object, dynamic: bool | None, calls:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize(("dynamic", "expected"), ((None, 2), (True, 1), (False, 4)))
 def test_another_number_of_tokens_compiles_no_more_than_plain_inductor(module, dynamic, expected) -> None:
     calls = [inputs(Spec(tokens=tokens)) for tokens in (6, 9, 33, 64)]
@@ -193,16 +196,15 @@ def test_another_number_of_tokens_compiles_no_more_than_plain_inductor(module, d
     assert compilations(module, "inductor", dynamic, calls) == expected
 
 
-@pytest.mark.parametrize("dynamic", (None, True))
-def test_other_resolutions_and_prompts_of_z_images_blocks_compile_no_more_than_without_the_pass(dynamic) -> None:
+def test_other_resolutions_and_prompts_of_z_images_blocks_compile_no_more_than_without_the_pass() -> None:
     transformer = zimage.model(layers=1)
-    calls = [zimage.inputs((prompt,), size) for size, prompt in ((8, 12), (8, 40), (16, 40), (12, 70))]
+    calls = [zimage.inputs((prompt,), size) for size, prompt in ((8, 12), (8, 40), (16, 70))]
     expected = [zimage.run(transformer, args) for args in calls]
     graphs = {}
     for fuse in (True, False):
         torch._dynamo.reset()
         backend = GraphBackend(fuse=fuse)
-        transformer.compile_repeated_blocks(backend=backend, dynamic=dynamic)
+        transformer.compile_repeated_blocks(backend=backend)
         assert_equal([zimage.run(transformer, args) for args in calls], expected)
         graphs[fuse] = len(backend.graphs)
         assert bool(backend.report.fused) == fuse
@@ -348,7 +350,7 @@ def test_a_site_is_fused_wherever_its_graph_stands(around, fused: int, module, a
 
 def test_a_lora_that_is_added_switched_off_and_merged_keeps_every_site_fused() -> None:
     peft = pytest.importorskip("peft")
-    transformer, args = zimage.model(layers=1), zimage.inputs()
+    transformer, args = zimage.model(layers=1, refiners=0), zimage.inputs()
     base = zimage.run(transformer, args)
     targets = ["to_q", "to_out.0", "w2"]
     transformer.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
@@ -359,7 +361,9 @@ def test_a_lora_that_is_added_switched_off_and_merged_keeps_every_site_fused() -
     def check(graphs: int) -> Tensor:
         expected = zimage.run(transformer, args)
         assert torch.equal(zimage.run(compiled, args), expected)
-        assert backend.report.counts() == {k: graphs * n for k, n in zimage.expected_counts(layers=1).items()}
+        assert backend.report.counts() == {
+            k: graphs * n for k, n in zimage.expected_counts(layers=1, refiners=0).items()
+        }
         return expected
 
     assert not torch.equal(check(1), base)

@@ -33,7 +33,7 @@ def blocks(gated: int, ungated: int) -> dict[str, int]:
 
 
 # Runs examples in one process, as __main__. To save minutes, Inductor stops behind its passes and generates no code:
-# PyTorch runs the graph. The tests further below generate code.
+# PyTorch runs the graph. The example for ComfyUI, further below, generates code.
 WITHOUT_CODE = """
 import functools, runpy, sys
 from graph_backend import GraphBackend
@@ -42,40 +42,63 @@ from torch._inductor import compile_fx as inductor
 inductor.compile_fx = functools.partial(inductor.compile_fx, inner_compile=GraphBackend()._stop_after_passes)
 folder, *names = sys.argv[1:]
 for name in names:
+    inductor.torch._dynamo.reset()
     sys.argv = [name, "--json", name + ".json", *(("--steps", "1") if name == "zimage" else ())]
     print(f"--- {name}")
     runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
 """
 
 
-def run_without_code(folder: Path, *names: str) -> tuple[dict[str, Any], str]:
-    """What each example wrote with --json, and what all of them printed."""
+Results = dict[str, tuple[dict[str, Any], str]]  # what each example wrote with --json, and what it printed
+
+
+def run_without_code(folder: Path, *names: str, launcher: tuple[str, ...] = ()) -> Results:
+    """Runs examples in one process. launcher: the arguments of the interpreter before the program."""
     imports = (EXAMPLES, ROOT / "tests")  # in this order: both have a module zimage
     variables = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "COLUMNS": "80"}
-    text = run_python(folder, "-c", WITHOUT_CODE, str(EXAMPLES), *names, imports=imports, **variables)
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}, text
+    program = folder / "without_code.py"
+    program.write_text(WITHOUT_CODE)
+    text = run_python(folder, *launcher, str(program), str(EXAMPLES), *names, imports=imports, **variables)
+    printed = dict(part.split("\n", 1) for part in text.split("--- ")[1:])
+    return {name: (json.loads((folder / f"{name}.json").read_text()), printed[name]) for name in names}
 
 
-def test_small_models_are_explained_and_compared_with_eager(tmp_path: Path) -> None:
-    names = ["flux", "qwen_image", "wan", "regional_compile"]
-    has_torchao = importlib.util.find_spec("torchao") is not None
-    results, text = run_without_code(tmp_path, *names, *(["quantized_zimage"] if has_torchao else []))
-    expected = {"flux": {"qk_norm_cat_rope": 1, "qk_norm_rope": 1}, "qwen_image": {"qk_norm_rope": 2}}
-    expected["wan"] = {"norm_all_heads_rope": 2}
-    expected["regional_compile"] = {"qk_norm_rope": 2}  # in one of three equal blocks
-    if has_torchao:
-        expected["quantized_zimage"] = zimage.expected_counts(layers=1, refiners=1)
-    assert {name: result["fused"] for name, result in results.items()} == expected
-    assert {name: result["graphs"] for name, result in results.items()} == dict.fromkeys(expected, 1)
-    assert results["regional_compile"]["calls"] == [3]
-    assert all(0 <= result["distance"] < 0.05 for result in results.values())
-    assert text.count("from eager: ") == len(results)
+NEEDED = {"quantized_zimage": ("torchao",), "lora_offload": ("peft", "accelerate")}
 
 
-def test_the_demo_measures_and_ends_with_what_to_do_next(tmp_path: Path) -> None:
-    results, text = run_without_code(tmp_path, "zimage")
-    assert set(results["zimage"]["results"]) == {"eager", "torch.compile", 'backend="fusion_pass"'}
-    counted = [site["kind"] for site in results["zimage"]["report"]["fused"]]
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of all examples that run in one process, and whose packages are installed."""
+    names = ("flux", "qwen_image", "wan", "regional_compile", "quantized_zimage", "lora_offload", "zimage")
+    there = [name for name in names if all(map(importlib.util.find_spec, NEEDED.get(name, ())))]
+    return run_without_code(tmp_path_factory.mktemp("examples"), *there)
+
+
+EXPECTED = {
+    "flux": {"qk_norm_cat_rope": 1, "qk_norm_rope": 1},
+    "qwen_image": {"qk_norm_rope": 2},
+    "wan": {"norm_all_heads_rope": 2},
+    "regional_compile": {"qk_norm_rope": 2},  # in one of three equal blocks
+    "quantized_zimage": zimage.expected_counts(layers=1, refiners=1),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_small_models_are_explained_and_compared_with_eager(name: str, examples: Results) -> None:
+    for package in NEEDED.get(name, ()):
+        pytest.importorskip(package)
+    result, text = examples[name]
+    assert result["fused"] == EXPECTED[name]
+    assert result["graphs"] == 1
+    assert 0 <= result["distance"] < 0.05
+    assert text.count("from eager: ") == 1
+    assert name != "regional_compile" or result["calls"] == [3]
+
+
+def test_the_demo_measures_and_ends_with_what_to_do_next(examples: Results) -> None:
+    result, text = examples["zimage"]
+    assert set(result["results"]) == {"eager", "torch.compile", 'backend="fusion_pass"'}
+    counted = [site["kind"] for site in result["report"]["fused"]]
     assert {kind: counted.count(kind) for kind in counted} == zimage.expected_counts(layers=2, refiners=1)
     lines = text.splitlines()
     assert "\x1b" not in text  # a log has no colours, no bar and a line for each step
@@ -84,6 +107,16 @@ def test_the_demo_measures_and_ends_with_what_to_do_next(tmp_path: Path) -> None
     tables = [line for line in lines if not line.startswith(("The CUDA kernels", "wrote"))]
     assert max(map(len, tables)) <= 100
     assert "…" not in text  # no cell is cut off
+
+
+def test_a_lora_and_offload_cost_no_fusion(examples: Results) -> None:
+    for package in NEEDED["lora_offload"]:
+        pytest.importorskip(package)
+    result, _ = examples["lora_offload"]
+    # The blocks of the image, those of the captions, and the first again for another number of tokens.
+    assert result["graphs"] == 3
+    assert result["fused"] == blocks(gated=2, ungated=1)
+    assert 0 < result["distance"] < 0.05
 
 
 # Runs examples with --pretrained, in one process. A small transformer stands in for the checkpoint. Its pipeline checks
@@ -141,16 +174,6 @@ def test_the_pipelines_are_called_as_diffusers_defines_them_and_what_they_make_i
     run_python(tmp_path, "-c", PRETRAINED, imports=(EXAMPLES,), HF_HUB_OFFLINE="1")
 
 
-def test_a_lora_and_offload_cost_no_fusion(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    pytest.importorskip("accelerate")
-    results = run(tmp_path, str(EXAMPLES / "lora_offload.py"))
-    # The blocks of the image, those of the captions, and the first again for another number of tokens.
-    assert results["graphs"] == 3
-    assert results["fused"] == blocks(gated=2, ungated=1)
-    assert 0 < results["distance"] < 0.05
-
-
 def test_blocks_in_comfyuis_style_are_fused(tmp_path: Path) -> None:
     results = run(tmp_path, str(EXAMPLES / "comfyui.py"))
     assert results["fused"] == {"norm_scale": 1, "norm_tanh_mul_add": 1, "norm_tanh_mul_add_norm_scale": 3}
@@ -161,7 +184,7 @@ def test_blocks_in_comfyuis_style_are_fused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_a_model_split_over_two_processes_is_fused_in_each(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    results = run(tmp_path, *torchrun, str(EXAMPLES / "context_parallel.py"))
+    results, _ = run_without_code(tmp_path, "context_parallel", launcher=torchrun)["context_parallel"]
     assert results["processes"] == 2
     # Of each stack the block that splits, and the one that gathers: diffusers' hooks are compiled with them.
     # What attends are all heads of some tokens, so that q and k are exchanged, each for itself.

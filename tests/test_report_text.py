@@ -22,7 +22,7 @@ from fusion_pass.report import FusionReport, ReportedSite
 
 def of_zimage() -> FusionReport:
     backend = GraphBackend()
-    model, inputs = zimage.model(), zimage.inputs()
+    model, inputs = zimage.model(layers=1), zimage.inputs()
     zimage.run(model, inputs)
     zimage.run(torch.compile(model, backend=backend), inputs)
     return backend.report
@@ -49,9 +49,9 @@ def of_every_reason() -> FusionReport:
 
 MAKE: dict[str, Callable[[], FusionReport]] = {
     "Z-Image": of_zimage,
-    "Qwen-Image": lambda: compiled(*qwen_image(2))[1].report,
-    "FLUX.2": lambda: compiled(*flux2(2))[1].report,
-    "Mochi": lambda: compiled(*mochi(2))[1].report,
+    "Qwen-Image": lambda: compiled(*qwen_image(1))[1].report,
+    "FLUX.2": lambda: compiled(*flux2(1))[1].report,
+    "Mochi": lambda: compiled(*mochi(1))[1].report,
     "every reason": of_every_reason,
     "nothing": FusionReport,
 }

@@ -438,9 +438,9 @@ def test_zimage_whose_first_layers_stay_in_bf16_returns_z_and_q() -> None:
     def chosen(name: str) -> bool:
         return of_layers(name) and not name.endswith(("to_q", "w1"))
 
-    model = quantized.quantize_(zimage.model(layers=1), quantized.torchao, chosen)
+    model = quantized.quantize_(zimage.model(layers=1, refiners=0), quantized.torchao, chosen)
     backend = fused_zimage(model)
-    counts = zimage.expected_counts(layers=1)
+    counts = zimage.expected_counts(layers=1, refiners=0)
     names = called(backend)
     assert names.count(f"{DUAL}.keep_z") == counts["norm_tanh_mul_add_norm_scale"]
     assert names.count(f"{SCALED}.keep_z") == counts["norm_scale"] - 1
@@ -459,10 +459,10 @@ def test_zimage_quantised_by_torchao_with_static_scales(monkeypatch: pytest.Monk
         for check in checks.keys() & set(vars(module) if name.startswith("torchao") else ()):
             monkeypatch.setattr(module, check, checks[check])
     config = quant_api.Float8StaticActivationFloat8WeightConfig(act_quant_scale=torch.full((1, 1, 1), 0.02))
-    model = zimage.model(layers=1)
+    model = zimage.model(layers=1, refiners=0)
     quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and of_layers(name))
     backend = fused_zimage(model)
-    counts = zimage.expected_counts(layers=1)
+    counts = zimage.expected_counts(layers=1, refiners=0)
     assert called(backend).count(f"{SILU}.static") == counts["silu_mul"]
     # Each layer has a tensor of its own for its scale, and several layers read what a norm returns.
     own = [site for site in backend.report.missed if "static scales of their own" in site.reason]

@@ -45,11 +45,11 @@ def expected_counts(layers: int = LAYERS, refiners: int = REFINERS) -> dict[str,
     """Whole model: two sites a layer in each of three stacks (the layers, the refiners of the image, and those of the
     captions, without gates and scales), each with the next norm behind it but for the last of its stack; the norms at
     the start of two stacks and at the end of the model, which is a LayerNorm; an attention and a SwiGLU a layer."""
-    blocks = layers + 2 * refiners
+    blocks, stacks = layers + 2 * refiners, 3 if refiners else 1
     return {
-        "norm_scale": 3,
-        "norm_tanh_mul_add": 3,
-        "norm_tanh_mul_add_norm_scale": 2 * blocks - 3,
+        "norm_scale": 3 if refiners else 2,
+        "norm_tanh_mul_add": stacks,
+        "norm_tanh_mul_add_norm_scale": 2 * blocks - stacks,
         "qk_norm_rope": blocks,
         "silu_mul": blocks,
     }
