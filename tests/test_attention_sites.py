@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +35,11 @@ from test_properties import assert_bit_equal
 
 from dit_kernels.warn import warn_once
 from fusion_pass import graph_pass
+
+
+def name_of(value: Any) -> str | None:
+    """The id of a function or a dtype among the parameters of a test."""
+    return getattr(value, "__name__", None) or (str(value) if isinstance(value, torch.dtype) else None)
 
 
 @given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
@@ -255,8 +262,7 @@ WITH_A_CAST_BACK = (
 )
 
 
-@pytest.mark.parametrize("mutant", NEVER_TURNED, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.parametrize(("mutant", "dynamic"), zip(NEVER_TURNED, cycle((False, True))), ids=name_of)
 def test_what_is_no_rotated_norm_is_not_fused_and_its_result_is_right(mutant, dynamic: bool) -> None:
     if mutant.__name__ in WITH_A_CAST_BACK and not CASTS_ARE_KEPT:
         pytest.skip("torch 2.11's own passes drop a cast of this model")
@@ -301,8 +307,14 @@ def rounded_twice(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack((a.half(), b.half()), -1).flatten(-2).bfloat16()
 
 
-@pytest.mark.parametrize("joined", (rounded_and_cast_up, one_of_a_pair_is_rounded, rounded_in_two_ways, rounded_twice))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize(
+    ("joined", "dtype"),
+    (
+        *((f, torch.bfloat16) for f in (rounded_and_cast_up, one_of_a_pair_is_rounded, rounded_twice)),
+        (rounded_in_two_ways, torch.float32),
+    ),
+    ids=name_of,
+)
 def test_a_rounding_before_a_pair_is_put_together_is_kept(joined, dtype: torch.dtype) -> None:
     def rotated(x, cos, sin):
         a, b = _norm(x).float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -403,8 +415,7 @@ def test_tables_that_are_computed_alike_in_many_steps_are_compared_once() -> Non
     assert backend.report.counts() == {"qk_norm_rope": 1}
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.parametrize(("dtype", "dynamic"), ((torch.bfloat16, True), (torch.float32, False)), ids=("bf16", "fp32"))
 def test_a_norm_of_one_plus_a_weight_is_fused_with_its_rotation(dtype: torch.dtype, dynamic: bool) -> None:
     """As Gemma and Krea write it: the weight is learned as its distance from 1."""
 
@@ -432,9 +443,15 @@ def norms_of_tokens(x: torch.Tensor) -> torch.Tensor:
     return _norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-@pytest.mark.parametrize("normed", (norms_of_rows, norms_of_tokens))
-@pytest.mark.parametrize("heads_first", (False, True), ids=("tokens first", "heads first"))
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.parametrize(
+    ("normed", "heads_first", "dynamic"),
+    (
+        (norms_of_rows, False, True),
+        (norms_of_rows, True, False),
+        (norms_of_tokens, False, False),
+        (norms_of_tokens, True, True),
+    ),
+)
 def test_a_norm_of_rows_is_fused_with_the_rotation_of_the_heads_that_they_are(
     normed, heads_first: bool, dynamic: bool
 ) -> None:
@@ -556,8 +573,7 @@ def test_a_factor_that_was_cast_up_in_another_shape_is_read_in_its_own() -> None
     assert_bit_equal(got, model(*args))
 
 
-@pytest.mark.parametrize("mutant", NO_SWIGLU, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize(("mutant", "dtype"), zip(NO_SWIGLU, cycle((torch.bfloat16, torch.float32))), ids=name_of)
 def test_what_is_no_swiglu_is_not_fused_and_its_result_is_right(mutant, dtype: torch.dtype) -> None:
     spec = SiluSpec(dtype=dtype, b_dtype=dtype)
     args = silu_inputs(spec)

@@ -47,8 +47,8 @@ def test_the_command_names_the_versions_the_cache_and_why_no_kernel_runs(cache: 
     assert lines[-2:] == ["2 kernels, 30 bytes", "can be used"]
 
 
-def test_json_holds_the_same(cache: Path, tmp_path: Path) -> None:
-    found = json.loads(run_python(tmp_path, "-m", "fusion_pass", "--json"))
+def test_json_holds_the_same(cache: Path, capsys, monkeypatch) -> None:
+    found = json.loads(run(capsys, monkeypatch, "--json"))
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["apache-tvm-ffi"]
     assert (found["gpus"], found["kernels_missing"]) == ([], NO_GPU)
