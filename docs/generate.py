@@ -295,7 +295,10 @@ ROLES = {
     "eps": "a number ≥ 0. The overload `.eps_tensor` takes a CPU tensor of one element",
 }
 MORE = {  # what the role of an argument does not say
-    "rotation": "Without `sin` complex, n = Dh/2. With `sin` the cosines, n = Dh or Dh/2",
+    "rotation": (
+        "With `sin` the cosines, n = Dh or Dh/2. Without `sin` complex, n = Dh/2; or the 2×2 matrices of the pairs, "
+        "n = 2 · Dh"
+    ),
     "cos": "The cosines, one for each element or for each pair. n = Dh or Dh/2; with `own`, D or D/2",
     "sin": "The sines",
     "static_scale": "Without it, nothing is scaled",
@@ -311,7 +314,7 @@ OPTIONS = {
     "interleaved": "True: a pair is two neighbouring elements. False: one element from each half of a head",
     "heads": "H. D = H · Dh",
     "own": "True: each head has its own rotation. False: all heads share one rotation",
-    "addcmul": "True: the sum of the two products is `torch.addcmul`, which does not round the second product",
+    "addcmul": "True: the sum of the two real products is `torch.addcmul`, which does not round the second product",
     "y_dtype": "The dtype of y",
     "z_dtype": "The dtype of z",
     "out_dtype": "The dtype of the result",

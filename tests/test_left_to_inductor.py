@@ -1,5 +1,5 @@
-"""Each of these has a row in the report, neither warns nor raises under strict, and stays Inductor's: rotations in
-spellings that no kind fuses, residual adds without a norm, and norms of a few rows."""
+"""Each of these has a row in the report, neither warns nor raises under strict, and stays Inductor's: rotations without
+a norm, residual adds without a norm, and norms of a few rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from graph_backend import GraphBackend, run
 from graph_checks import assert_equal, tensors
+from matrix_rotations import SPELLINGS
 from site_modules import diffusers_norm
 from test_models import build, lumina_next
 from test_models import compiled as compiled_model
+from test_models import run as run_model
 from torch import Tensor, nn
 
 from fusion_pass.refusal import BY_DESIGN, Reason
@@ -49,28 +51,6 @@ def matrices(cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
 
 
-def kandinsky(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """diffusers' Kandinsky 5: a product with 2×2 matrices."""
-    return (matrices(cos, sin) * x.unflatten(-1, (-1, 1, 2)).float()).sum(-1).flatten(-2).to(x.dtype)
-
-
-def hidream(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """diffusers' HiDream, and the official FLUX: the columns of the matrices."""
-    m, pairs = matrices(cos, sin), x.unflatten(-1, (-1, 1, 2)).float()
-    return (m[..., 0] * pairs[..., 0] + m[..., 1] * pairs[..., 1]).flatten(-2).to(x.dtype)
-
-
-def comfyui(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """ComfyUI: the same with addcmul_."""
-    m, pairs = matrices(cos, sin), x.unflatten(-1, (-1, 1, 2)).float()
-    out = m[..., 0] * pairs[..., 0]
-    out.addcmul_(m[..., 1], pairs[..., 1])
-    return out.flatten(-2).to(x.dtype)
-
-
-ROTATIONS = (kandinsky, hidream, comfyui)
-
-
 def heads_and_tables() -> tuple[Tensor, Tensor, Tensor]:
     (x,) = tensors((B, S, H, D))
     angles = torch.rand(1, S, 1, D // 2) * 6
@@ -78,21 +58,40 @@ def heads_and_tables() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dynamic", (False, True))
-@pytest.mark.parametrize("normed", (False, True))
-@pytest.mark.parametrize("rotate", ROTATIONS)
-def test_each_spelling_of_a_rotation_has_one_row(rotate: Rotate, normed: bool, dynamic: bool) -> None:
+@pytest.mark.parametrize("rotate", SPELLINGS)
+def test_each_rotation_by_matrices_without_a_norm_has_one_row(rotate: Callable[..., Tensor], dynamic: bool) -> None:
     """Also a rotation whose table is not of the graph's inputs, as Kandinsky's is not."""
 
     def model(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q = rotate(diffusers_norm(x, None) if normed else x, cos, sin).transpose(1, 2)
+        q = rotate(x, matrices(cos, sin)).transpose(1, 2)
         return q @ q.mT
 
     backend = compiled(model, *heads_and_tables(), dynamic=dynamic)
     (row,) = (site for site in backend.report.missed if site.kind == "rope")
-    assert row.reason_name == "ROTATION"
+    assert row.reason_name == "UNNORMED"
     assert len(row.shape) == 4
     if not dynamic:
         assert row.shape == (B, S, H, D)
+    assert not backend.report.fused
+
+
+def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    a, b = x[..., 0::2], x[..., 1::2]
+    out[..., 0::2] = a * cos + b * sin
+    out[..., 1::2] = b * cos - a * sin
+    return out
+
+
+@pytest.mark.parametrize("normed", (False, True))
+def test_a_rotation_into_slices_that_no_op_computes_has_one_row(normed: bool) -> None:
+    def model(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = turned_back(diffusers_norm(x, None) if normed else x, cos, sin).transpose(1, 2)
+        return q @ q.mT
+
+    backend = compiled(model, *heads_and_tables())
+    (row,) = (site for site in backend.report.missed if site.kind == "rope")
+    assert (row.reason_name, row.shape) == ("ROTATION", (B, S, H, D))
     assert not backend.report.fused
 
 
@@ -252,12 +251,16 @@ def test_wans_residual_adds_have_rows(layers: int) -> None:
 
 
 @pytest.mark.parametrize(("text", "visual"), ((1, 1), (2, 3)))
-def test_kandinskys_rotations_and_residual_adds_have_rows_and_nothing_is_fused(text: int, visual: int) -> None:
-    report = report_of(*kandinsky5(text, visual))
-    assert report.counts() == {}
-    counts = missed(report)
+def test_kandinskys_q_and_k_are_fused_and_residual_adds_have_rows(text: int, visual: int) -> None:
+    """Its cross-attention rotates nothing."""
+    model, arguments = kandinsky5(text, visual)
+    got, backend = compiled_model(model, arguments)
+    assert torch.equal(got, run_model(model, arguments))
+    assert backend.report.counts() == {"qk_norm_rope": text + visual}
+    counts = missed(backend.report)
     assert counts["norm_tanh_mul_add", "INLINE"] == 1  # the embedding of the whole prompt
-    assert counts["rope", "ROTATION"] == 2 * (text + visual)
+    assert counts["norm", "ALONE"] == 1 + 2 * visual
+    assert not [kind for kind, _ in counts if kind.endswith("rope")]
     assert counts["residual_add", "ADDED"] == 2 * text - 1 + 3 * visual  # no norm reads the text's last
 
 

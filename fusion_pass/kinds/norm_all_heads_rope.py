@@ -90,22 +90,22 @@ def _heads(norm: Norm, turn: Rotation) -> _Heads | None:
 
 def _site(norm: Norm, turn: Rotation, heads: _Heads) -> Site:
     """The site of a norm and its rotation. Raises Refused if operands or casts do not fit the op."""
-    if turn.is_complex:
-        raise Refused(Reason.HEADS, turn.x, kind=KIND)
+    if turn.sin is None or turn.is_complex:
+        by = "2×2 matrices" if turn.matrices else "complex numbers"
+        raise Refused(Reason.ROTATION, turn.out, f"by {by}, after a norm over all heads", KIND)
     turn = _tokens_first(norm, turn, heads)
     rotated = Rotated(norm, turn, turn.x, None, heads.swapped, None, steps_of(norm, turn, KIND))
     operands: dict[str, Any] = {"x": norm.x, "weight": norm.weight, "eps": eps_operand(norm.eps)}
-    sin = turn.sin
-    assert sin is not None
-    owns = [_own_rotations(table, turn, heads) for table in (turn.by, sin)]
+    both = turn.by, turn.sin
+    owns = [_own_rotations(table, turn, heads) for table in both]
     if None in owns or owns[0] != owns[1]:
         raise Refused(Reason.HEADS, turn.by, kind=KIND)
-    if dtype(turn.by) != dtype(sin):
-        raise Refused(Reason.DTYPE, sin, "cosines and sines have different dtypes", KIND)
+    if dtype(turn.by) != dtype(turn.sin):
+        raise Refused(Reason.DTYPE, turn.sin, "cosines and sines have different dtypes", KIND)
     if not any(map(is_read_from_memory, turn.outs)):
         raise Refused(Reason.INLINE, turn.out, kind=KIND)
     own = bool(owns[0])
-    tables = [_joined_table(table, heads) for table in (turn.by, sin)] if own else rotated.tables().values()
+    tables = [_joined_table(table, heads) for table in both] if own else rotated.tables().values()
     operands |= dict(zip(("cos", "sin"), tables, strict=True))
     check_operands(operands, KIND)
     return Site(

@@ -28,7 +28,7 @@ from fusion_pass.kinds import rotation
 from fusion_pass.kinds.kind import Kind, Survey
 from fusion_pass.kinds.norm import Norm, eps_operand
 from fusion_pass.kinds.rotation import Rotation
-from fusion_pass.kinds.table import dense
+from fusion_pass.kinds.table import dense, flat
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import (
     MODEL_FORMS,
@@ -120,6 +120,8 @@ class Rotated:
         by, sin = self.rotation.by, self.rotation.sin
         if self.rotation.is_complex and sin is not None:
             return {"rotation": self._swapped(_complex_table(by, sin)), "sin": None}
+        if self.rotation.matrices:
+            return {"rotation": self._swapped(flat(by)), "sin": None}
         return {"rotation": self._swapped(dense(by)), "sin": None if sin is None else self._swapped(dense(sin))}
 
     def _swapped(self, table: Operand) -> Operand:
@@ -188,6 +190,7 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
         operands=operands,
         options={
             "interleaved": first.rotation.interleaved,
+            "addcmul": first.rotation.addcmul,
             "rope_dtype": first.steps.rotated,
             "out_dtype": first.steps.out,
         },
@@ -247,8 +250,6 @@ def of_part(norm: Norm, found: Rotation, part: Node, cat: Node | None = None) ->
         raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written as rsqrt", KIND)
     if rotation.between(norm.out, part) is None:
         raise Refused(Reason.UNNORMED, norm.anchor, "the norm is one over all heads", KIND)
-    if found.addcmul:
-        raise Refused(Reason.ROTATION, found.out, kind=KIND)
     x = value(found.x)
     if x is None or x.ndim != 4:
         raise Refused(Reason.HEADS, norm.x, kind=KIND)
@@ -257,10 +258,9 @@ def of_part(norm: Norm, found: Rotation, part: Node, cat: Node | None = None) ->
         heads = _heads(norm, part)
         if heads is None:
             raise Refused(Reason.HEADS, norm.x, kind=KIND)
-    width = x.shape[3] // 2 if found.halved else x.shape[3]
-    swapped = not _is_table(found.by, x, width, False)
+    swapped = not _is_table(found.by, found, False)
     for table in (found.by, found.sin):
-        if table is not None and not _is_table(table, x, width, swapped):
+        if table is not None and not _is_table(table, found, swapped):
             raise Refused(Reason.HEADS, table, kind=KIND)
     if found.sin is not None and dtype(found.sin) != dtype(found.by):
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines have different dtypes", KIND)
@@ -331,15 +331,20 @@ def steps_of(norm: Norm, turn: Rotation, kind: str = KIND) -> RotatedSteps:
     return RotatedSteps(norm.steps, product, out if turn.is_complex else product, out)
 
 
-def _is_table(table: Node, x: torch.Tensor, columns: int, swapped: bool) -> bool:
-    """Does the table have one row of `columns` numbers for each token, either for all batch items or for each?
+def _is_table(table: Node, turn: Rotation, swapped: bool) -> bool:
+    """Does the table have one row for each token, either for all batch items or for each?
 
-    x is [B, S, H, Dh], or swapped [B, H, S, Dh]; the table broadcasts to it along the heads.
+    The rotated tensor is [B, S, H, Dh], or swapped [B, H, S, Dh]; the table broadcasts to it along the heads.
     """
-    val = value(table)
-    if val is None or not 2 <= val.ndim <= 4 or val.is_conj() or val.is_neg():
+    val, x = value(table), value(turn.x)
+    if val is None or x is None or val.is_conj() or val.is_neg():
         return False
-    batch, *middle, width = (1, 1, *val.shape)[-4:]
+    numbers = 3 if turn.matrices else 1  # dimensions of a row
+    shape = (*val.shape[:-numbers], val.shape[-numbers])
+    if not 2 <= len(shape) <= 4:
+        return False
+    columns = x.shape[3] // 2 if turn.halved or turn.matrices else x.shape[3]
+    batch, *middle, width = (1, 1, *shape)[-4:]
     heads, tokens = middle if swapped else reversed(middle)
     of_batch = known_equal(batch, 1) or known_equal(batch, x.shape[0])
     of_tokens = known_equal(tokens, x.shape[2 if swapped else 1]) and known_equal(heads, 1)

@@ -73,6 +73,6 @@ def are_turned_alike(q: Rotated, k: Rotated) -> bool:
     if isinstance(eps_operand(q.norm.eps), float) != isinstance(eps_operand(k.norm.eps), float):
         return False
     steps = (q.steps.product, q.steps.rotated, q.steps.out) == (k.steps.product, k.steps.rotated, k.steps.out)
-    shapes = [(x.rotation.interleaved, x.rotation.halved, x.rotation.is_complex) for x in (q, k)]
-    form = steps and shapes[0] == shapes[1]
+    ways = [(r.interleaved, r.halved, r.is_complex, r.matrices, r.addcmul) for r in (q.rotation, k.rotation)]
+    form = steps and ways[0] == ways[1]
     return form and computed_alike(q.rotation.by, k.rotation.by) and computed_alike(q.rotation.sin, k.rotation.sin)

@@ -3,9 +3,11 @@
     complex:  out = cast?(view_as_real(view_as_complex(pairs of x) * rotation))
     real:     out = cast?(x * cos + turned(x) * sin)         turned: every pair (a, b) becomes (-b, a)
               out = every pair (a, b) becomes (a * cos - b * sin, a * sin + b * cos), with one cos and sin for a pair
+    matrices: out = cast?(m[..., 0] * a + m[..., 1] * b)              m: a 2×2 matrix for each pair (a, b)
 
-In the last form, the two elements of all pairs are joined, or written into slices of a new tensor. Or a tensor of the
-products with cos is completed in place, by addcmul_, which does not round the products with sin.
+In the third form, the two elements of all pairs are joined, or written into slices of a new tensor. Or a tensor of the
+products with cos is completed in place, by addcmul_, which does not round the products with sin. In the last form, the
+sum may also be that of addcmul_, or torch.sum.
 
 A pair is two neighbours, or two elements with the same index in the two halves of the last dimension. Complex numbers
 are neighbours. All of this is read from the dataflow, in any order of operands. Halves and neighbours are taken by
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ from fusion_pass.dataflow import (
     is_widening,
     keeps_rows,
     other_operands,
+    same_sizes,
     sole_user,
     stored_casts,
     value,
@@ -48,7 +51,8 @@ from fusion_pass.kinds.kind import Survey, Value
 from fusion_pass.refusal import Reason
 
 SCATTER = aten.slice_scatter.default
-ANCHORS = (aten.view_as_complex.default, aten.cat.default, SCATTER)
+_OF_MATRICES = (aten.add.Tensor, aten.addcmul.default, aten.sum.dim_IntList)
+ANCHORS = (aten.view_as_complex.default, aten.cat.default, SCATTER, *_OF_MATRICES)
 ROTATED_NORMS = "norm_rope"  # the name of the notes that map a rotated tensor to the anchor of its norm
 
 _EMPTY = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default)
@@ -59,11 +63,11 @@ _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 class Rotation:
     """out = x, with the pairs of its last dimension rotated.
 
-    by: the complex rotation, or the cosines if `sin` is given. halved: is there one number for each pair? is_complex:
-    did the model multiply complex numbers? torch's complex wrapper traces these as cosines and sines. outs: nodes of
-    one value: the sum, or the equal casts of it. swapped_after: do these casts read the sum with heads and tokens
-    swapped? product: the real dtype of the products and of their sum; None if these dtypes differ, or if the op rounds
-    differently.
+    by: the complex rotation, the cosines if `sin` is given, or the `matrices`, [..., Dh / 2, 2, 2]. halved: is there
+    one number for each pair? is_complex: did the model multiply complex numbers? torch's complex wrapper traces these
+    as cosines and sines. outs: nodes of one value: the sum, or the equal casts of it. swapped_after: do these casts
+    read the sum with heads and tokens swapped? product: the real dtype of the products and of their sum; None if these
+    dtypes differ, or if the op rounds differently.
     """
 
     anchor: Node
@@ -78,6 +82,7 @@ class Rotation:
     swapped_after: bool
     interior: tuple[Node, ...]  # every node after x and before `outs`
     addcmul: bool = False  # is the sum of the two products torch.addcmul?
+    matrices: bool = False
 
     @property
     def out(self) -> Node:
@@ -93,7 +98,7 @@ class RotationValue(Value[Rotation]):
     unfused = Reason.UNNORMED
 
     def find(self, anchor: Node) -> Rotation | None:
-        """The rotation whose complex numbers or turned pairs `anchor` makes; None if there is none.
+        """The rotation whose complex numbers, turned pairs or sum of products `anchor` makes; None if there is none.
 
         The user's code, then its graph in bf16:
 
@@ -117,9 +122,17 @@ class RotationValue(Value[Rotation]):
             out = mul(pairs, unsqueeze(cos, -2)); b = slice(pairs, 3, 1, end); a = slice(pairs, 3, 0, 1)
             s = slice_scatter(out, addcmul(slice(out, 3, 0, 1), neg(unsqueeze(sin, -2)), b), 3, 0, 1)
             slice_scatter(s, addcmul(slice(s, 3, 1, end), unsqueeze(sin, -2), a), 3, 1, end)
+
+            pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
+            (m[..., 0] * pairs[..., 0] + m[..., 1] * pairs[..., 1]).reshape(*x.shape).type_as(x)
+
+            p = reshape(convert(x, f32), [B, S, H, Dh / 2, 1, 2]); a, b = select(p, 5, 0), select(p, 5, 1);
+            reshape(add(mul(select(m, 5, 0), a), mul(select(m, 5, 1), b)), [B, S, H, Dh])
         """
         if is_call(anchor, aten.view_as_complex.default):
             return _complex(anchor)
+        if is_call(anchor, *_OF_MATRICES):
+            return _by_matrices(anchor)
         return _pairwise(anchor) or _completed(anchor) if is_call(anchor, SCATTER) else _real(anchor)
 
     def is_reported_elsewhere(self, found: Rotation, survey: Survey) -> bool:
@@ -293,8 +306,7 @@ def _completed(second: Node) -> Rotation | None:
     """The rotation of halves whose products with the cosines are completed by addcmul_, the later half by `second`."""
     first = second.args[0]
     product: Any = first.args[0] if is_call(first, SCATTER) else None
-    flats = tuple(second.users)  # without a cast, each reader may have its own view
-    if not is_call(product, aten.mul.Tensor) or not flats or not all(is_call(flat, *TO_SHAPE) for flat in flats):
+    if not is_call(product, aten.mul.Tensor):
         return None
     for pairs, cos in (product.args[:2], product.args[1::-1]):
         nodes: list[Node] = [product, first, second]
@@ -307,16 +319,14 @@ def _completed(second: Node) -> Rotation | None:
         x, minus_sin, sin = _narrowest(split.args[0], nodes), sines[0], sines[1]
         minus_sin = minus_sin.args[0] if is_call(minus_sin, aten.neg.default) else None
         minus_sin, sin = (_below_pairs(table) for table in (minus_sin, sin))
-        if sin is None or not computed_alike(minus_sin, sin) or not all(have_same_shape(flat, x) for flat in flats):
+        results = _flattened(second, x, nodes)
+        if sin is None or not computed_alike(minus_sin, sin) or results is None:
             continue
         if not _are_pairs(split, x, -2) or not all(have_same_shape(part, second) for part in (first, product)):
             continue
         of_dtype = dtype(product) if {dtype(node) for node in nodes[1:3]} == {dtype(product)} else None
-        out, swapped_after, inside = _results(flats[0], nodes)
-        if len(flats) > 1:
-            out, swapped_after, inside = flats, False, tuple(dict.fromkeys(nodes))
         cos, sin = before_widening(cos), before_widening(sin)
-        return Rotation(second, x, cos, sin, False, True, False, of_dtype, out, swapped_after, inside, addcmul=True)
+        return Rotation(second, x, cos, sin, False, True, False, of_dtype, *results, addcmul=True)
     return None
 
 
@@ -361,7 +371,21 @@ def _below_pairs(table: Any) -> Node | None:
     return table.args[0] if val is not None and table.args[1] in (-2, val.ndim - 2) else None
 
 
-def _results(total: Node, nodes: list[Node], casts: bool = True) -> tuple[tuple[Node, ...], bool, tuple[Node, ...]]:
+_Results = tuple[tuple[Node, ...], bool, tuple[Node, ...]]
+
+
+def _flattened(total: Node, x: Node, nodes: list[Node]) -> _Results | None:
+    """The same as _results, for pairs that are put together by a reshape to the shape of x; None if they are not."""
+    copy = sole_user(total)
+    if copy is not None and is_call(copy, aten.clone.default):
+        nodes.append(total := copy)
+    flats = tuple(total.users)  # without a cast, each reader may have its own view
+    if not flats or not all(is_call(flat, *TO_SHAPE) and have_same_shape(flat, x) for flat in flats):
+        return None
+    return _results(flats[0], nodes) if len(flats) == 1 else (flats, False, tuple(dict.fromkeys(nodes)))
+
+
+def _results(total: Node, nodes: list[Node], casts: bool = True) -> _Results:
     """The result of a rotation; whether it is after a swap; and the nodes before it, with `nodes` first.
 
     The result is `total`, or the casts that read `total`, directly or with heads and tokens swapped.
@@ -538,6 +562,110 @@ def _of_split(split: Node, index: Any) -> tuple[Node, bool, int] | None:
         return None
     sizes = [sizes, width - sizes] if isinstance(sizes, int) else sizes
     return (of, False, index) if isinstance(sizes, list | tuple) and [*sizes] == [width / 2] * 2 else None
+
+
+# --- with 2×2 matrices ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Product:
+    """matrices * pairs, or one column of both. pairs: [..., 1, 2]. column: None for both columns."""
+
+    matrices: Node
+    pairs: Node
+    column: int | None = None
+
+
+def _by_matrices(total: Node) -> Rotation | None:
+    """The rotation whose products with both columns of matrices are added by `total`."""
+    nodes: list[Node] = [total]
+    found = _summed(total, nodes) if is_call(total, aten.sum.dim_IntList) else _columns_added(total, nodes)
+    if found is None:
+        return None
+    dtypes = {dtype(node) for node in nodes if not is_call(node, *PARTS)}
+    pairs = _narrowest(found.pairs, nodes)
+    x = _narrowest(pairs.args[0], nodes) if is_call(pairs, *TO_SHAPE) else None
+    nodes.append(pairs)
+    results = None if x is None or not _are_rows_of_pairs(pairs, x, total) else _flattened(total, x, nodes)
+    if x is None or results is None:
+        return None
+    addcmul = is_call(total, aten.addcmul.default)
+    # torch.addcmul rounds one of the two products: the op rounds that with the first column.
+    product = None if len(dtypes) > 1 or (addcmul and found.column == 1) else dtypes.pop()
+    by = before_widening(found.matrices)
+    return Rotation(total, x, by, None, True, False, False, product, *results, addcmul=addcmul, matrices=True)
+
+
+def _summed(total: Node, nodes: list[Node]) -> _Product | None:
+    """The product of matrices and pairs whose last dimension `total` adds up."""
+    product, dims, *others = total.args
+    val = value(product) if is_call(product, aten.mul.Tensor) else None
+    if val is None or others or total.kwargs or list(dims) not in ([-1], [val.ndim - 1]):
+        return None
+    nodes.append(product)
+    for matrices, pairs in (product.args[:2], product.args[1::-1]):
+        if _ends_in(matrices, 2, 2) and _ends_in(pairs, 1, 2):
+            return _Product(matrices, pairs)
+    return None
+
+
+def _columns_added(total: Node, nodes: list[Node]) -> _Product | None:
+    """The first of the two products that `total` adds: those of the first and of the second columns, in any order."""
+    if is_call(total, aten.addcmul.default):
+        if len(total.args) != 3 or total.kwargs:
+            return None
+        first, *factors = total.args
+        products = [_factors(first, nodes), factors]
+    else:
+        products = [_factors(arg, nodes) for arg in total.args[:2]] if is_plain_add(total) else []
+    first, second = (_columns(factors, nodes) for factors in products or ((), ()))
+    other = None if first is None else replace(first, column=1 - (first.column or 0))
+    return first if second is not None and second == other else None
+
+
+def _factors(product: Any, nodes: list[Node]) -> Sequence[Any]:
+    if not is_call(product, aten.mul.Tensor):
+        return ()
+    nodes.append(product)
+    return product.args[:2]
+
+
+def _columns(factors: Sequence[Any], nodes: list[Node]) -> _Product | None:
+    """One column of matrices and the same column of pairs, if they are the factors of a product."""
+    for factor, other in (factors, factors[::-1]) if len(factors) == 2 else ():
+        (matrices, column), (pairs, half) = _column(factor), _column(other)
+        if column == half and _ends_in(matrices, 2, 2) and _ends_in(pairs, 1, 2):
+            nodes += [other, *(n for n in (other.args[0],) if n is not pairs)]
+            return _Product(matrices, pairs, column)
+    return None
+
+
+def _column(node: Any) -> tuple[Any, int | None]:
+    """(the tensor, 0 or 1) if a node is a column of the last dimension, of size 2, of a tensor; else (None, None)."""
+    if is_call(node, aten.select.int):
+        of, dim, index = node.args
+    elif is_call(node, operator.getitem) and is_call(node.args[0], aten.unbind.int):
+        (of, dim), index = (*node.args[0].args, 0)[:2], node.args[1]
+    else:
+        return None, None
+    val = value(of)
+    if val is None or dim not in (-1, val.ndim - 1) or not known_equal(val.shape[-1], 2):
+        return None, None
+    return of, index % 2
+
+
+def _ends_in(node: Any, rows: int, columns: int) -> bool:
+    """Are these the last two sizes of a tensor?"""
+    val = value(node) if isinstance(node, Node) else None
+    return val is not None and val.ndim > 2 and known_equal(val.shape[-2], rows) and known_equal(val.shape[-1], columns)
+
+
+def _are_rows_of_pairs(pairs: Node, x: Any, total: Node) -> bool:
+    """Is `pairs` x with its last dimension split into [Dh / 2, 1, 2], and `total` one of [Dh / 2, 2]?"""
+    parted, whole, summed = value(pairs), value(x) if isinstance(x, Node) else None, value(total)
+    if parted is None or whole is None or summed is None or parted.ndim != whole.ndim + 2:
+        return False
+    return same_sizes(parted.shape[:-3], whole.shape[:-1]) and same_sizes(summed.shape, (*parted.shape[:-2], 2))
 
 
 # --- casts and shapes -------------------------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ the table.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.fx import Graph, Node
 
+from dit_kernels.arguments import known_equal
 from fusion_pass.dataflow import TO_SHAPE, are_rows, aten, is_call, region, same_shape, value
 from fusion_pass.site import ORIGIN, Operand, View
 
@@ -54,15 +57,16 @@ def _first_alike(node: Node) -> Node:
     return min(p for p in parts if (p.args, p.kwargs) == (node.args, node.kwargs) and region(p) == region(node))
 
 
-class _JoinedHeads(View):
-    """[B, S, H, n] as [B, S, H · n]."""
+class _Merged(View):
+    """The last dimensions merged into one, e.g. of two [B, S, H, n] as [B, S, H · n]."""
 
-    def __init__(self) -> None:
-        super().__init__(aten.reshape.default, ())
+    def __init__(self, dims: int) -> None:
+        super().__init__(aten.reshape.default, (dims,))
 
     def of(self, val: torch.Tensor) -> torch.Tensor:
         """This view of a fake tensor."""
-        return val.reshape(*val.shape[:2], val.shape[2] * val.shape[3])
+        (dims,) = self.args
+        return val.reshape(*val.shape[:-dims], math.prod(val.shape[-dims:]))
 
     def insert(self, node: Node, graph: Graph) -> Node:
         """Inserts the view, and before it the nodes of symbolic sizes."""
@@ -85,6 +89,13 @@ def joined_heads(table: Node, *views: View) -> Operand:
     one."""
     source = table.args[0] if not views and is_call(table, *TO_SHAPE) else None
     val, joined = value(table), None if source is None else value(source)
-    if source is not None and joined is not None and val is not None and same_shape(_JoinedHeads().of(val), joined):
+    if source is not None and joined is not None and val is not None and same_shape(_Merged(2).of(val), joined):
         return dense(source)
-    return Operand(table, (*views, _JoinedHeads()))
+    return Operand(table, (*views, _Merged(2)))
+
+
+def flat(matrices: Node) -> Operand:
+    """2×2 matrices, [..., Dh / 2, 2, 2], as rows of 2 * Dh numbers."""
+    val = value(matrices)
+    packed = val is None or all(map(known_equal, val.stride()[-3:], (4, 2, 1)))
+    return Operand(matrices, (_Merged(3),) if packed else (Copy(), _Merged(3)))

@@ -73,6 +73,8 @@ class RotatedChain:
     one_a_pair: bool  # both elements of a pair share one cosine and one sine, as with complex numbers
     q: RotatedSteps
     k: RotatedSteps | None
+    matrices: bool = False  # each pair is multiplied by its own 2×2 matrix
+    addcmul: bool = False  # the second of two real products is not rounded before the sum
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class RotatedRowChain:
     own: bool  # True: each head has its own rotation; False: all heads share one
     interleaved: bool  # as in RotatedChain
     one_a_pair: bool  # as in RotatedChain
-    addcmul: bool  # the second product is not rounded before the sum
+    addcmul: bool  # as in RotatedChain
     steps: RotatedSteps
 
 

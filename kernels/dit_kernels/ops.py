@@ -20,16 +20,18 @@ broadcast to x ([D], [1,1,D], [B,1,D], [B,S,D], one element, ...), with any stri
 `z_dtype` default to the dtypes that PyTorch's type promotion gives the chain.
 
 norm_rope and qk_norm_rope: x and q are [B, S, H, Dh], k is [B, S, Hk, Dh], weights are [Dh] or None, and the norm is an
-rms norm. If `sin` is None, the rotation is complex: [S, Dh/2], [1|B, S, Dh/2] or [1|B, S, 1, Dh/2]. Otherwise the
-rotation holds the cosines and `sin` the sines, with last dimension Dh or Dh/2. With `interleaved`, a pair is two
-neighbouring elements, as it always is with complex numbers. Otherwise a pair has one element from each half of a head.
+rms norm. If `sin` is None, the rotation is complex: [S, Dh/2], [1|B, S, Dh/2] or [1|B, S, 1, Dh/2]. Or it is real and
+holds 2×2 matrices, with last dimension 2 * Dh: m00, m01, m10 and m11 of each pair. With `sin`, the rotation holds the
+cosines and `sin` the sines, with last dimension Dh or Dh/2. With `interleaved`, a pair is two neighbouring elements, as
+it always is without `sin`. Otherwise a pair has one element from each half of a head. With `addcmul`, the second of two
+real products is not rounded before the sum.
 
 qk_norm_cat_rope: the same, and q_before and k_before are [B, S', H, Dh] and [B, S', Hk, Dh]. Their tokens come first.
 The rotation is for S' + S tokens. q_before and q have the same dtype, and so have their weights; the same for k.
 
 norm_all_heads_rope: x is [B, S, D], `heads` heads one after the other; weight is [D] or None; cos and sin are [S, n],
 [1|B, S, n] or [1|B, S, 1, n]. n is Dh or Dh/2; if each head has its own rotation (`own`), it is D or D/2.
-`interleaved` is as above. With `addcmul`, the second product is not rounded before the sum.
+`interleaved` and `addcmul` are as above.
 
 silu_mul and gelu_quant: a and b are [..., S, D]. `approximate` is that of F.gelu. silu_mul_quant and gelu_quant may be
 given `before`, [..., S, E] in the dtype of the result. They then quantise the joined row [before, result], and q is

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels.chain import RotatedRowChain, Stage
+from dit_kernels.chain import RotatedChain, RotatedRowChain, Stage
 from dit_kernels.rounding import (
     LARGEST,
     ActivationSteps,
@@ -92,30 +92,35 @@ def rotated(
     sin: Tensor | None,
     eps: float | Tensor,
     steps: RotatedSteps,
-    interleaved: bool,
+    chain: RotatedChain,
 ) -> Tensor:
     """rotate(norm(x)), with the norm over the last dimension. x: [B, S, H, Dh]; the rest is as for `rotate`."""
     n = norm(x, weight, None, eps, "rms", steps.norm)
-    return rotate(n, rotation, sin, steps, interleaved, compute_dtype(x.dtype))
+    return rotate(n, rotation, sin, steps, chain, compute_dtype(x.dtype))
 
 
 def rotate(
-    n: Tensor, rotation: Tensor, sin: Tensor | None, steps: RotatedSteps, interleaved: bool, wide: torch.dtype
+    n: Tensor, rotation: Tensor, sin: Tensor | None, steps: RotatedSteps, chain: RotatedChain, wide: torch.dtype
 ) -> Tensor:
     """The rotation of heads. n: [B, S, H, Dh]; wide: the dtype of the real and imaginary parts of complex products.
 
-    Without `sin`, rotation is complex, [B|1, S, 1, Dh / 2]. It multiplies pairs of neighbouring elements as complex
-    numbers, as in Z-Image and Lumina 2.
+    A complex rotation is [B|1, S, 1, Dh / 2]. It multiplies pairs of neighbouring elements as complex numbers, as in
+    Z-Image and Lumina 2.
 
     With `sin`, rotation holds the cosines; both are [B|1, S, 1, Dh] or [B|1, S, 1, Dh / 2]. The result is
     n * cos + turned(n) * sin, where turned(n) is a quarter turn of each pair. A pair is two neighbouring elements
     (`interleaved`), or one element from each half of a head, as in Llama and Ideogram 4.
+
+    Matrices are [B|1, S, 1, 2 * Dh], four numbers for each pair of neighbours. A pair (a, b) becomes
+    (m00 * a + m01 * b, m10 * a + m11 * b), as in the official FLUX and in ComfyUI.
     """
-    if sin is None:
+    if chain.matrices:
+        turned = _by_matrices(n, rotation, steps.product, chain.addcmul)
+    elif sin is None:
         pairs = torch.view_as_complex(n.to(wide).reshape(*n.shape[:-1], n.shape[-1] // 2, 2))
         turned = torch.view_as_real(pairs * rotation).flatten(3)
     else:
-        turned = _by_real(n, rotation, sin, steps.product, interleaved)
+        turned = _by_real(n, rotation, sin, steps.product, chain.interleaved, chain.addcmul)
     return turned.to(steps.rotated).to(steps.out)
 
 
@@ -142,6 +147,14 @@ def _by_real(
     cos, sin = (_for_both_of_a_pair(t.to(product), n.shape[-1], interleaved) for t in (cos, sin))
     straight, turned = n * cos, _quarter_turn(n, interleaved)
     return torch.addcmul(straight, turned, sin) if addcmul else straight + turned * sin
+
+
+def _by_matrices(n: Tensor, matrices: Tensor, product: torch.dtype, addcmul: bool) -> Tensor:
+    """The products of 2×2 matrices with pairs of neighbours, computed in the dtype `product`."""
+    first, second = matrices.to(product).unflatten(-1, (n.shape[-1] // 2, 2, 2)).unbind(-1)
+    a, b = n.to(product).unflatten(-1, (n.shape[-1] // 2, 1, 2)).unbind(-1)
+    straight = first * a
+    return (torch.addcmul(straight, second, b) if addcmul else straight + second * b).flatten(-2)
 
 
 def _for_both_of_a_pair(t: Tensor, d: int, interleaved: bool) -> Tensor:

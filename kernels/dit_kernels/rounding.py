@@ -28,8 +28,9 @@ F.layer_norm and casts the result back (diffusers' FP32LayerNorm). In `gate_in_f
 back.
 
 A norm with a rotation (RoPE) is R(n * rotation) with complex numbers. The product is fp32, or fp64 with a complex128
-rotation. With cosines and sines it is R(R(n * cos) + R(turned(n) * sin)). With torch.addcmul, the second product is not
-rounded on a GPU. SwiGLU is R(R(silu(a)) * b).
+rotation. With cosines and sines it is R(R(n * cos) + R(turned(n) * sin)). With 2×2 matrices, a pair
+(a, b) becomes R(R(m00 * a) + R(m01 * b)) and R(R(m10 * a) + R(m11 * b)). With torch.addcmul, the second product is not
+rounded before the sum. SwiGLU is R(R(silu(a)) * b).
 GELU is R(a * 0.5 * (1 + erf(a / sqrt(2)))), or with tanh R(0.5 * a * (1 + tanh(sqrt(2 / pi) * (a + 0.044715 * a^3)))).
 
 A quantiser of rows turns z into q (`FP8`) and s (fp32, one number a row):

@@ -20,12 +20,20 @@ import torch
 from cutlass import Boolean, Float32, Float64, Int32, Int64, const_expr
 
 from dit_kernels.chain import RotatedChain
-from dit_kernels.cute.arith import elements_of, product, rounded, total, widen
+from dit_kernels.cute.arith import elements_of, rounded, widen
 from dit_kernels.cute.fma import fma32, fma64
 from dit_kernels.cute.heads import HeadTiling
 from dit_kernels.cute.kernel import Kernel
 from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
-from dit_kernels.cute.pairs import doubled, neighbours_swapped, signed
+from dit_kernels.cute.pairs import (
+    Vectors,
+    column,
+    doubled,
+    neighbours_swapped,
+    of_pairs,
+    signed,
+    sums_of_products,
+)
 from dit_kernels.cute.reduce import warp_sum
 from dit_kernels.cute.spec import TensorSpec
 from dit_kernels.cute.tiling import MAX_GRID_Y
@@ -34,8 +42,6 @@ from dit_kernels.rounding import NormSteps, RotatedSteps
 
 # --- one head: the vectors of a thread, ordered by part, then by vector ---------------------------------------------
 # Plain Python: these functions run while a kernel is traced.
-
-Vectors = list[Any]  # cute.TensorSSA, as in `arith`
 
 
 def _normed(values: Vectors, weights: Vectors | None, eps: Float32, steps: NormSteps, d: int, lanes: int) -> Vectors:
@@ -153,17 +159,20 @@ class _Rotation:
         rotation, sin = bundle["rotation"], bundle["sin"]
         by_batch, by_token = rotation.strides
         offset = place.batch * by_batch + place.token * by_token
-        self.complex = sin is None
+        self.complex = sin is None and not chain.matrices
         if self.complex:
             self.numbers = rotation.load_all(place, 2 * offset, place.has_token())
             return
         dtypes = {steps.product for steps in (chain.q, chain.k) if steps is not None}
-        sin_batch, sin_token = sin.strides
-        cosines = self._load(rotation, offset)
-        sines = self._load(sin, place.batch * sin_batch + place.token * sin_token)
-        sines = [signed(s, chain.interleaved, i < place.tiling.vectors) for i, s in enumerate(sines)]
-        self.cos = {dtype: [rounded(c, dtype) for c in cosines] for dtype in dtypes}
-        self.sin = {dtype: [rounded(s, dtype) for s in sines] for dtype in dtypes}
+        if chain.matrices:
+            first, second = self._load_columns(rotation, offset)
+        else:
+            sin_batch, sin_token = sin.strides
+            first = self._load(rotation, offset)
+            second = self._load(sin, place.batch * sin_batch + place.token * sin_token)
+            second = [signed(s, chain.interleaved, i < place.tiling.vectors) for i, s in enumerate(second)]
+        self.first = {dtype: [rounded(c, dtype) for c in first] for dtype in dtypes}
+        self.second = {dtype: [rounded(s, dtype) for s in second] for dtype in dtypes}
 
     def _load(self, table: Global, offset) -> Vectors:
         """Cosines or sines, one for each element of this thread."""
@@ -179,6 +188,15 @@ class _Rotation:
             return 2 * [loaded(at, t.vector, inside).load() for at, inside in first]
         return [doubled(loaded(at // 2, t.vector // 2, inside)) for at, inside in place.vectors()]
 
+    def _load_columns(self, matrices: Global, offset) -> tuple[Vectors, Vectors]:
+        """The first and second columns of 2×2 matrices, of each a number for each element of this thread."""
+        place, vector = self.place, self.place.tiling.vector
+        loaded = [
+            matrices.load(place, offset + 2 * at, 2 * vector, _both(inside, place.has_token()))
+            for at, inside in place.vectors()
+        ]
+        return [column(m, 0) for m in loaded], [column(m, 1) for m in loaded]
+
     def __call__(self, head: Vectors, steps: RotatedSteps) -> Vectors:
         if self.complex:
             turned = [_complex_product(n, c) for n, c in zip(head, self.numbers, strict=True)]
@@ -187,12 +205,13 @@ class _Rotation:
         return [rounded(rounded(t, steps.rotated), steps.out) for t in turned]
 
     def _by_real(self, head: Vectors, dtype: torch.dtype) -> Vectors:
-        """n * cos + turned(n) * sin."""
+        """n * cos + turned(n) * sin, or the products with matrices."""
         head, many = [rounded(n, dtype) for n in head], self.place.tiling.vectors
-        others = [neighbours_swapped(n) for n in head] if self.chain.interleaved else head[many:] + head[:many]
-        straight = [product(n, c, dtype) for n, c in zip(head, self.cos[dtype], strict=True)]
-        across = [product(n, s, dtype) for n, s in zip(others, self.sin[dtype], strict=True)]
-        return [total(a, b, dtype) for a, b in zip(straight, across, strict=True)]
+        if self.chain.matrices:
+            head, others = [of_pairs(n, 0) for n in head], [of_pairs(n, 1) for n in head]
+        else:
+            others = [neighbours_swapped(n) for n in head] if self.chain.interleaved else head[many:] + head[:many]
+        return sums_of_products(head, self.first[dtype], others, self.second[dtype], dtype, self.chain.addcmul)
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------

@@ -12,19 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from dit_kernels.chain import RotatedRowChain
-from dit_kernels.cute.arith import elements_of, product, rounded, total, widen
-from dit_kernels.cute.fma import fma32
+from dit_kernels.cute.arith import elements_of, rounded
 from dit_kernels.cute.norm import normed, rstd_of, square, sum_of
-from dit_kernels.cute.pairs import doubled, neighbours_swapped, signed
+from dit_kernels.cute.pairs import Vectors, doubled, neighbours_swapped, signed, sums_of_products
 from dit_kernels.cute.reduce import cta_sum
 from dit_kernels.cute.rows import RowKernel, Shared
 from dit_kernels.cute.stage import Reader, RowPlace, walk
 
-Vectors = list[Any]  # cute.TensorSSA, as in `arith`
 TABLES = ("cos", "sin")
 
 
@@ -156,13 +153,8 @@ class _Rotation:
         return [self._sum(v, other, *self._numbers(i)) for i, v, other in zip(of_unit, n, others, strict=True)]
 
     def _sum(self, n, other, cos, sin):
-        straight = product(n, cos, self.dtype)
-        if not self.chain.addcmul:
-            return total(straight, product(other, sin, self.dtype), self.dtype)
-        a, b, c = (elements_of(widen(v)) for v in (other, sin, straight))
-        for i in range(cute.size(c)):
-            c[i] = fma32(a[i], b[i], c[i])
-        return rounded(c.load(), self.dtype)
+        (summed,) = sums_of_products([n], [cos], [other], [sin], self.dtype, self.chain.addcmul)
+        return summed
 
     def _numbers(self, i: int) -> tuple[Any, Any]:
         """The cosines of a vector, and its sines with the sign of the quarter turn."""

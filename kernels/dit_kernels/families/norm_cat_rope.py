@@ -92,12 +92,7 @@ class NormCatRope(NormRope):
 
         return tuple(
             reference.rotate(
-                torch.cat((normed(f"{x}_before", steps), normed(x, steps)), 1),
-                rotation,
-                sin,
-                steps,
-                chain.interleaved,
-                wide,
+                torch.cat((normed(f"{x}_before", steps), normed(x, steps)), 1), rotation, sin, steps, chain, wide
             )
             for x, steps in (("q", chain.q), ("k", chain.k))
             if steps is not None

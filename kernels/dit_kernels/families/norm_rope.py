@@ -1,8 +1,9 @@
 """The norm of query and key heads and their rotation (RoPE): rotate(norm(q)), for q and k together or for one of them.
 
 q is [B, S, H, Dh], k is [B, S, Hk, Dh]. The weights of their norms are [Dh] or None. The rotation is the same for every
-head. It is complex, [S, Dh/2]. Or, with `sin`, it holds the cosines, [S, Dh] or [S, Dh/2]. A rotation may also have a
-dimension of size B or 1 before S, for batch items, and one of size 1 after S, for heads.
+head. It is complex, [S, Dh/2]. Or, with `sin`, it holds the cosines, [S, Dh] or [S, Dh/2]. Or it holds the 2×2 matrices
+of the pairs, [S, 2 * Dh]: m00, m01, m10 and m11 of the first pair, and so on. A rotation may also have a dimension of
+size B or 1 before S, for batch items, and one of size 1 after S, for heads.
 """
 
 from __future__ import annotations
@@ -59,28 +60,32 @@ class NormRope(Family):
     )
 
     def check(self, op: Op, named: Named, options: Named) -> None:
-        """Raises ValueError for a rotation of the wrong size, or a complex one with `interleaved=False`.
+        """Raises ValueError for a rotation of the wrong size, or if an option does not fit the rotation.
 
-        A complex rotation has one number per pair. Cosines and sines have one per pair or one per element.
+        A complex rotation has one number per pair. Cosines and sines have one per pair or one per element. Matrices
+        have four numbers per pair.
         """
         q, rotation, sin = named["q"], named["rotation"], named["sin"]
         first = op.own_name("q")
-        check_tensor(op.name, "rotation", rotation, first, q, COMPLEX if sin is None else DTYPES)
+        check_tensor(op.name, "rotation", rotation, first, q, (*COMPLEX, *DTYPES) if sin is None else DTYPES)
         d = q.shape[3]
-        widths = (d // 2,) if sin is None else (d, d // 2)
+        widths = (d, d // 2) if sin is not None else (d // 2,) if rotation.is_complex() else (2 * d,)
         _check_width(op.name, "rotation", rotation, widths)
         if sin is not None:
             check_tensor(op.name, "sin", sin, first, q, (rotation.dtype,))
             _check_width(op.name, "sin", sin, (rotation.shape[-1],))
         elif not options["interleaved"]:
-            reject(op.name, "interleaved", False, "True with a complex rotation, whose pairs are neighbouring elements")
+            reject(op.name, "interleaved", False, "True without sin: the pairs are neighbouring elements")
+        if rotation.is_complex() and options["addcmul"]:
+            reject(op.name, "addcmul", True, "False with a complex rotation")
 
     def chain(self, op: Op, named: Named, options: Named) -> RotatedChain:
-        one_a_pair = named["rotation"].shape[-1] == named["q"].shape[3] // 2
         rotation = named["rotation"]
+        one_a_pair = rotation.shape[-1] == named["q"].shape[3] // 2
+        matrices = named["sin"] is None and not rotation.is_complex()
         q = steps_of(named["q"], named["q_weight"], rotation, options)
         k = None if named.get("k") is None else steps_of(named["k"], named["k_weight"], rotation, options)
-        return RotatedChain(options["interleaved"], one_a_pair, q, k)
+        return RotatedChain(options["interleaved"], one_a_pair, q, k, matrices, options["addcmul"])
 
     def results(self, chain: RotatedChain, named: Named) -> tuple[Shaped, ...]:
         q = named["q"].shape, chain.q.out
@@ -89,9 +94,7 @@ class NormRope(Family):
     def definition(self, chain: RotatedChain, named: Named) -> tuple[Tensor, ...]:
         rotation, sin = self.tables(named)
         return tuple(
-            reference.rotated(
-                named[x], named[f"{x}_weight"], rotation, sin, named[f"{x}_eps"], steps, chain.interleaved
-            )
+            reference.rotated(named[x], named[f"{x}_weight"], rotation, sin, named[f"{x}_eps"], steps, chain)
             for x, steps in (("q", chain.q), ("k", chain.k))
             if steps is not None
         )
@@ -111,7 +114,8 @@ class NormRope(Family):
         dtypes = {t.dtype for t in real}
         for steps in (chain.q, chain.k):
             if steps is not None:
-                dtypes |= step_dtypes(replace(steps, product=steps.rotated) if named["sin"] is None else steps)
+                is_complex = named["rotation"].is_complex()
+                dtypes |= step_dtypes(replace(steps, product=steps.rotated) if is_complex else steps)
         d = named["q"].shape[3]
         return dtypes <= set(KERNEL_DTYPES) and d % HEAD_GRAIN == 0 and d <= WIDEST_HEAD
 
@@ -158,6 +162,7 @@ def steps_of(x: Tensor, weight: Tensor | None, rotation: Tensor, options: Named)
 FAMILY = NormRope()
 OPTIONS = (
     Option("interleaved", "bool", True),
+    Option("addcmul", "bool", False),
     Option("rounding", "str", "cast_then_weight", FORMS),
     dtype_option("norm_dtype"),
     dtype_option("rope_dtype"),

@@ -122,6 +122,6 @@ OPS = (
         "norm_all_heads_rope",
         FAMILY,
         tuple(FAMILY.named),
-        (Option("heads", "int", 1), Option("own", "bool", False), Option("addcmul", "bool", False), *OPTIONS),
+        (Option("heads", "int", 1), Option("own", "bool", False), *OPTIONS),
     ),
 )
