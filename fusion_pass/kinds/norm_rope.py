@@ -145,7 +145,7 @@ class NormRope(Kind[Norm]):
 
     def note(self, value: Norm, survey: Survey) -> None:
         """Notes which norms are rotated, so that q and k can find each other, and a rotation can find its norm."""
-        found = rotation_of(value)
+        found = rotation_of(value) or rotation.of_a_part(value.out)
         if found is not None:
             survey.notes(self.name)[found[1].x] = value.anchor
 
@@ -239,15 +239,27 @@ def heads_of(out: Node) -> Iterator[Node]:
 def grow(norm: Norm) -> Rotated | None:
     """A norm and the rotation that reads it, or None if there is no rotation. Raises Refused."""
     pair = rotation_of(norm)
-    return None if pair is None else of_part(*pair, pair[1].x)
+    if pair is None:
+        partly = rotation.of_a_part(norm.out)
+        if partly is not None:
+            check_norm(norm)
+            raise Refused(Reason.HEADS, partly[1].x, partly[0], KIND)
+        return None
+    return of_part(*pair, pair[1].x)
+
+
+def check_norm(norm: Norm) -> None:
+    """Raises Refused for a norm that no op with a rotation computes."""
+    if norm.kind != "rms" or norm.bias is not None:
+        detail = "the norm is a LayerNorm" if norm.kind != "rms" else "the norm has a bias"
+        raise Refused(Reason.UNNORMED, norm.anchor, detail, KIND)
+    if norm.steps.root != "rsqrt":
+        raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written as rsqrt", KIND)
 
 
 def of_part(norm: Norm, found: Rotation, part: Node, cat: Node | None = None) -> Rotated:
     """A norm and its rotation, which reads `part`, or the part together with another one in `cat`. Raises Refused."""
-    if norm.kind != "rms" or norm.bias is not None:
-        raise Refused(Reason.UNNORMED, norm.anchor, kind=KIND)
-    if norm.steps.root != "rsqrt":
-        raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written as rsqrt", KIND)
+    check_norm(norm)
     if rotation.between(norm.out, part) is None:
         raise Refused(Reason.UNNORMED, norm.anchor, "the norm is one over all heads", KIND)
     x = value(found.x)

@@ -151,6 +151,24 @@ def of(x: Node) -> Rotation | None:
     return None
 
 
+def of_a_part(x: Node) -> tuple[str, Rotation] | None:
+    """What is rotated of x if a part of x is, in words, and the rotation; None if there is none."""
+    for rotation in filter(None, map(ROTATION.find, _anchors_after(x))):
+        node, dims = rotation.x, []
+        while node is not x and is_call(node, *VIEWS, aten.clone.default, aten.slice.Tensor, operator.getitem):
+            if is_call(node, operator.getitem):
+                node = node.args[0]
+            if is_call(node, aten.slice.Tensor, *_SPLITS):
+                dims.append((*node.args, 0, 0)[1 if is_call(node, aten.slice.Tensor) else 2])
+            node = node.args[0]
+        rank = 0 if (val := value(x)) is None else val.ndim
+        if node is x and dims:
+            of_heads = all(dim in (-1, rank - 1) for dim in dims)
+            what = "only a part of each head is rotated" if of_heads else "only some tokens or heads are rotated"
+            return what, rotation
+    return None
+
+
 def between(x: Node, rotated: Node) -> tuple[Node, ...] | None:
     """The nodes from x to the rotated tensor, the last one first: views of x, then copies and swaps of heads and
     tokens. None if the rotated tensor is not made of x in this way."""

@@ -1,0 +1,191 @@
+"""Norms of heads that are not fused with a rotation: LayerNorms, rotations of a part, norms without a rotation. Each
+has one row in the report, which names the obstacle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_modules import half_rope, neighbours_rope
+from graph_backend import run
+from site_modules import diffusers_norm
+from test_joined_models import hunyuan_video
+from test_models import Arguments, build, compiled
+from test_models import run as run_model
+from torch import Tensor, nn
+
+BF16 = torch.bfloat16
+B, S, H, D, TEXT = 2, 6, 3, 16, 2
+
+
+def attend(q: Tensor) -> Tensor:
+    q = q.transpose(1, 2)
+    return q @ q.mT
+
+
+def written_into_a_slice(n: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """CogVideoX and CogView4."""
+    n[:, TEXT:] = neighbours_rope(n[:, TEXT:], cos[:, TEXT:], sin[:, TEXT:])
+    return n
+
+
+def joined_with_the_rest(n: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """HunyuanVideo's single blocks."""
+    text, image = n.split((TEXT, S - TEXT), 1)
+    return torch.cat((text, neighbours_rope(image, cos[:, TEXT:], sin[:, TEXT:])), 1)
+
+
+def some_heads(n: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat((neighbours_rope(n[:, :, :2], cos, sin), n[:, :, 2:]), 2)
+
+
+def a_part_of_each_head(n: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat((half_rope(n[..., :8], cos[..., :8], sin[..., :8]), n[..., 8:]), -1)
+
+
+SOME = "only some tokens or heads are rotated"
+PARTS = {
+    written_into_a_slice: SOME,
+    joined_with_the_rest: SOME,
+    some_heads: SOME,
+    a_part_of_each_head: "only a part of each head is rotated",
+}
+
+
+@pytest.mark.parametrize("layer_norm", (False, True))
+@pytest.mark.parametrize("rotate", PARTS, ids=lambda f: f.__name__)
+def test_a_rotation_of_a_part_has_one_row_that_says_so(rotate: Callable[..., Tensor], layer_norm: bool) -> None:
+    torch.manual_seed(0)
+    args = (torch.randn(B, S, H, D).to(BF16), *torch.randn(2, 1, S, 1, D))
+
+    def model(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        n = F.layer_norm(x, (D,)) if layer_norm else diffusers_norm(x, None)
+        return attend(rotate(n, cos, sin))
+
+    got, backend = run(model, *args, strict=True)
+    assert torch.equal(got, run(model, *args, fuse=False)[0])
+    assert not backend.report.fused
+    (row,) = backend.report.missed
+    expected = ("UNNORMED", "the norm is a LayerNorm") if layer_norm else ("HEADS", PARTS[rotate])
+    assert (row.kind, row.reason_name, row.shape) == ("norm_rope", expected[0], (B, S, H, D))
+    assert f"({expected[1]}" in (row.reason or "")
+
+
+def test_a_bias_is_named() -> None:
+    def model(x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+        return attend(neighbours_rope(diffusers_norm(x, bias) + bias, cos, sin))
+
+    args = (torch.randn(B, S, H, D).to(BF16), *torch.randn(2, 1, S, 1, D), torch.randn(D).to(BF16))
+    got, backend = run(model, *args, strict=True)
+    assert torch.equal(got, model(*args))
+    (row,) = backend.report.missed
+    assert "(the norm has a bias)" in (row.reason or "")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def cogvideox(layers: int) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "CogVideoXTransformer3DModel",
+        BF16,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=layers,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=8,
+        max_text_seq_length=6,
+        use_rotary_positional_embeddings=True,
+    )
+    return model, {
+        "hidden_states": torch.randn(2, 2, 4, 8, 8, dtype=BF16),
+        "encoder_hidden_states": torch.randn(2, 6, 16, dtype=BF16),
+        "timestep": torch.tensor([500, 500]),
+        "image_rotary_emb": tuple(torch.randn(2, 32, 16)),
+    }
+
+
+def cogview4(layers: int) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "CogView4Transformer2DModel",
+        BF16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=4,
+    )
+    return model, {
+        "hidden_states": torch.randn(2, 4, 8, 8, dtype=BF16),
+        "encoder_hidden_states": torch.randn(2, 6, 16, dtype=BF16),
+        "timestep": torch.tensor([500, 500]),
+        "original_size": torch.tensor([[64, 64]] * 2),
+        "target_size": torch.tensor([[64, 64]] * 2),
+        "crop_coords": torch.tensor([[0, 0]] * 2),
+    }
+
+
+def sd35(layers: int) -> tuple[nn.Module, Arguments]:
+    """Its first layer has a second attention, of the image alone."""
+    model = build(
+        "SD3Transformer2DModel",
+        BF16,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    return model, {
+        "hidden_states": torch.randn(2, 4, 8, 8, dtype=BF16),
+        "encoder_hidden_states": torch.randn(2, 6, 32, dtype=BF16),
+        "pooled_projections": torch.randn(2, 16, dtype=BF16),
+        "timestep": torch.tensor([500, 500]),
+    }
+
+
+def rows_of_heads(model: nn.Module, arguments: Arguments) -> Counter[tuple[str, str, str]]:
+    """How often each (kind, reason, detail) is the row of a norm of heads, or of a rotation."""
+    got, backend = compiled(model, arguments)
+    assert torch.equal(got, run_model(model, arguments))
+    rows = [s for s in backend.report.missed if ".attn" in s.module or s.kind == "rope" or s.kind.endswith("_rope")]
+    return Counter((row.kind, str(row.reason_name), _detail(row)) for row in rows)
+
+
+def _detail(row: Any) -> str:
+    return row.reason.partition(" (")[2].partition(")")[0] if " (" in row.reason else ""
+
+
+@pytest.mark.parametrize(("make", "layers"), ((cogvideox, 1), (cogview4, 2)))
+def test_a_layer_norm_of_each_head_is_named(make: Callable[..., Any], layers: int) -> None:
+    assert rows_of_heads(*make(layers)) == {("norm_rope", "UNNORMED", "the norm is a LayerNorm"): 2 * layers}
+
+
+def test_heads_without_a_rotation_are_named() -> None:
+    """q and k of image and text, and q and k of the first layer's second attention."""
+    assert rows_of_heads(*sd35(layers := 2)) == {("norm", "ALONE", ""): 4 * layers + 2}
+
+
+def test_a_rotation_of_the_images_tokens_alone_is_named() -> None:
+    """HunyuanVideo's single blocks. The double blocks are fused but for the text, which has no rotation."""
+    rows = rows_of_heads(*hunyuan_video(layers := 1))
+    assert rows.pop(("norm_rope", "HEADS", SOME)) == 2
+    assert rows == {("norm", "ALONE", ""): 2 * layers}
