@@ -21,7 +21,11 @@ from matrix_rotations import (
     products_summed,
 )
 from site_modules import EPS, diffusers_norm, llama_norm, native_norm, torch_norm
+from test_lowering import is_direct
 from torch import Tensor
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from fusion_pass import Backend
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 B, S, H, DH, TEXT = 2, 6, 3, 16, 2
@@ -395,3 +399,69 @@ def test_after_another_norm_the_reason_is_named(heads: bool, reason: str) -> Non
     assert not backend.report.fused
     assert [site.reason_name for site in backend.report.missed] == [reason]
     assert ("by 2×2 matrices, after a norm over all heads" in backend.report.missed[0].reason) == heads
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def table_of(positions: Tensor, *dims: int) -> Tensor:
+    """The official FLUX's rope and EmbedND: [1, 1, S, Dh / 2, 2, 2]."""
+    axes = []
+    for axis, dim in zip(positions.unbind(-1), dims, strict=True):
+        omega = 1.0 / 10_000 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        out = axis[..., None] * omega
+        out = torch.stack([torch.cos(out), -torch.sin(out), torch.sin(out), torch.cos(out)], dim=-1)
+        axes.append(out.unflatten(-1, (2, 2)).float())
+    return torch.cat(axes, dim=-3)[None, None]
+
+
+def official_norm(x: Tensor, scale: Tensor) -> Tensor:
+    wide = x.float()
+    rrms = torch.rsqrt(torch.mean(wide**2, dim=-1, keepdim=True) + 1e-6)
+    return (wide * rrms).to(dtype=x.dtype) * scale
+
+
+def flux(image: Tensor, text: Tensor, ids: Tensor, weights: Tensor, rotate: Callable[..., Tensor]) -> Tensor:
+    """The attention of a double block and of a single block, [B, H, S, Dh] throughout. weights: three [D, 3 * D] of the
+    projections, whose first rows hold the scales of the norms."""
+    pe = table_of(ids, 4, 6, 6)
+
+    def projected(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (x @ weight).unflatten(-1, (3, H, DH)).permute(2, 0, 3, 1, 4)
+        return official_norm(q, weight[0, :DH]).to(v), official_norm(k, weight[1, :DH]).to(v), v
+
+    streams = projected(text, weights[0]), projected(image, weights[1])
+    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
+    x = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v).transpose(1, 2).flatten(2)
+    q, k, v = projected(x, weights[2])
+    return F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
+
+
+def flux_inputs() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    d = H * DH
+    image, text, weights = torch.randn(B, S, d), torch.randn(B, TEXT, d), torch.randn(3, d, 3 * d)
+    ids = torch.randint(9, (TEXT + S, 3)).double()
+    return image.to(BF16), text.to(BF16), ids, (weights / 4).to(BF16)
+
+
+@needs_casts
+@pytest.mark.parametrize(("rotate", "dynamic"), ((columns_added, True), (columns_completed, False)))
+def test_official_fluxs_blocks_are_fused_whoever_rotates(rotate: Callable[..., Tensor], dynamic: bool) -> None:
+    """Also ComfyUI's. The matrices are computed in the graph, once for both blocks."""
+    args = flux_inputs()
+    for t in args:
+        torch._dynamo.mark_static(t, t.ndim - 1)
+    got, backend = run(flux, *args, rotate, strict=True, dynamic=dynamic)
+    assert torch.equal(got, flux(*args, rotate))
+    assert backend.report.counts() == {"qk_norm_cat_rope": 1, "qk_norm_rope": 1}
+
+
+@needs_casts
+def test_compiled_code_calls_the_kernel_directly() -> None:
+    spec = Spec(rotate=columns_completed, joined=True)
+    args = spec.inputs()
+    with fresh_cache(), torch.no_grad():
+        got, codes = run_and_get_code(torch.compile(spec.model, backend=Backend(kernels="reference")), *args)
+    assert is_direct("\n".join(codes)) and "qk_norm_cat_rope" in "\n".join(codes)
+    assert torch.equal(got, spec.model(*args))

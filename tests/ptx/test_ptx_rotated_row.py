@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
-from dit_kernels.cute import rotated_row
+from dit_kernels.cute import pairs, rotated_row
 from dit_kernels.rounding import FORMS
 from ptx import numbers
 from ptx.device import ARCHS, compiled, gpu
@@ -126,7 +126,7 @@ def _half_of_the_sum(original: Any, value: Any, partials: Any) -> Any:
         (rotated_row, "cta_sum", _half_of_the_sum, "Wan"),
         (rotated_row.TablePlace, "index", _place_of_the_next, "LTX"),
         (rotated_row.HalvesPlace, "index", _halves_exchanged, "LTX-2"),
-        (rotated_row, "fma32", _not_contracted, "LTX-2"),
+        (pairs, "fma32", _not_contracted, "LTX-2"),
     ),
     ids=lambda value: value if isinstance(value, str) else "",
 )
