@@ -46,6 +46,9 @@ def test_hunyuan_videos_heads_are_fused_in_each_double_block() -> None:
     got, backend = compiled(model, arguments)
     assert torch.equal(got, run(model, arguments))
     assert backend.report.counts() == {"qk_norm_rope": layers}
+    rows = [site for site in backend.report.missed if site.kind.endswith("rope")]
+    assert [site.reason_name for site in rows] == ["HEADS"] * 2
+    assert all("(only some tokens or heads are rotated)" in (site.reason or "") for site in rows)
 
 
 # --- norms of both streams, joined, then rotated ------------------------------------------------------------------

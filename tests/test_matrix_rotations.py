@@ -130,7 +130,7 @@ def fused(spec: Spec, **options: Any) -> GraphBackend:
 
 
 @needs_casts
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(
     norm=st.sampled_from((torch_norm, diffusers_norm, llama_norm, native_norm)),
     rotate=st.sampled_from(SPELLINGS),
@@ -446,13 +446,11 @@ def flux_inputs() -> tuple[Tensor, ...]:
 
 
 @needs_casts
-@pytest.mark.parametrize(("rotate", "dynamic"), ((columns_added, True), (columns_completed, False)))
-def test_official_fluxs_blocks_are_fused_whoever_rotates(rotate: Callable[..., Tensor], dynamic: bool) -> None:
+@pytest.mark.parametrize("rotate", (columns_added, columns_completed))
+def test_official_fluxs_blocks_are_fused_whoever_rotates(rotate: Callable[..., Tensor]) -> None:
     """Also ComfyUI's. The matrices are computed in the graph, once for both blocks."""
     args = flux_inputs()
-    for t in args:
-        torch._dynamo.mark_static(t, t.ndim - 1)
-    got, backend = run(flux, *args, rotate, strict=True, dynamic=dynamic)
+    got, backend = run(flux, *args, rotate, strict=True)
     assert torch.equal(got, flux(*args, rotate))
     assert backend.report.counts() == {"qk_norm_cat_rope": 1, "qk_norm_rope": 1}
 

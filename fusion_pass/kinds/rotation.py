@@ -154,18 +154,17 @@ def of(x: Node) -> Rotation | None:
 def of_a_part(x: Node) -> tuple[str, Rotation] | None:
     """What is rotated of x if a part of x is, in words, and the rotation; None if there is none."""
     for rotation in filter(None, map(ROTATION.find, _anchors_after(x))):
-        node, dims = rotation.x, []
+        node, of_rows = rotation.x, []
         while node is not x and is_call(node, *VIEWS, aten.clone.default, aten.slice.Tensor, operator.getitem):
-            if is_call(node, operator.getitem):
-                node = node.args[0]
-            if is_call(node, aten.slice.Tensor, *_SPLITS):
-                dims.append((*node.args, 0, 0)[1 if is_call(node, aten.slice.Tensor) else 2])
+            node = node.args[0] if is_call(node, operator.getitem) else node
+            dim = (*node.args, 0, 0)[1 if is_call(node, aten.slice.Tensor) else 2]
+            val = value(node.args[0])
+            if is_call(node, aten.slice.Tensor, *_SPLITS) and val is not None:
+                of_rows.append(dim not in (-1, val.ndim - 1))
             node = node.args[0]
-        rank = 0 if (val := value(x)) is None else val.ndim
-        if node is x and dims:
-            of_heads = all(dim in (-1, rank - 1) for dim in dims)
-            what = "only a part of each head is rotated" if of_heads else "only some tokens or heads are rotated"
-            return what, rotation
+        if node is x and of_rows:
+            what = "some tokens or heads are" if any(of_rows) else "a part of each head is"
+            return f"only {what} rotated", rotation
     return None
 
 
@@ -616,9 +615,11 @@ def _by_matrices(total: Node) -> Rotation | None:
 
 def _summed(total: Node, nodes: list[Node]) -> _Product | None:
     """The product of matrices and pairs whose last dimension `total` adds up."""
-    product, dims, *others = total.args
+    if len(total.args) != 2 or total.kwargs:
+        return None
+    product, dims = total.args
     val = value(product) if is_call(product, aten.mul.Tensor) else None
-    if val is None or others or total.kwargs or list(dims) not in ([-1], [val.ndim - 1]):
+    if val is None or dims not in ([-1], [val.ndim - 1]):
         return None
     nodes.append(product)
     for matrices, pairs in (product.args[:2], product.args[1::-1]):
@@ -653,7 +654,7 @@ def _columns(factors: Sequence[Any], nodes: list[Node]) -> _Product | None:
     for factor, other in (factors, factors[::-1]) if len(factors) == 2 else ():
         (matrices, column), (pairs, half) = _column(factor), _column(other)
         if column == half and _ends_in(matrices, 2, 2) and _ends_in(pairs, 1, 2):
-            nodes += [other, *(n for n in (other.args[0],) if n is not pairs)]
+            nodes += [other] if other.args[0] is pairs else [other, other.args[0]]  # a select, or part of an unbind
             return _Product(matrices, pairs, column)
     return None
 
