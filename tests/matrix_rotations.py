@@ -4,6 +4,7 @@ heads before tokens."""
 from __future__ import annotations
 
 import torch
+from attention_kernel_bounds import angles
 from torch import Tensor
 
 
@@ -40,3 +41,10 @@ SPELLINGS = (columns_added, columns_completed, products_summed, unbound_columns_
 def matrices(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Any matrices, [..., Dh / 2, 2, 2]: no op asks whether they rotate. shape: [..., Dh / 2]."""
     return torch.randn(*shape, 2, 2).to(dtype)
+
+
+def rotations(tokens: int, d: int, dtype: torch.dtype = torch.float32, batch: int = 1, device: str = "cpu") -> Tensor:
+    """Nearly rotations, [batch, tokens, 2 * d]. All numbers of a matrix differ, as a rotation's do not."""
+    angle = angles(batch, tokens, d // 2, device)
+    first, second = (1 + angle / 100).cos(), (1 + angle / 90).sin()
+    return torch.stack((angle.cos() * first, -angle.sin() * second, angle.sin(), angle.cos()), -1).flatten(2).to(dtype)

@@ -11,6 +11,7 @@ import attention_kernel_bounds as bounds
 import pytest
 import torch
 from kernel_bounds import random
+from matrix_rotations import rotations
 from torch import Tensor
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
@@ -25,16 +26,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 S, D = 5, 64
 
 
-def matrices(tokens: int, d: int, dtype: torch.dtype = FP32, batch: int = 1) -> Tensor:
-    """Rotations, [batch, tokens, 2 * d], all numbers of which are different."""
-    angle = bounds.angles(batch, tokens, d // 2)
-    first, second = (1 + angle / 100).cos(), (1 + angle / 90).sin()
-    return torch.stack((angle.cos() * first, -angle.sin() * second, angle.sin(), angle.cos()), -1).flatten(2).to(dtype)
-
-
 KINDS: dict[str, dict[str, Any]] = {
-    "FLUX": dict(sizes=(1, 2, 24, 24, 128), rope_dtype=FP32, out_dtype=BF16),
-    "ComfyUI's Z-Image": dict(sizes=(2, 2, 30, 30, 128), rope_dtype=FP32, out_dtype=BF16, addcmul=True),
+    "FLUX": dict(sizes=(1, 2, 4, 4, 128), rope_dtype=FP32, out_dtype=BF16),
+    "ComfyUI's Z-Image": dict(sizes=(2, 2, 5, 5, 128), rope_dtype=FP32, out_dtype=BF16, addcmul=True),
     "in bf16": dict(sizes=(2, S, 3, 1, D), table=BF16),
     "in fp16, with addcmul": dict(sizes=(2, S, 3, 1, 24), dtype=FP16, table=FP16, addcmul=True),
     "in fp32": dict(sizes=(1, S, 5, 3, D), dtype=FP32),
@@ -46,14 +40,14 @@ def test_heads_follow_the_definition(kind: str) -> None:
     given = dict(KINDS[kind])
     batch, tokens, *sizes = given.pop("sizes")
     o = bounds.heads(batch, tokens, *sizes, dtype=given.pop("dtype", BF16))
-    table = matrices(tokens, sizes[-1], given.pop("table", FP32), batch)
+    table = rotations(tokens, sizes[-1], given.pop("table", FP32), batch)
     with gpu("sm_90a", 1):
         bounds.check_heads(INTERPRETER, replace(o, rotation=table, sin=None), **given)
 
 
 def test_two_streams_follow_the_definition() -> None:
     before, later = (bounds.heads(2, n, 3, 2, D) for n in (2, 3))
-    later = replace(later, rotation=matrices(5, D, batch=2), sin=None)
+    later = replace(later, rotation=rotations(5, D, batch=2), sin=None)
     with gpu("sm_90a", 1):
         bounds.check_joined(INTERPRETER, replace(before, q=before.q * 3), later, rope_dtype=FP32, out_dtype=BF16)
 
@@ -64,7 +58,7 @@ def exact_norm(heads: int = 3) -> tuple[Tensor, Tensor]:
 
 
 ROTATIONS = {
-    "matrices": ((matrices(S, D), None), {}),
+    "matrices": ((rotations(S, D), None), {}),
     "neighbours": (tuple(random(S, D, dtype=FP32, seed=seed) for seed in (4, 5)), {}),
     "halves": (tuple(random(S, D // 2, dtype=FP32, seed=seed) for seed in (4, 5)), {"interleaved": False}),
 }
