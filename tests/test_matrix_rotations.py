@@ -308,6 +308,7 @@ REFUSED = {
 }
 
 
+@needs_casts
 @pytest.mark.parametrize("rotate", (*NOT_READ, *REFUSED), ids=lambda f: f.__name__)
 def test_what_no_op_computes_is_not_fused(rotate: Callable[..., Tensor]) -> None:
     (q, _, weight, m) = Spec().inputs()
@@ -371,6 +372,7 @@ def test_matrices_that_change_between_q_and_k_are_two_rotations() -> None:
     assert "qk_norm_rope" not in backend.report.counts()
 
 
+@needs_casts
 def test_q_and_k_that_round_differently_are_two_sites() -> None:
     def model(q: Tensor, k: Tensor, weight: Tensor, m: Tensor) -> Tensor:
         q = columns_added(diffusers_norm(q, weight), m[:, :, None])
