@@ -31,6 +31,7 @@ WORDS = {
     "norm_scale": "norms",
     "norm_tanh_mul_add": "norms",
     "norm_tanh_mul_add_norm_scale": "norms",
+    "mul_add_norm_scale": "norms",
     "norm_rope": "QK-norm + RoPE",
     "qk_norm_rope": "QK-norm + RoPE",
     "qk_norm_cat_rope": "QK-norm + RoPE",
@@ -38,6 +39,7 @@ WORDS = {
     "silu_mul": "SwiGLU",
     "norm_scale_quant": "norms to FP8",
     "norm_tanh_mul_add_norm_scale_quant": "norms to FP8",
+    "mul_add_norm_scale_quant": "norms to FP8",
     "silu_mul_quant": "SwiGLU to FP8",
     "gelu_quant": "GELU to FP8",
     "quant": "FP8 input",
@@ -302,6 +304,7 @@ MORE = {  # what the role of an argument does not say
     "cos": "The cosines, one for each element or for each pair. n = Dh or Dh/2; with `own`, D or D/2",
     "sin": "The sines",
     "static_scale": "Without it, nothing is scaled",
+    "shift": "What is added to z",
     "before": "What the quantised row starts with, in the dtype of the result",
 }
 OPTIONS = {
@@ -341,8 +344,9 @@ UNSET = {  # what None means, for an option that has no default by type promotio
 }
 MEANS = {
     "norm_tanh_mul_add": "y = residual + tanh(gate) · norm(x)",
-    "norm_tanh_mul_add_norm_scale": "y = residual + tanh(gate) · norm(x), and z = norm(y) · (1 + scale)",
-    "norm_scale": "z = norm(x) · (1 + scale)",
+    "norm_tanh_mul_add_norm_scale": "y = residual + tanh(gate) · norm(x), and z = norm(y) · (1 + scale) + shift",
+    "mul_add_norm_scale": "y = residual + gate · x, and z = norm(y) · (1 + scale) + shift",
+    "norm_scale": "z = norm(x) · (1 + scale) + shift",
     "norm_rope": "rotate(norm(x)), for each head",
     "qk_norm_rope": "rotate(norm(q)) and rotate(norm(k)), with one rotation",
     "qk_norm_cat_rope": (
@@ -351,9 +355,10 @@ MEANS = {
     "norm_all_heads_rope": "rotate(norm(x)), with one norm over all heads of a token",
     "silu_mul": "silu(a) · b",
     "norm_tanh_mul_add_norm_scale_quant": (
-        "y = residual + tanh(gate) · norm(x), and q, s = quantised(norm(y) · (1 + scale))"
+        "y = residual + tanh(gate) · norm(x), and q, s = quantised(norm(y) · (1 + scale) + shift)"
     ),
-    "norm_scale_quant": "q, s = quantised(norm(x) · (1 + scale))",
+    "mul_add_norm_scale_quant": "y = residual + gate · x, and q, s = quantised(norm(y) · (1 + scale) + shift)",
+    "norm_scale_quant": "q, s = quantised(norm(x) · (1 + scale) + shift)",
     "silu_mul_quant": "q, s = quantised(silu(a) · b). With `before`: q, s = quantised([before, silu(a) · b])",
     "quant": "q, s = quantised(x)",
     "gelu_quant": "q, s = quantised(gelu(a)). With `before`: q, s = quantised([before, gelu(a)])",

@@ -13,36 +13,45 @@ from dit_kernels.rounding import ActivationSteps, QuantSteps, RotatedSteps, Stag
 class StageNames:
     """An op's names for the arguments of a stage, and for the options that change how the stage is computed.
 
-    term: None if the stage adds nothing. activation: what the op applies to the factor unless the option `switch` is
-    off: "tanh", or "one_plus" (1 + factor).
+    A stage without a norm has no weight, bias, eps and norm_dtype: their names are "". term: a residual, or a shift,
+    which broadcasts.
+    activation: what the op applies to the factor if the option `switch` is on: "tanh", or "one_plus" (1 + factor).
+    activates: is the switch on by default?
     """
 
     weight: str
     bias: str
     factor: str
-    term: str | None
+    term: str
     eps: str
     out: str
     activation: str
     switch: str
     norm_dtype: str
+    activates: bool = True
+
+    @property
+    def has_norm(self) -> bool:
+        return bool(self.eps)
 
     @property
     def out_dtype(self) -> str:
         return f"{self.out}_dtype"
 
 
-# GATED: y = residual + tanh(gate) * norm(x). SCALED: z = norm(x) * (1 + scale). SECOND: z = norm(y) * (1 + scale).
+# GATED: y = residual + tanh(gate) * norm(x). UNNORMED: y = residual + gate * x.
+# SCALED: z = norm(x) * (1 + scale) + shift. SECOND: the same behind a stage that has a norm, too.
 GATED = StageNames("weight", "bias", "gate", "residual", "eps", "y", "tanh", "tanh", "norm_dtype")
-SCALED = StageNames("weight", "bias", "scale", None, "eps", "z", "one_plus", "add_one", "norm_dtype")
-SECOND = StageNames("weight2", "bias2", "scale", None, "eps2", "z", "one_plus", "add_one", "norm_dtype2")
+UNNORMED = StageNames("", "", "gate", "residual", "", "y", "tanh", "tanh", "", activates=False)
+SCALED = StageNames("weight", "bias", "scale", "shift", "eps", "z", "one_plus", "add_one", "norm_dtype")
+SECOND = StageNames("weight2", "bias2", "scale", "shift", "eps2", "z", "one_plus", "add_one", "norm_dtype2")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """out = term + act(factor) * norm(v). factor and term may be absent."""
+    """out = term + act(factor) * norm(v). norm, factor and term may be absent."""
 
-    norm: str  # "rms" or "layer"
+    norm: str | None  # "rms" or "layer"; None: v itself
     activation: str | None  # what is applied to the factor, as in StageNames; None: nothing
     steps: StageSteps
     names: StageNames

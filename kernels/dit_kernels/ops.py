@@ -1,22 +1,24 @@
 """torch.ops.dit_kernels.*: registration, fake implementations, dispatch.
 
     norm_tanh_mul_add             y = residual + tanh(gate) * norm(x)
-    norm_tanh_mul_add_norm_scale  the same y, and z = norm(y) * (1 + scale)
-    norm_scale                    z = norm(x) * (1 + scale)
+    norm_tanh_mul_add_norm_scale  the same y, and z = norm(y) * (1 + scale) + shift
+    mul_add_norm_scale            y = residual + gate * x, and the same z
+    norm_scale                    z = norm(x) * (1 + scale) + shift
     norm_rope                     rotate(norm(x)) of heads
     qk_norm_rope                  rotate(norm(q)) and rotate(norm(k)), with one rotation
     qk_norm_cat_rope              rotate(cat(norm(q_before), norm(q))), and the same for k
     norm_all_heads_rope           rotate(norm(x)), with one norm over all heads of a token
     silu_mul                      silu(a) * b
 
-    norm_scale_quant, norm_tanh_mul_add_norm_scale_quant, silu_mul_quant
+    norm_scale_quant, norm_tanh_mul_add_norm_scale_quant, mul_add_norm_scale_quant, silu_mul_quant
                                   the same, with q and s in place of the last result: q, s = quantised(z)
     gelu_quant                    q, s = quantised(gelu(a))
     quant                         q, s = quantised(x)
 
-The first three ops: x and residual are [..., S, D]. weight and bias are [D] or None. gate and scale are None or
+The first four ops: x and residual are [..., S, D]. weight and bias are [D] or None. gate, scale and shift are None or
 broadcast to x ([D], [1,1,D], [B,1,D], [B,S,D], one element, ...), with any strides. `norm` is "rms" or "layer".
-`tanh=False` takes a gate that is already activated, `add_one=False` a scale that already includes the 1. `y_dtype` and
+`tanh=False` takes a gate that is already activated, `add_one=False` a scale that already includes the 1. `tanh` is
+False by default in mul_add_norm_scale, and True in the others. shift may be left out. `y_dtype` and
 `z_dtype` default to the dtypes that PyTorch's type promotion gives the chain.
 
 norm_rope and qk_norm_rope: x and q are [B, S, H, Dh], k is [B, S, Hk, Dh], weights are [Dh] or None, and the norm is an

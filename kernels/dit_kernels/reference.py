@@ -72,12 +72,16 @@ def stage(
     bias: Tensor | None,
     factor: Tensor | None,
     term: Tensor | None,
-    eps: float | Tensor,
+    eps: float | Tensor | None,
     stage: Stage,
 ) -> Tensor:
-    """term + act(factor) * norm(v). v and term: [..., D]; factor broadcasts to v."""
+    """term + act(factor) * norm(v), or without a norm term + act(factor) * v. v: [..., D]; factor and term broadcast to
+    v. eps: None without a norm."""
     steps = stage.steps
-    n = norm(v, weight, bias, eps, stage.norm, steps.norm)
+    if stage.norm is None or steps.norm is None or eps is None:
+        n = v.to(steps.product)  # the dtype that the product promotes v to
+    else:
+        n = norm(v, weight, bias, eps, stage.norm, steps.norm)
     if factor is not None:
         f = factor.to(steps.factor)
         n = (f.tanh() if stage.activation == "tanh" else 1 + f if stage.activation == "one_plus" else f) * n

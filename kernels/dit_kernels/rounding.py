@@ -20,8 +20,11 @@ With v = mean(x^2) + eps, models compute the norm in three ways, which differ in
 x * rsqrt(v), "reciprocal" is x * R(1 / R(sqrt(v))), and "quotient" is x / R(sqrt(v)). `root` names the way. The form
 `fp32` always uses rsqrt.
 
-After the norm: t = R(tanh(gate)), p = R(t*n), y = R(residual + p), s = R(1 + scale), z = R(norm(y)*s). The second norm
-reads the stored y.
+After the norm: t = R(tanh(gate)), p = R(t*n), y = R(residual + p), s = R(1 + scale), z = R(R(norm(y)*s) + shift). The
+second norm reads the stored y. Without a norm in front of the gate, p = R(t*x).
+
+Each of these steps is rounded to the dtype that PyTorch's type promotion gives it. So a product with an fp32 gate, and
+the sum with it, stay in fp32, as in Wan, and only y is rounded.
 
 A layer norm is F.layer_norm of x itself, with two exceptions. In `weight_then_cast` the model casts x up, calls
 F.layer_norm and casts the result back (diffusers' FP32LayerNorm). In `gate_in_fp32` and `fp32` the result is not cast
@@ -82,7 +85,7 @@ class NormSteps:
 class StageSteps:
     """The dtype of each step of `term + act(factor) * norm(v)`. Without a term, `sum` equals `product`."""
 
-    norm: NormSteps
+    norm: NormSteps | None  # None: there is no norm
     factor: torch.dtype  # tanh(gate), 1 + scale
     product: torch.dtype  # act(factor) * n
     sum: torch.dtype  # term + product
@@ -173,7 +176,7 @@ def norm_steps(
 
 def stage_steps(
     form: str,
-    norm: str,
+    norm: str | None,
     x: torch.dtype,
     weight: torch.dtype | None,
     bias: torch.dtype | None,
@@ -183,21 +186,22 @@ def stage_steps(
     norm_dtype: torch.dtype | None = None,
     root: str = "rsqrt",
 ) -> StageSteps:
-    """The steps of `term + act(factor) * norm(x)`.
+    """The steps of `term + act(factor) * norm(x)`. norm: None for `term + act(factor) * x`.
 
-    factor: None if there is none, or if it is 0-d, since a 0-d operand does not promote. term: None if there is none.
-    Without `out_dtype`, the result has the dtype that PyTorch's type promotion gives the chain.
+    factor, term: None if there is none, or if it is 0-d, since a 0-d operand does not promote. Without `out_dtype`, the
+    result has the dtype that PyTorch's type promotion gives the chain.
     """
-    steps = norm_steps(form, norm, x, weight, bias, norm_dtype, root)
-    wide = compute_dtype(x)
+    steps = None if norm is None else norm_steps(form, norm, x, weight, bias, norm_dtype, root)
+    read, wide = x if steps is None else steps.out, compute_dtype(x)
+    rounds_the_product_once = form == "gate_in_fp32" and steps is not None
     if form == "fp32":
         default = stage_steps("cast_then_weight", norm, x, weight, bias, factor, term, None, norm_dtype).out
         return StageSteps(steps, wide, wide, wide, out_dtype or default)
-    if form == "gate_in_fp32" and term is None:
+    if rounds_the_product_once and term is None:
         return StageSteps(steps, wide, wide, wide, out_dtype or norm_dtype or x)
-    product = norm_dtype or x if form == "gate_in_fp32" else _promote(steps.out, factor)
+    product = norm_dtype or x if rounds_the_product_once else _promote(read, factor)
     total = _promote(product, term)
-    return StageSteps(steps, factor or steps.out, product, total, out_dtype or total)
+    return StageSteps(steps, factor or read, product, total, out_dtype or total)
 
 
 def rotated_steps(

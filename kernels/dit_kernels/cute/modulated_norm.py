@@ -1,15 +1,15 @@
 """The kernels of a NormChain: one stage, or two over the same row.
 
-    y = residual + tanh(gate) * norm(x)
-    z = norm(y) * (1 + scale)
+    y = residual + tanh(gate) * norm(x)        or y = residual + gate * x
+    z = norm(y) * (1 + scale) + shift
     q, s = quantised(z)
 
 A row that fits in registers (`RowTiling.resident`) is read once. All its loads are issued before the first reduction. y
 stays in registers in its stored dtype, and the second norm reads y from there. So does z if it is quantised. A wider
 row is read again in each pass, mostly from L2, and is not quantised.
 
-If the factors are the same for every row of a batch item, a CTA walks over rows of one item and keeps tanh(gate),
-1 + scale and the weights in registers. Otherwise a CTA takes one row.
+If the factors and the shift are the same for every row of a batch item, a CTA walks over rows of one item and keeps
+tanh(gate), 1 + scale, shift and the weights in registers. Otherwise a CTA takes one row.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from dit_kernels.cute.rows import RowKernel, Shared
-from dit_kernels.cute.stage import Kept, Norm, Reader, RowPlace, factor_of, write
-from dit_kernels.cute.stage import walk as walk_row
+from dit_kernels.cute.stage import Kept, NoNorm, Norm, Reader, RowPlace, factor_of, write
 
 
 class ModulatedNormKernel(RowKernel):
@@ -33,17 +32,19 @@ class ModulatedNormKernel(RowKernel):
         """Computes the chain on the row at `place`."""
         stages = self.chain.stages
 
-        def norm_of(i: int) -> Norm:
+        def norm_of(i: int) -> Norm | NoNorm:
+            if stages[i].norm is None:
+                return NoNorm()
             return Norm(stages[i], *parameters.columns[i], place, partials[None, None, i])
 
         read, norm = rows["x"], norm_of(0)
-        moments = walk_row(place.tiling, lambda i: norm.moment(i, read(i)))
+        moments = norm.moments(read)
         for i, stage in enumerate(stages):
-            norm.finish(moments, read, operands[stage.names.eps])
+            norm.finish(moments, read, operands.get(stage.names.eps))
             stored = operands[stage.names.out] is not None
             out = self.writer(operands, stage.names.out, place) if stored else Kept(place)
             following = norm_of(i + 1) if i + 1 < len(stages) else None
-            term = None if stage.names.term is None else rows[stage.names.term]
+            term = rows.get(stage.names.term, parameters.terms[i])
             moments = write(stage, norm, read, parameters.factors[i], term, out, following)
             read, norm = out, following or norm
         if self.chain.quant is not None:
@@ -51,7 +52,7 @@ class ModulatedNormKernel(RowKernel):
 
 
 class _Parameters(Shared):
-    """The factors, weights and biases of each stage."""
+    """The factors, weights, biases and shifts of each stage."""
 
     def __init__(self, kernel: ModulatedNormKernel, operands: dict[str, Any], place: RowPlace):
         self.stages, self.specs, tiling = kernel.chain.stages, kernel.specs, kernel.tiling
@@ -59,12 +60,14 @@ class _Parameters(Shared):
         # another CTA can use meanwhile.
         ahead = [tiling.ahead and (i == 0 or tiling.schedule is not None) for i in range(len(self.stages))]
 
-        def column(name: str, ahead: bool) -> Reader:
-            return Reader.of(operands[name], self.specs[name], place, ahead)
+        def parameter(name: str, ahead: bool) -> Reader:
+            return Reader.of(operands.get(name), self.specs.get(name), place, ahead)
 
         pairs = list(zip(self.stages, ahead, strict=True))
         self.factors = [factor_of(stage, operands, self.specs, place, early) for stage, early in pairs]
-        self.columns = [(column(s.names.weight, early), column(s.names.bias, early)) for s, early in pairs]
+        self.columns = [(parameter(s.names.weight, early), parameter(s.names.bias, early)) for s, early in pairs]
+        rows = kernel.row_names
+        self.terms = [None if s.names.term in rows else parameter(s.names.term, early) for s, early in pairs]
 
     def hold(self) -> None:
         """Activates the factors once, for all following rows."""

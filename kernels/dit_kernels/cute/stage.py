@@ -214,6 +214,10 @@ class Norm:
         part = widen(value) * Float32(1.0 / place.d) if self.layer else square(value, None, self.stat)
         return place.counted(i, sum_of(part))
 
+    def moments(self, values: Reader) -> Float32:
+        """Those of this thread. values: the row."""
+        return walk(self.place.tiling, lambda i: self.moment(i, values(i)))
+
     def finish(self, moments: Float32, values: Reader, eps: Float32) -> None:
         """moments: those of this thread; values: the row. A mean is a product with 1/D, as in torch.mean."""
         place, stat = self.place, self.stat
@@ -228,11 +232,30 @@ class Norm:
         return normed(value, self.mean, self.rstd, self.weight(i), self.bias(i), self.steps)
 
 
+class NoNorm:
+    """In place of the norm of a stage that has none: the row as it is."""
+
+    def moments(self, values: Reader) -> None:
+        """There are none."""
+
+    def finish(self, moments: None, values: Reader, eps: None) -> None:
+        """There is no sum."""
+
+    def __call__(self, i, value):
+        return value
+
+
 # --- the result of a stage ------------------------------------------------------------------------------------------
 
 
 def write(
-    stage: Stage, norm: Norm, values: Reader, factor: Factor, term: Reader | None, out: Writer, following: Norm | None
+    stage: Stage,
+    norm: Norm | NoNorm,
+    values: Reader,
+    factor: Factor,
+    term: Reader | None,
+    out: Writer,
+    following: Norm | None,
 ) -> Float32:
     """Writes the result row of a stage. Returns this thread's moments of the stored row, for the next norm."""
     steps = stage.steps

@@ -70,6 +70,7 @@ def quantising(op: AnyOp, family: RowFamily, more: Sequence[str] = ()) -> tuple[
         overload = quant_overload(static, keeps)
         inputs = [argument.name for argument in op.inputs] + ["static_scale"] * static
         inputs += [] if overload else more
+        inputs.sort(key=lambda name: family.named[name].defaulted)  # stable: defaulted arguments come last
         results = [result.name for result in op.results[: None if keeps else -1]] + ["q"] + ["s"] * (not static)
         name = f"{op.name}_quant.{overload}" if overload else f"{op.name}_quant"
         options = (*op.options, *(STATIC_OPTIONS if static else QUANT_OPTIONS))
