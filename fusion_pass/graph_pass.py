@@ -213,7 +213,9 @@ class _Rewriter:
         matcher.apply(self.graph)
         self.report.fused.reverse()  # the matcher visits a graph from its end
         self.report.missed.reverse()
-        self.report.missed += unfused
+        self.report.missed += [
+            row for anchor, row in unfused if not anchor._erased
+        ]  # the others became a part of a site
 
     def _note(self, anchor: Node) -> None:
         """Lets each kind note what its sites must know about each other."""
@@ -288,17 +290,17 @@ class _Rewriter:
             raise Refused(entry.value.unfused, next(iter(past_views(found.out)[-1].users), found.out))
         return None
 
-    def _unfused(self) -> Iterator[ReportedSite]:
-        """Yields a row for each value that no kind fuses by itself. Finds them without the pattern matcher, which skips
-        complex numbers."""
+    def _unfused(self) -> Iterator[tuple[Node, ReportedSite]]:
+        """Yields the anchor and a row for each value that no kind fuses by itself. Finds them without the pattern
+        matcher, which skips complex numbers."""
         for value in REGISTRY.only_reported() if not self.training else ():  # a backward computes such values, too
             for anchor in sorted(_found(self.graph, value.anchors)):
                 try:
                     found = value.find(anchor)
                     if found is not None and value.unfused and not value.is_reported_elsewhere(found, self.survey):
-                        yield _missed(anchor, Refused(value.unfused, anchor), value)
+                        yield anchor, _missed(anchor, Refused(value.unfused, anchor), value)
                 except Exception as error:
-                    yield self._failed(error, anchor, value)
+                    yield anchor, self._failed(error, anchor, value)
 
     def _failed(self, error: Exception, anchor: Node, value: Value[Any]) -> ReportedSite:
         """Warns of an internal error and returns its row of the report. Under strict, raises the error."""

@@ -37,7 +37,9 @@ class Reason(str, Enum):
     UNNORMED = "the rotated tensor is not an RMSNorm of each head"
     HEADS = "the rotated tensor is not [B, S, H, Dh], or the rotation is not one row for each token and all heads"
     ROTATION = "a rotation in a spelling that no kernel computes"
-    ADDED = "what is added to the residual is not a norm; no op of the pass computes this add"
+    ADDED = (
+        "what is added to the residual is not a norm; it is fused only with a norm behind it that is quantised to FP8"
+    )
     QUANTISER = "a quantiser to FP8 follows that no op computes"
     INLINE = "Inductor computes the value in the kernel that reads it, or writes it into the result of a concatenation"
     SILU = "a silu that is not written as F.silu and that rounds differently"

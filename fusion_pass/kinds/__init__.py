@@ -6,6 +6,8 @@ from fusion_pass.kinds.gelu import GELU
 from fusion_pass.kinds.gelu_quant import GeluQuant
 from fusion_pass.kinds.kind import Entry, Registry
 from fusion_pass.kinds.modulated_norm import (
+    MulAddNormScale,
+    MulAddNormScaleQuant,
     NormScale,
     NormScaleQuant,
     NormTanhMulAdd,
@@ -34,6 +36,8 @@ REGISTRY = Registry(
             NormRope(),
             NormTanhMulAddNormScaleQuant(),
             NormTanhMulAddNormScale(),
+            MulAddNormScaleQuant(),
+            MulAddNormScale(),
             NormScaleQuant(),
             NormTanhMulAdd(),
             NormScale(),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from dit_kernels.chain import GATED, SCALED, SECOND, StageNames
+from dit_kernels.chain import GATED, SCALED, SECOND, UNNORMED, StageNames
 from dit_kernels.families import OPS
 from fusion_pass.dataflow import have_same_shape, keeps_sums, value
-from fusion_pass.kinds import quantiser, stage
+from fusion_pass.kinds import gain, quantiser, stage
 from fusion_pass.kinds.kind import Kind, Survey
 from fusion_pass.kinds.norm import NORM, Norm, eps_operand
 from fusion_pass.kinds.stage import StageInGraph
@@ -26,7 +26,7 @@ class NormTanhMulAdd(Kind[Norm]):
     def note(self, value: Norm, survey: Survey) -> None:
         """Notes y and the anchor of its norm, so that the norm that reads y can find the site."""
         upper = stage.grow(value)
-        if upper is not None and upper.term is not None:
+        if upper is not None and upper.has_residual:
             notes = survey.notes(self.name)
             if upper.factor is not None or upper.out[0] not in notes:
                 notes[upper.out[0]] = value.anchor
@@ -41,7 +41,7 @@ class NormTanhMulAdd(Kind[Norm]):
             t = tanh(gate); n = mul(convert(mul(a, rsqrt)), w); p = mul(t, n); y = add(x, p)
         """
         upper = stage.grow(value)
-        if upper is None or upper.term is None:
+        if upper is None or not upper.has_residual:
             return None
         # If two norms are added, one is the residual of the other. If one of them is gated, the site is that one's.
         if upper.factor is None and survey.notes(self.name).get(upper.out[0], value.anchor) is not value.anchor:
@@ -50,32 +50,39 @@ class NormTanhMulAdd(Kind[Norm]):
 
 
 class NormScale(Kind[Norm]):
-    """z = norm(x) * (1 + scale)."""
+    """z = norm(x) * (1 + scale) + shift. The shift may be absent."""
 
     name = stage.SCALED
     is_modulated = True
 
     def find(self, value: Norm, survey: Survey) -> Site | None:
-        """Finds the product of a norm with a scale.
+        """Finds the product of a norm with a scale, or its sum with a shift.
 
         The user's code, then its graph in bf16:
 
             h = self.norm_final(x) * (1 + scale)
 
             n = mul(convert(mul(x, rsqrt)), w); s = add(scale, 1); z = mul(n, s)
+
+            h = self.norm1(x) * (1 + scale) + shift
+
+            n = convert(mul(sub(c, mean), rsqrt)); s = add(scale, 1); m = mul(n, s); z = add(m, shift)
         """
         lower = stage.grow(value, OPS[self.name].quantises)
-        return None if lower is None or lower.term is not None else _site(self.name, [(lower, SCALED)])
+        return None if lower is None or lower.has_residual else _site(self.name, [(lower, SCALED)])
 
 
 class NormScaleQuant(NormScale):
-    """z = norm(x) * (1 + scale), of which only q and s are stored. kinds/quantiser.py has the code of the user."""
+    """The same z, of which only q and s are stored. kinds/quantiser.py has the code of the user."""
 
     name = "norm_scale_quant"
 
 
 class NormTanhMulAddNormScale(Kind[Norm]):
-    """y = residual + tanh(gate) * norm(x) and z = norm(y) * (1 + scale). Gate and scale may be absent."""
+    """y = residual + tanh(gate) * norm(x) and z = norm(y) * (1 + scale) + shift.
+
+    Gate, scale and shift may be absent.
+    """
 
     name = "norm_tanh_mul_add_norm_scale"
     is_modulated = True
@@ -96,11 +103,9 @@ class NormTanhMulAddNormScale(Kind[Norm]):
         anchor = survey.notes(NormTanhMulAdd.name).get(y)
         first = None if anchor is None or anchor._erased else NORM.find(anchor)
         upper = None if first is None else stage.grow(first)
-        if first is None or upper is None or upper.term is None or upper.out[0] is not y:
+        if first is None or upper is None or not upper.has_residual or upper.out[0] is not y:
             return None
-        quantises = OPS[self.name].quantises
-        lower = stage.grow(value, quantises)
-        lower = stage.bare(value, quantises) if lower is None or lower.term is not None else lower
+        lower = _second(value, OPS[self.name].quantises)
         if lower is None:
             return None
         if (first.kind, first.steps.root) != (value.kind, value.steps.root):
@@ -116,18 +121,58 @@ class NormTanhMulAddNormScaleQuant(NormTanhMulAddNormScale):
     name = "norm_tanh_mul_add_norm_scale_quant"
 
 
+class MulAddNormScale(Kind[Norm]):
+    """y = residual + gate * x and z = norm(y) * (1 + scale) + shift. Gate, scale and shift may be absent."""
+
+    name = stage.MUL_ADDED
+    is_modulated = True
+
+    def find(self, value: Norm, survey: Survey) -> Site | None:
+        """Finds the site whose norm this is, from the norm backwards to the add that it reads.
+
+        The user's code, then its graph in bf16:
+
+            x = x + gate_msa * attn_output
+            h = self.norm2(x) * (1 + scale_mlp) + shift_mlp
+
+            p = mul(gate, a); y = add(x, p); c = convert(y, f32); ...; n = convert(mul(sub(c, mean), rsqrt));
+            s = add(scale, 1); m = mul(n, s); z = add(m, shift)
+        """
+        quantises = OPS[self.name].quantises
+        upper = stage.before(value) if gain.pays(quantises) else None
+        if upper is None or upper.out[0] in survey.notes(NormTanhMulAdd.name):  # the add belongs to another norm
+            return None
+        if not gain.pays(quantises, upper.rows):
+            return None
+        lower = _second(value, quantises)
+        return None if lower is None else _site(self.name, [(upper, UNNORMED), (lower, SCALED)])
+
+
+class MulAddNormScaleQuant(MulAddNormScale):
+    """The same y, and z, of which only q and s are stored. kinds/quantiser.py has the code of the user."""
+
+    name = "mul_add_norm_scale_quant"
+
+
+def _second(norm: Norm, quantises: bool) -> StageInGraph | None:
+    """The stage of a norm behind another stage: without a residual, or the norm alone. Raises Refused."""
+    lower = stage.grow(norm, quantises)
+    return stage.bare(norm, quantises) if lower is None or lower.has_residual else lower
+
+
 def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
     """The site of one stage, or of two stages in sequence. Raises Refused if their operands or casts do not fit the
     op."""
-    first = stages[0][0].norm
-    last = stages[-1][0].norm
-    if _has_no_tokens(first.x):
-        raise Refused(Reason.INLINE, first.anchor, "the norm has few rows", kind)
-    operands: Operands = {"x": first.x}
-    options: dict[str, object] = {"norm": last.kind, "root": last.steps.root}
+    x, norms = stages[0][0].x, [part.norm for part, _ in stages if part.norm is not None]
+    if _has_no_tokens(x):
+        raise Refused(Reason.INLINE, norms[0].anchor, "the norm has few rows", kind)
+    operands: Operands = {"x": x}
+    options: dict[str, object] = {"norm": norms[-1].kind, "root": norms[-1].steps.root}
     for part, names in stages:
-        operands |= {names.weight: part.norm.weight, names.bias: part.norm.bias, names.factor: part.factor}
-        operands |= {names.eps: eps_operand(part.norm.eps)} | ({} if names.term is None else {names.term: part.term})
+        operands |= {names.factor: part.factor, names.term: part.term}
+        if part.norm is not None:
+            operands |= {names.weight: part.norm.weight, names.bias: part.norm.bias}
+            operands |= {names.eps: eps_operand(part.norm.eps)}
         options |= {names.switch: part.factor is not None and part.factor.activation is not None}
         options |= {names.out_dtype: part.steps.out}
     check_operands(operands, kind)
@@ -144,11 +189,12 @@ def _site(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Site:
             *(node for part, _ in stages for node in part.interior),
             *(() if found is None else found.inside(z)),
         ),
-        anchor=first.anchor,
+        anchor=norms[0].anchor,
         like=_like(kind, [part for part, _ in stages]),
-        summed=() if first.kind == "layer" else ("x",),  # F.layer_norm sums a contiguous copy, as the op does
+        # F.layer_norm sums a contiguous copy, as the op does.
+        summed=("x",) if stages[0][0].norm is not None and norms[0].kind == "rms" else (),
         takes_any_layout=True,
-        remark=max(part.norm.remark for part, _ in stages),
+        remark=max(norm.remark for norm in norms),
         origin=stages[0][0].out[0],
     )
 
@@ -167,14 +213,14 @@ def _form(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Form:
     for form in MODEL_FORMS:
         fitting = {names.norm_dtype: part.norm_dtypes(form) for part, names in stages}
         if all(fitting.values()):
-            return Form(form, {option: dtypes[0] for option, dtypes in fitting.items()})
-    raise Refused(Reason.ROUNDING, stages[-1][0].norm.anchor, kind=kind)
+            return Form(form, {option: dtypes[0] for option, dtypes in fitting.items() if option})
+    raise Refused(Reason.ROUNDING, stages[-1][0].out[0], kind=kind)
 
 
 def _like(kind: str, stages: list[StageInGraph]) -> Node:
-    """The node to whose shape all factors broadcast. A stage without a factor takes any shape."""
-    shaped = [part for part in stages if part.factor is not None] or stages
+    """The node to whose shape all factors and shifts broadcast. A stage without them takes any shape."""
+    shaped = [part for part in stages if part.is_modulated] or stages[:1]
     for part in shaped[1:]:
-        if part.factor is not None and not have_same_shape(shaped[0].like, part.like):
+        if not have_same_shape(shaped[0].like, part.like):
             raise Refused(Reason.SHAPE, part.like, "the gate and the scale are applied in different shapes", kind)
     return shaped[0].like

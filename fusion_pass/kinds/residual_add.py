@@ -1,6 +1,7 @@
 """y = x + gate * f(x), as a value: a residual add of something that is not a norm. The report lists it.
 
-Nothing fuses it yet. Inductor computes the add in the kernel of the norm that reads y.
+No kind grows from it: mul_add_norm_scale grows from the norm that reads y. Otherwise, Inductor computes the add in the
+kernel of this norm.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""One stage in a graph: term + act(factor) * norm(v). Factor and term may be absent.
+"""One stage in a graph: term + act(factor) * norm(v). Norm, factor and term may be absent.
 
 Lines of the user's code, and the graph of each in bf16, where n is the norm that kinds/norm.py finds:
 
     y = residual + gate.tanh() * norm(x)       t = tanh(gate); p = mul(t, n); y = add(residual, p)
     y = residual + norm(x)                     y = add(residual, n)
+    y = residual + gate * x                    p = mul(gate, x); y = add(residual, p)
     z = norm(x) * (1 + scale)                  s = add(scale, 1); z = mul(n, s)
+    z = norm(x) * (1 + scale) + shift          s = add(scale, 1); m = mul(n, s); z = add(m, shift)
     z = norm(x)                                z = n
 
 Operands may be on either side. Views that keep the rows, and casts, may be in between.
@@ -19,69 +21,91 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dit_kernels.rounding import StageSteps, stage_steps
+from dit_kernels.rounding import NormSteps, StageSteps, stage_steps
 from fusion_pass.dataflow import (
     aten,
     comes_from,
     dtype,
     have_same_shape,
     is_call,
+    is_cast,
     is_narrowing,
     is_plain_add,
     is_read_from_memory,
     is_stored,
     is_widening,
     keeps_rows,
+    keeps_sums,
     other_operands,
     past_views,
     sole_user,
     stored_casts,
+    through_widening,
 )
 from fusion_pass.kinds import factor as factors
-from fusion_pass.kinds import quantiser
+from fusion_pass.kinds import gain, quantiser
 from fusion_pass.kinds.norm import Norm
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import Operand, operand_dtype
 
-ADDED, SCALED = "norm_tanh_mul_add", "norm_scale"  # the kinds that a refusal names: with a term, and without
+# The kinds that a refusal names: with a residual and a norm, with a residual alone, and without a residual.
+ADDED, MUL_ADDED, SCALED = "norm_tanh_mul_add", "mul_add_norm_scale", "norm_scale"
 ADDCMUL = "addcmul rounds once, after the product and the sum"
 
 
 @dataclass(frozen=True)
 class StageInGraph:
-    """The parts of out = term + act(factor) * norm.
+    """The parts of out = term + act(factor) * norm(x); without a norm, of out = term + act(factor) * x.
 
     out: nodes of one value: the result, or the equal casts of the result. like: the norm, in the shape in which it is
-    multiplied by the factor; without a factor, in the shape in which it is added to the term.
+    multiplied by the factor; without a factor, in the shape in which it is added to the term. term: a node if it is a
+    residual; an operand if it is a shift, which broadcasts.
     """
 
-    norm: Norm
+    x: Node
+    norm: Norm | None
     like: Node
     factor: Operand | None
-    term: Node | None
+    term: Node | Operand | None
     out: tuple[Node, ...]
     steps: StageSteps
     interior: tuple[Node, ...]
 
+    @property
+    def has_residual(self) -> bool:
+        return isinstance(self.term, Node)
+
+    @property
+    def rows(self) -> list[Node]:
+        """The operands that are rows: x and a residual."""
+        return [self.x, *([self.term] if isinstance(self.term, Node) else [])]
+
+    @property
+    def is_modulated(self) -> bool:
+        """Does an operand broadcast to `like`?"""
+        return self.factor is not None or isinstance(self.term, Operand)
+
     def norm_dtypes(self, form: str) -> list[torch.dtype | None]:
-        """The dtypes to which the norm may be cast so that the steps of this form are the steps of the graph."""
-        candidates = (None, self.steps.norm.normed, self.steps.norm.out, self.steps.product)
+        """The dtypes to which the norm may be cast so that the steps of this form are the steps of the graph. Without a
+        norm, [None] if they are."""
+        norm = self.steps.norm
+        candidates = (None,) if norm is None else (None, norm.normed, norm.out, self.steps.product)
         return [norm_dtype for norm_dtype in dict.fromkeys(candidates) if self._fits(form, norm_dtype)]
 
     def _fits(self, form: str, norm_dtype: torch.dtype | None) -> bool:
-        x = operand_dtype(self.norm.x)
+        x, norm = operand_dtype(self.x), self.norm
         assert x is not None
         steps = stage_steps(
             form,
-            self.norm.kind,
+            None if norm is None else norm.kind,
             x,
-            operand_dtype(self.norm.weight),
-            operand_dtype(self.norm.bias),
+            None if norm is None else operand_dtype(norm.weight),
+            None if norm is None else operand_dtype(norm.bias),
             None if self.factor is None else factors.promoting_dtype(self.factor),
-            operand_dtype(self.term),
+            factors.promoting_dtype(self.term) if isinstance(self.term, Operand) else operand_dtype(self.term),
             self.steps.out,
             norm_dtype,
-            self.norm.steps.root,
+            "rsqrt" if norm is None else norm.steps.root,
         )
         if self.factor is None and self.term is None:
             return _roundings(self.steps) == _roundings(steps)
@@ -92,6 +116,7 @@ def _roundings(steps: StageSteps) -> tuple[Any, ...]:
     """The sequence of dtypes of a bare norm. The last cast may belong to the norm or to the stage: the result is the
     same."""
     norm = steps.norm
+    assert norm is not None
     chain = (norm.stat, norm.normed, norm.weighted, norm.biased, norm.out, steps.product, steps.out)
     return (norm.root, *chain[:3], *(dtype for dtype, _ in groupby(chain[3:])))
 
@@ -99,7 +124,7 @@ def _roundings(steps: StageSteps) -> tuple[Any, ...]:
 def grow(norm: Norm, quantises: bool = False) -> StageInGraph | None:
     """The stage of a norm with a term or a factor or both; None if there is no such stage. Raises Refused.
 
-    quantises: the stage with a factor whose result a quantiser reads. Nothing needs to read it from memory.
+    quantises: the stage without a residual whose result a quantiser reads. Nothing needs to read it from memory.
     """
     shapes = past_views(norm.out)
     reader = sole_user(shapes[-1])
@@ -108,7 +133,8 @@ def grow(norm: Norm, quantises: bool = False) -> StageInGraph | None:
     if is_call(reader, aten.addcmul.default) and have_same_shape(shapes[-1], reader.args[0]):
         raise Refused(Reason.ROUNDING, reader, ADDCMUL, ADDED)
     if is_plain_add(reader):
-        return None if quantises else _with_term(norm, shapes, reader)
+        with_residual = None if quantises else _with_residual(norm, shapes, reader)
+        return with_residual or _with_shift(norm, shapes, quantises)
     return _with_factor(norm, shapes, reader, quantises) if is_call(reader, aten.mul.Tensor) else None
 
 
@@ -122,16 +148,78 @@ def bare(norm: Norm, quantises: bool = False) -> StageInGraph | None:
     if not (quantiser.follow(out) if quantises else any(map(is_read_from_memory, out))):
         return None
     inside = tuple(node for node in norm.interior if node not in out)
-    steps = _steps(norm, norm.steps.out, norm.out, out[0], False)
-    return StageInGraph(norm, norm.out, None, None, out, steps, inside)
+    steps = _steps(norm.steps, norm.steps.out, norm.out, norm.out, out[0], SCALED)
+    return StageInGraph(norm.x, norm, norm.out, None, None, out, steps, inside)
 
 
-def _with_term(norm: Norm, shapes: tuple[Node, ...], y: Node) -> StageInGraph | None:
-    term = _term(shapes[-1], y)
-    if term is None:
+def before(norm: Norm) -> StageInGraph | None:
+    """The stage without a norm whose result y a norm reads; None if there is none. Raises Refused.
+
+    Whatever computes x and the residual, and whatever else reads y, is no obstacle.
+    """
+    y = norm.x
+    while keeps_sums(y):
+        y = y.args[0]
+    total = y.args[0] if is_narrowing(y) else y
+    if not is_plain_add(total) or comes_from(total, "addcmul") or (total is not y and sole_user(total) is not y):
         return None
-    steps = _steps(norm, norm.steps.out, norm.out, y, True)
-    return StageInGraph(norm, shapes[-1], None, term, (y,), steps, (*norm.interior, *shapes))
+    left, right = total.args[:2]
+    if left is right or not have_same_shape(left, total) or not have_same_shape(right, total):
+        return None
+    for term, residual in ((right, left), (left, right)):
+        gated = _gated(term, residual, total, y)
+        if gated is not None:
+            return gated
+    x, residual = through_widening(right), through_widening(left)
+    read = dtype(x)
+    if read is None:
+        return None
+    inside = () if total is y else (total,)
+    return StageInGraph(x, None, right, None, residual, (y,), _steps(None, read, x, total, y, MUL_ADDED), inside)
+
+
+def _gated(term: Node, residual: Node, total: Node, y: Node) -> StageInGraph | None:
+    """The stage whose sum with a residual is `total`, if the other term is a product with a gate."""
+    product = term
+    while keeps_rows(product) or is_cast(product):
+        product = product.args[0]
+    if not is_call(product, aten.mul.Tensor) or not all(isinstance(operand, Node) for operand in product.args):
+        return None
+    products, rounded = _rounded(product)
+    if sole_user(products[-1]) is not total:
+        return None
+    rows = [operand for operand in product.args if have_same_shape(operand, product)]
+    if not rows or product.args[0] is product.args[1]:
+        return None
+    like = rows[0]
+    x, read = through_widening(like), dtype(through_widening(like))
+    if read is None:
+        return None
+    gate = factors.resolve(next(other_operands(product, like)), like, "tanh")
+    steps = _steps(None, factors.applied_dtype(gate, read, MUL_ADDED), rounded, total, y, MUL_ADDED)
+    interior = (*products, *gate.absorbed, *(() if total is y else (total,)))
+    return StageInGraph(x, None, like, gate, through_widening(residual), (y,), steps, interior)
+
+
+def _with_residual(norm: Norm, shapes: tuple[Node, ...], y: Node) -> StageInGraph | None:
+    residual = _residual(shapes[-1], y)
+    if residual is None:
+        return None
+    steps = _steps(norm.steps, norm.steps.out, norm.out, y, y, ADDED)
+    return StageInGraph(norm.x, norm, shapes[-1], None, residual, (y,), steps, (*norm.interior, *shapes))
+
+
+def _with_shift(norm: Norm, shapes: tuple[Node, ...], quantises: bool) -> StageInGraph | None:
+    shifted = _shifted(shapes[-1], None) if gain.pays(quantises) else None
+    if shifted is None:
+        return None
+    total, shift = shifted
+    z = stored_casts(total, is_narrowing)
+    if not (quantiser.follow(z) if quantises else any(map(is_read_from_memory, z))):
+        return None
+    steps = _steps(norm.steps, norm.steps.out, norm.out, total, z[0], SCALED)
+    inside = () if z == (total,) else (total,)
+    return StageInGraph(norm.x, norm, shapes[-1], None, shift, z, steps, (*norm.interior, *shapes, *inside))
 
 
 def _with_factor(norm: Norm, shapes: tuple[Node, ...], product: Node, quantises: bool) -> StageInGraph | None:
@@ -141,38 +229,47 @@ def _with_factor(norm: Norm, shapes: tuple[Node, ...], product: Node, quantises:
         return None
     products, rounded = _rounded(product)
     y = sole_user(products[-1])
-    term = _term(products[-1], y) if y is not None and is_plain_add(y) else None
-    if y is None or term is None or factors.is_one_plus(factor):  # 1 + s is a scale, and the addend a shift
-        return _scaled(norm, shapes, product, factor, quantises)
+    residual = _residual(products[-1], y) if y is not None and is_plain_add(y) else None
+    if y is None or residual is None or factors.is_one_plus(factor):  # 1 + s is a scale, and the addend a shift
+        return _scaled(norm, shapes, products, rounded, quantises)
     if quantises:
         return None
     if comes_from(y, "addcmul"):  # torch 2.11 decomposes addcmul before any pass sees it
         raise Refused(Reason.ROUNDING, y, ADDCMUL, ADDED)
     operand = factors.resolve(factor, like, "tanh")
-    steps = _steps(norm, factors.applied_dtype(operand, norm.steps.out, ADDED), rounded, y, True)
+    steps = _steps(norm.steps, factors.applied_dtype(operand, norm.steps.out, ADDED), rounded, y, y, ADDED)
     interior = (*norm.interior, *shapes, *products, *operand.absorbed)
-    return StageInGraph(norm, like, operand, term, (y,), steps, interior)
+    return StageInGraph(norm.x, norm, like, operand, residual, (y,), steps, interior)
 
 
-def _scaled(norm: Norm, shapes: tuple[Node, ...], product: Node, factor: Node, quantises: bool) -> StageInGraph | None:
-    """The stage of a product with a factor, to which nothing is added. Raises Refused if no node reads the product from
-    memory. With `quantises`, a quantiser must read it instead."""
-    like = shapes[-1]
+def _scaled(
+    norm: Norm, shapes: tuple[Node, ...], products: tuple[Node, ...], rounded: Node, quantises: bool
+) -> StageInGraph | None:
+    """The stage of a product with a factor, or of the sum of this product and a shift. Raises Refused if no node reads
+    the result from memory. With `quantises`, a quantiser must read it instead."""
+    like, product = shapes[-1], products[0]
     if not have_same_shape(like, product):
         return None
-    z = stored_casts(product, is_narrowing)
+    factor = next(other_operands(product, like))
+    shifted = _shifted(products[-1], factor) if have_same_shape(products[-1], like) else None
+    if shifted is None:
+        products, rounded = (product,), product
+    total, shift = shifted or (product, None)
+    z = stored_casts(total, is_narrowing)
     if quantises and not quantiser.follow(z):
         return None
     if not quantises and not any(map(is_stored, z)):
         raise Refused(Reason.FOLLOWED, next(iter(past_views(z[0])[-1].users), product), kind=SCALED)
+    if shift is not None and not gain.pays(quantises):
+        raise Refused(Reason.FOLLOWED, total, gain.IN_16_BITS, SCALED)
     if factors.resolve(factor, like, "tanh").activation is not None:
         return None  # a gate without a residual add
     if not quantises and not any(map(is_read_from_memory, z)):
         raise Refused(Reason.INLINE, z[0], kind=SCALED)
     operand = factors.resolve(factor, like, "one_plus")
-    steps = _steps(norm, factors.applied_dtype(operand, norm.steps.out, SCALED), product, z[0], False)
-    inside = (*norm.interior, *shapes) if z == (product,) else (*norm.interior, *shapes, product)
-    return StageInGraph(norm, like, operand, None, z, steps, (*inside, *operand.absorbed))
+    steps = _steps(norm.steps, factors.applied_dtype(operand, norm.steps.out, SCALED), rounded, total, z[0], SCALED)
+    inside = [node for node in (*norm.interior, *shapes, *products, total) if node not in z]
+    return StageInGraph(norm.x, norm, like, operand, shift, z, steps, (*inside, *operand.absorbed))
 
 
 def _rounded(product: Node) -> tuple[tuple[Node, ...], Node]:
@@ -191,15 +288,36 @@ def _rounded(product: Node) -> tuple[tuple[Node, ...], Node]:
     return tuple(chain), rounded
 
 
-def _term(added: Node, y: Node) -> Node | None:
+def _residual(added: Node, y: Node) -> Node | None:
     """The other operand of a sum, if it has the shape of `added`. A narrower operand is a bias or a shift."""
     term = next(other_operands(y, added), None)
     return term if term is not added and have_same_shape(added, term) else None
 
 
-def _steps(norm: Norm, factor: torch.dtype, product: Node, out: Node, has_term: bool) -> StageSteps:
-    """factor: the dtype that the factor is rounded to. product: the product as it is added or stored."""
-    product_dtype, out_dtype = dtype(product), dtype(out)
-    if product_dtype is None or out_dtype is None:
-        raise Refused(Reason.ROUNDING, out, kind=ADDED if has_term else SCALED)
-    return StageSteps(norm.steps, factor, product_dtype, out_dtype if has_term else product_dtype, out_dtype)
+def _shifted(rows: Node, factor: Node | None) -> tuple[Node, Operand] | None:
+    """The sum of rows and a shift, and the shift; None if no shift is added.
+
+    factor: what the rows were multiplied by. An operand with a row for each token is a shift only if the factor has one
+    for each token, too; otherwise it is a residual.
+    """
+    total = sole_user(rows)
+    addend = next(other_operands(total, rows), None) if total is not None and is_plain_add(total) else None
+    if total is None or not isinstance(addend, Node) or addend is rows or not have_same_shape(rows, total):
+        return None
+    if comes_from(total, "addcmul"):  # as above
+        return None
+    shift = factors.resolve(addend, rows)
+    is_large, factor_is_large = (
+        operand is not None and have_same_shape(operand.source, rows)
+        for operand in (shift, None if factor is None else factors.resolve(factor, rows))
+    )
+    return None if is_large and not factor_is_large else (total, shift)
+
+
+def _steps(norm: NormSteps | None, factor: torch.dtype, product: Node, total: Node, out: Node, kind: str) -> StageSteps:
+    """factor: the dtype that the factor is rounded to. product: the product as it is added or stored. total: its sum
+    with the term, or the product. kind: of the site, for the report."""
+    product_dtype, sum_dtype, out_dtype = dtype(product), dtype(total), dtype(out)
+    if product_dtype is None or sum_dtype is None or out_dtype is None:
+        raise Refused(Reason.ROUNDING, out, kind=kind)
+    return StageSteps(norm, factor, product_dtype, sum_dtype, out_dtype)
