@@ -23,7 +23,9 @@ from torch.fx import Node
 
 from dit_kernels.rounding import NormSteps, StageSteps, stage_steps
 from fusion_pass.dataflow import (
+    HALVES,
     aten,
+    before_widening,
     comes_from,
     dtype,
     have_same_shape,
@@ -38,9 +40,11 @@ from fusion_pass.dataflow import (
     keeps_sums,
     other_operands,
     past_views,
+    same_shape,
     sole_user,
     stored_casts,
     through_widening,
+    value,
 )
 from fusion_pass.kinds import factor as factors
 from fusion_pass.kinds import gain, quantiser
@@ -191,11 +195,14 @@ def _gated(term: Node, residual: Node, total: Node, y: Node) -> StageInGraph | N
     rows = [operand for operand in product.args if have_same_shape(operand, product)]
     if not rows or product.args[0] is product.args[1]:
         return None
-    like = rows[0]
+    # The product of two 16-bit numbers is exact in fp32, so it may be computed in 16 bits if it is rounded to 16 bits.
+    given = before_widening if dtype(rounded) in HALVES else lambda node: node
+    factored = ((row, factors.resolve(given(next(other_operands(product, row))), row, "tanh")) for row in rows)
+    # Both operands may have a row for each token: the gate is the one with a tanh, or the one that was expanded.
+    like, gate = min(factored, key=lambda pair: pair[1].activation is None and _has_every_row(pair[1], pair[0]))
     x, read = through_widening(like), dtype(through_widening(like))
     if read is None:
         return None
-    gate = factors.resolve(next(other_operands(product, like)), like, "tanh")
     steps = _steps(None, factors.applied_dtype(gate, read, MUL_ADDED), rounded, total, y, MUL_ADDED)
     interior = (*products, *gate.absorbed, *(() if total is y else (total,)))
     return StageInGraph(x, None, like, gate, through_widening(residual), (y,), steps, interior)
@@ -307,11 +314,14 @@ def _shifted(rows: Node, factor: Node | None) -> tuple[Node, Operand] | None:
     if comes_from(total, "addcmul"):  # as above
         return None
     shift = factors.resolve(addend, rows)
-    is_large, factor_is_large = (
-        operand is not None and have_same_shape(operand.source, rows)
-        for operand in (shift, None if factor is None else factors.resolve(factor, rows))
-    )
-    return None if is_large and not factor_is_large else (total, shift)
+    scales_every_row = factor is not None and _has_every_row(factors.resolve(factor, rows), rows)
+    return None if _has_every_row(shift, rows) and not scales_every_row else (total, shift)
+
+
+def _has_every_row(operand: Operand, rows: Node) -> bool:
+    """Does an operand that broadcasts to rows have as many rows as they?"""
+    val, like = operand.value(), value(rows)
+    return val is not None and like is not None and same_shape(val, like)
 
 
 def _steps(norm: NormSteps | None, factor: torch.dtype, product: Node, total: Node, out: Node, kind: str) -> StageSteps:
