@@ -26,6 +26,7 @@ from fusion_pass.dataflow import (
     HALVES,
     aten,
     before_widening,
+    broadcasts_to,
     comes_from,
     dtype,
     have_same_shape,
@@ -311,11 +312,18 @@ def _shifted(rows: Node, factor: Node | None) -> tuple[Node, Operand] | None:
     addend = next(other_operands(total, rows), None) if total is not None and is_plain_add(total) else None
     if total is None or not isinstance(addend, Node) or addend is rows or not have_same_shape(rows, total):
         return None
-    if comes_from(total, "addcmul"):  # as above
+    if comes_from(total, "addcmul") or not all(
+        _broadcasts(node, rows) for node in (addend, factor) if node is not None
+    ):
         return None
     shift = factors.resolve(addend, rows)
     scales_every_row = factor is not None and _has_every_row(factors.resolve(factor, rows), rows)
     return None if _has_every_row(shift, rows) and not scales_every_row else (total, shift)
+
+
+def _broadcasts(node: Node, rows: Node) -> bool:
+    val, like = value(node), value(rows)
+    return val is not None and like is not None and broadcasts_to(val, like)
 
 
 def _has_every_row(operand: Operand, rows: Node) -> bool:
