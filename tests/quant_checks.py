@@ -54,7 +54,8 @@ def check(on: Device, op: str, *given: Any, before: Tensor | None = None, **opti
             others, z = [], reference.activation(given[0], None, call.chain.act, call.chain.steps)
     else:
         of_plain = {option.name: options[option.name] for option in plain.options if option.name in options}
-        *others, z = on.run(plain.name, *given[: len(plain.inputs)], **of_plain)
+        by_name = dict(zip(call.op.roles, call.op.filled(given), strict=True))
+        *others, z = on.run(plain.name, *(by_name[name] for name in plain.roles), **of_plain)
     z = z if before is None else torch.cat((before, z), -1)
     steps, scale = call.chain.quant, call.named.get("static_scale")
     with on.eager():
