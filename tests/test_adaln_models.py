@@ -1,0 +1,245 @@
+"""AdaLN in diffusers' models: counts as functions of their layers, results equal to eager's.
+
+Most of these models have a residual add, then a norm with a scale and a shift, one to four times in each block. In 16
+bits, the rule of kinds/gain.py leaves them to Inductor; here it is lifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import quantized
+import torch
+from graph_backend import GraphBackend, needs_casts
+from test_all_heads_sites import ltx
+from test_joined_models import hunyuan_video
+from test_left_to_inductor import kandinsky5, wan21
+from test_models import Arguments, build, compiled, flux1, qwen_image, run
+from torch import nn
+
+from fusion_pass.kinds import gain
+
+pytestmark = [pytest.mark.usefixtures("one_graph"), needs_casts]
+
+BF16 = torch.bfloat16
+ADD, SCALED = "mul_add_norm_scale", "norm_scale"
+Counts = tuple[int, int]  # of mul_add_norm_scale, and of norm_scale
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=BF16)
+
+
+# --- the models -------------------------------------------------------------------------------------------------------
+
+
+def sd3(layers: int) -> tuple[nn.Module, Arguments]:
+    """The first block has two attentions, whose inputs are two modulations of one norm."""
+    model = build(
+        "SD3Transformer2DModel",
+        BF16,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=16,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    return model, {
+        "hidden_states": random(2, 4, 8, 8),
+        "encoder_hidden_states": random(2, 6, 32),
+        "pooled_projections": random(2, 16),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
+
+
+def cogview4(layers: int) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "CogView4Transformer2DModel",
+        BF16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=8,
+        pos_embed_max_size=8,
+        sample_size=8,
+        rope_axes_dim=(8, 8),
+    )
+    return model, {
+        "hidden_states": random(2, 4, 8, 8),
+        "encoder_hidden_states": random(2, 6, 16),
+        "timestep": torch.tensor([3, 7]),
+        "original_size": torch.full((2, 2), 8.0, dtype=BF16),
+        "target_size": torch.full((2, 2), 8.0, dtype=BF16),
+        "crop_coords": torch.zeros(2, 2, dtype=BF16),
+    }
+
+
+def bria(layers: int) -> tuple[nn.Module, Arguments]:
+    """As FLUX.1, but its single blocks do not part the joined streams."""
+    _, arguments = flux1(0, 1)
+    sizes = dict(in_channels=4, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32)
+    blocks = dict(num_layers=layers, num_single_layers=1, axes_dims_rope=[4, 6, 6])
+    model = build("BriaTransformer2DModel", BF16, **sizes, **blocks)
+    return model, {name: t for name, t in arguments.items() if name not in ("pooled_projections", "guidance")}
+
+
+def pixart(layers: int) -> tuple[nn.Module, Arguments]:
+    """No gate in front of the norm of the feed-forward."""
+    model = build(
+        "PixArtTransformer2DModel",
+        BF16,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        num_layers=layers,
+        cross_attention_dim=32,
+        sample_size=8,
+        caption_channels=16,
+        use_additional_conditions=False,
+    )
+    return model, {
+        "hidden_states": random(2, 4, 8, 8),
+        "encoder_hidden_states": random(2, 6, 16),
+        "timestep": torch.tensor([3, 7]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def sana(layers: int) -> tuple[nn.Module, Arguments]:
+    model = build(
+        "SanaTransformer2DModel",
+        BF16,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=layers,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=16,
+        sample_size=8,
+    )
+    return model, {
+        "hidden_states": random(2, 4, 8, 8),
+        "encoder_hidden_states": random(2, 6, 16),
+        "timestep": torch.tensor([3, 7]),
+    }
+
+
+def ernie(layers: int) -> tuple[nn.Module, Arguments]:
+    """Tokens come first, [S, B, D]; the modulations are expanded to all tokens, and computed with in fp32."""
+    model = build(
+        "ErnieImageTransformer2DModel",
+        BF16,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=layers,
+        ffn_hidden_size=64,
+        in_channels=4,
+        out_channels=4,
+        text_in_dim=16,
+        rope_axes_dim=(4, 6, 6),
+    )
+    return model, {
+        "hidden_states": random(2, 4, 4, 4),
+        "timestep": torch.rand(2).to(BF16),
+        "text_bth": random(2, 6, 16),
+        "text_lens": torch.tensor([6, 6]),
+    }
+
+
+def wan22(layers: int) -> tuple[nn.Module, Arguments]:
+    """Wan 2.2 TI2V has a timestep, and so a modulation, for each token."""
+    model, arguments = wan21(layers)
+    return model, arguments | {"timestep": torch.full((1, 12), 500.0)}
+
+
+def cogvideox(layers: int) -> tuple[nn.Module, Arguments]:
+    """Affine norms. What attention and the feed-forward read is joined with the text."""
+    model = build(
+        "CogVideoXTransformer3DModel",
+        BF16,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=layers,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=5,
+        max_text_seq_length=6,
+    )
+    return model, {
+        "hidden_states": random(1, 2, 4, 8, 8),
+        "encoder_hidden_states": random(1, 6, 16),
+        "timestep": torch.tensor([3]),
+    }
+
+
+# --- what is fused ----------------------------------------------------------------------------------------------------
+
+
+MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, Arguments]], Callable[[int], Counts]]] = {
+    "Qwen-Image": (qwen_image, lambda layers: (4 * layers - 2, 2)),
+    "SD3.5": (sd3, lambda layers: (4 * layers - 2, 1)),
+    "HunyuanVideo": (hunyuan_video, lambda layers: (4 * layers - 2 + 1, 4)),  # and a refiner of the text
+    "CogView4": (cogview4, lambda layers: (2 * layers, 0)),
+    "Bria": (bria, lambda layers: (4 * layers - 2, 4)),
+    "Wan 2.2 TI2V": (wan22, lambda layers: (3 * layers, 1)),
+    "Kandinsky 5": (lambda layers: kandinsky5(1, layers), lambda layers: (3 * layers, 3)),
+    "PixArt": (pixart, lambda layers: (2 * layers, 1)),
+    "Sana": (sana, lambda layers: (2 * layers, 1)),
+    "LTX-Video": (ltx, lambda layers: (2 * layers, 1)),
+    "ERNIE": (ernie, lambda layers: (2 * layers, 1)),
+    "CogVideoX": (cogvideox, lambda layers: (1, 1)),
+}
+TWICE = ("PixArt",)  # also with two layers: the others take longer
+
+
+def check(model: nn.Module, arguments: Arguments) -> GraphBackend:
+    got, backend = compiled(model, arguments)
+    eager = run(model, arguments)
+    # torch decomposes a LayerNorm that no op computes, which differs from eager's in the last bits.
+    assert torch.equal(got, eager) or torch.equal(got, compiled(model, arguments, fuse=False)[0])
+    return backend
+
+
+@pytest.mark.parametrize(("name", "layers"), [(name, 1) for name in MODELS] + [(name, 2) for name in TWICE])
+def test_adds_norms_scales_and_shifts_are_fused_and_the_result_is_eagers(name: str, layers: int) -> None:
+    make, counts = MODELS[name]
+    with mock.patch.object(gain, "pays", return_value=True):
+        backend = check(*make(layers))
+    assert tuple(backend.report.counts().get(kind, 0) for kind in (ADD, SCALED)) == counts(layers)
+
+
+# --- with FP8, under the rule -----------------------------------------------------------------------------------------
+
+
+def of_blocks(name: str) -> bool:
+    """The linear layers of the blocks, but not those that compute gates and scales."""
+    return "blocks" in name and "norm" not in name
+
+
+def test_flux_1_in_fp8_is_fused_but_for_its_last_norm() -> None:
+    model, arguments = flux1(1, 2)
+    backend = check(quantized.quantize_(model, chosen=of_blocks), arguments)
+    counts = backend.report.counts()
+    assert (counts[f"{ADD}_quant"], counts[f"{SCALED}_quant"]) == (2, 4)
+    left = {(site.kind, site.reason_name) for site in backend.report.missed}
+    assert left == {(SCALED, "FOLLOWED"), ("residual_add", "ADDED")}
