@@ -262,6 +262,25 @@ def stored_casts(node: Node, follows: Callable[[Node], bool] = is_cast) -> tuple
     return casts if equal and dtype(casts[0]) in (*HALVES, torch.float32) else (node,)
 
 
+def whole_of_parts(node: Any) -> tuple[Node, tuple[Node, ...]] | None:
+    """The tensor whose slices a concatenation joins again, all of them and in order, and the slices. The node then has
+    the value of this tensor. None if the node is no such concatenation."""
+    parts = node.args[0] if is_call(node, aten.cat.default) and not node.kwargs else ()
+    if not parts or not all(is_call(part, aten.slice.Tensor) and len(part.args) == 4 for part in parts):
+        return None
+    whole, dim = parts[0].args[:2]
+    joined, at = value(node), 0
+    if joined is None or not have_same_shape(whole, node) or (*node.args[1:], 0)[0] not in (dim, dim - joined.ndim):
+        return None
+    for part in parts:
+        of, along, start, _ = part.args
+        start, val = start.meta["val"] if isinstance(start, Node) else start, value(part)
+        if val is None or of is not whole or along != dim or not known_equal(start, at):
+            return None
+        at = at + val.shape[dim]
+    return whole, tuple(parts)
+
+
 def computed_alike(a: Any, b: Any, proven: set[tuple[Node, Node]] | None = None) -> bool:
     """Are a and b one value? It may be computed once, or twice by equal views and pointwise operations from the same
     nodes."""

@@ -209,6 +209,46 @@ def test_under_the_policy_fp32_each_output_is_rounded_once(lifted: None) -> None
     assert (z != exact).float().mean() < 0.01
 
 
+def joined_again(h, residual, gate, scale, shift, first: int = 4, second: int = 4, dim: int = 1):
+    """Two single blocks of FLUX.1: y is parted into text and image, and joined again."""
+    y = residual + gate * h
+    text, image = y[:, :first], y[:, second:]
+    y = torch.cat((text, image), dim)
+    return y, (layer(y) * (1 + scale) + shift) @ MATRIX
+
+
+def test_an_add_whose_sum_is_parted_and_joined_again_is_fused_and_nothing_is_joined(lifted: None) -> None:
+    args = given()
+    got, backend = run(joined_again, *args)
+    assert_equal(got, joined_again(*args))
+    assert backend.report.counts() == {ADD: 1}
+    assert backend.count(torch.ops.aten.cat.default) == 0
+
+
+def other_parts(h, residual, gate, scale, shift):
+    return joined_again(h, residual, gate, scale, shift, first=4, second=3)
+
+
+def parts_in_another_order(h, residual, gate, scale, shift):
+    y = residual + gate * h
+    y = torch.cat((y[:, 4:], y[:, :4]), 1)
+    return y, (layer(y) * (1 + scale) + shift) @ MATRIX
+
+
+def parts_of_two_tensors(h, residual, gate, scale, shift):
+    y, other = residual + gate * h, residual - h
+    y = torch.cat((y[:, :4], other[:, 4:]), 1)
+    return y, (layer(y) * (1 + scale) + shift) @ MATRIX
+
+
+@pytest.mark.parametrize("model", (other_parts, parts_in_another_order, parts_of_two_tensors), ids=name_of)
+def test_other_joins_of_parts_are_not_taken_for_the_sum(model: Model, lifted: None) -> None:
+    args = given()
+    got, backend = run(model, *args)
+    assert_equal(got, model(*args))
+    assert backend.report.counts() == {SCALED: 1}
+
+
 # --- what is none -----------------------------------------------------------------------------------------------------
 
 

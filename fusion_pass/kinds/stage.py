@@ -14,7 +14,7 @@ Operands may be on either side. Views that keep the rows, and casts, may be in b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -46,6 +46,7 @@ from fusion_pass.dataflow import (
     stored_casts,
     through_widening,
     value,
+    whole_of_parts,
 )
 from fusion_pass.kinds import factor as factors
 from fusion_pass.kinds import gain, quantiser
@@ -160,11 +161,25 @@ def bare(norm: Norm, quantises: bool = False) -> StageInGraph | None:
 def before(norm: Norm) -> StageInGraph | None:
     """The stage without a norm whose result y a norm reads; None if there is none. Raises Refused.
 
-    Whatever computes x and the residual, and whatever else reads y, is no obstacle.
+    Whatever computes x and the residual, and whatever else reads y, is no obstacle. Nor are slices of y that are joined
+    again, as between two single blocks of FLUX.1.
     """
-    y = norm.x
-    while keeps_sums(y):
-        y = y.args[0]
+    read = norm.x
+    while keeps_sums(read):
+        read = read.args[0]
+    parted = whole_of_parts(read)
+    if parted is None:
+        return _added(read)
+    y, slices = parted
+    found = _added(y)
+    if found is None:
+        return None
+    inside = tuple(part for part in slices if sole_user(part) is not None)
+    return replace(found, out=(y, read), interior=(*found.interior, *inside))
+
+
+def _added(y: Node) -> StageInGraph | None:
+    """The stage without a norm whose result is y; None if there is none. Raises Refused."""
     total = y.args[0] if is_narrowing(y) else y
     if not is_plain_add(total) or comes_from(total, "addcmul") or (total is not y and sole_user(total) is not y):
         return None
