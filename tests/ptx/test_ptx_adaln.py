@@ -1,76 +1,37 @@
-"""The kernels with a shift, and with a residual add without a norm, run from their PTX.
-
-y has no sum over a row, so it is the definition's bit by bit. z is judged from the kernel's own y.
-"""
+"""The kernels with a shift, and with a residual add without a norm, run from their PTX."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
-import kernel_bounds as bounds
+import adaln_kernel_bounds
 import pytest
 import quant_checks
 import torch
-from kernel_bounds import BF16, FP16, FP32, random
-from torch import Tensor
+from adaln_kernel_bounds import ADD, DUAL, SCALED, D, operands
+from kernel_bounds import BF16, FP16, FP32
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
-from dit_kernels import reference
 from dit_kernels.cute import modulated_norm, stage
-from dit_kernels.families import OPS
 from ptx.device import compiled, gpu
-from ptx.judging import INTERPRETER, LikeCuda
-
-ADD, SCALED, DUAL = "mul_add_norm_scale", "norm_scale", "norm_tanh_mul_add_norm_scale"
-D = 2304
+from ptx.judging import LikeCuda, NormInterpreter
 
 
-def operands(
-    op: str,
-    tokens: int = 3,
-    d: int = D,
-    dtype: torch.dtype = BF16,
-    modulation: torch.dtype | None = None,
-    shape: tuple[int, ...] | None = None,
-    affine: bool = False,
-) -> tuple[Any, ...]:
-    """The arguments of an op, by position, the shift last. shape: of gate, scale and shift; [B, 1, D] by default."""
-    x, residual = (random(2, tokens, d, dtype=dtype, seed=seed) for seed in (1, 2))
-    shape = shape or (2, 1, d)
-    gate, scale, shift = (random(*shape, dtype=modulation or dtype, seed=seed) for seed in (3, 4, 5))
-    weight, bias = (random(d, dtype=dtype, seed=seed) if affine else None for seed in (6, 7))
-    second = (weight, bias, scale, 1e-6)
-    if op == SCALED:
-        return (x, *second, shift)
-    return (x, gate, residual, *second, shift) if op == ADD else (x, weight, bias, gate, residual, 1e-5, *second, shift)
+class AdaLNInterpreter(NormInterpreter):
+    """Computes layer norms as a GPU does."""
+
+    def eager(self) -> AbstractContextManager[Any]:
+        return LikeCuda(layer_norms=True)
 
 
-def check(op: str, *given: Any, **options: Any) -> tuple[Tensor, ...]:
-    """Runs an op and judges its results."""
-    call = OPS[op].call(*given, **options)
-    results = INTERPRETER.run(op, *given, **options)
-    last = call.chain.stages[-1]
-    read = call.first if len(results) == 1 else results[0]
-    parts = [call.named[name] for name in (last.names.weight, last.names.bias, last.names.factor)]
-    eps, shift = call.named[last.names.eps], call.named["shift"]
-    with LikeCuda(layer_norms=True):
-        if op == ADD:
-            assert torch.equal(results[0], call.definition()[0]), "y"
-        z = reference.stage(read, *parts, shift, eps, last)
-        product = z if shift is None else reference.stage(read, *parts, None, eps, last)
-    magnitude = torch.maximum(z.float().abs(), product.float().abs())
-    if shift is not None:
-        magnitude = torch.maximum(magnitude, shift.float().abs().expand_as(magnitude))
-    coarsest = bounds.coarsest_dtype(last.steps, z)
-    most = bounds.may_differ(INTERPRETER, z, "cast_then_weight", last.norm or "") if z.dtype != FP32 else z.numel()
-    bounds.assert_follows(results[-1], z, magnitude, bounds.Z_STEPS, coarsest, most)
-    return results
-
+INTERPRETER = AdaLNInterpreter()
+check = partial(adaln_kernel_bounds.check, INTERPRETER)
 
 EVERY_OP = (("sm_80", ADD, "layer"), ("sm_90a", ADD, "layer"), ("sm_90a", SCALED, "layer"), ("sm_90a", DUAL, "rms"))
 
