@@ -6,7 +6,9 @@ bits, the rule of kinds/gain.py leaves them to Inductor; here it is lifted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,7 +18,7 @@ from graph_backend import GraphBackend, needs_casts
 from test_all_heads_sites import ltx
 from test_joined_models import hunyuan_video
 from test_left_to_inductor import kandinsky5, wan21
-from test_models import Arguments, build, compiled, flux1, qwen_image, run
+from test_models import Arguments, build, compiled, flux1, flux2, qwen_image, run
 from torch import nn
 
 from fusion_pass.kinds import gain
@@ -87,13 +89,21 @@ def cogview4(layers: int) -> tuple[nn.Module, Arguments]:
     }
 
 
-def bria(layers: int) -> tuple[nn.Module, Arguments]:
-    """As FLUX.1, without its pooled prompt."""
+def _like_flux(name: str, layers: int, **config: Any) -> tuple[nn.Module, Arguments]:
+    """FLUX.1's blocks and inputs, without a pooled prompt."""
     _, arguments = flux1(0, 1)
     sizes = dict(in_channels=4, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32)
-    blocks = dict(num_layers=layers, num_single_layers=1, axes_dims_rope=[4, 6, 6])
-    model = build("BriaTransformer2DModel", BF16, **sizes, **blocks)
+    model = build(name, BF16, **sizes, num_layers=layers, num_single_layers=1, axes_dims_rope=[4, 6, 6], **config)
     return model, {name: t for name, t in arguments.items() if name not in ("pooled_projections", "guidance")}
+
+
+def bria(layers: int) -> tuple[nn.Module, Arguments]:
+    return _like_flux("BriaTransformer2DModel", layers)
+
+
+def chroma(layers: int) -> tuple[nn.Module, Arguments]:
+    approximator = dict(approximator_num_channels=8, approximator_hidden_dim=32, approximator_layers=1)
+    return _like_flux("ChromaTransformer2DModel", layers, **approximator)
 
 
 def pixart(layers: int) -> tuple[nn.Module, Arguments]:
@@ -137,6 +147,35 @@ def sana(layers: int) -> tuple[nn.Module, Arguments]:
         "hidden_states": random(2, 4, 8, 8),
         "encoder_hidden_states": random(2, 6, 16),
         "timestep": torch.tensor([3, 7]),
+    }
+
+
+def krea2(layers: int) -> tuple[nn.Module, Arguments]:
+    """RMSNorms whose weights are 1 + w, in two blocks of the text and in the layers."""
+    model = build(
+        "Krea2Transformer2DModel",
+        BF16,
+        in_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=32,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return model, {
+        "hidden_states": random(2, 16, 4),
+        "encoder_hidden_states": random(2, 6, 2, 32),
+        "timestep": torch.rand(2).to(BF16),
+        "position_ids": torch.rand(22, 3),
     }
 
 
@@ -195,21 +234,36 @@ def cogvideox(layers: int) -> tuple[nn.Module, Arguments]:
 # --- what is fused ----------------------------------------------------------------------------------------------------
 
 
+def of_double_blocks(layers: int) -> Counts:
+    """Two streams with two adds in each block. The streams are joined before a norm reads the last two.
+
+    In front of four norms there is no add: the first of each stream, that of the single block, and the last one.
+    """
+    return 4 * layers - 2, 4
+
+
 MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, Arguments]], Callable[[int], Counts]]] = {
-    "Qwen-Image": (qwen_image, lambda layers: (4 * layers - 2, 2)),
     "SD3.5": (sd3, lambda layers: (4 * layers - 2, 1)),
+    "PixArt": (pixart, lambda layers: (2 * layers, 1)),
+    "Wan 2.2 TI2V": (wan22, lambda layers: (3 * layers, 1)),
+    # The others take longer, and are for a night.
+    "FLUX.1": (lambda layers: flux1(layers, 1), of_double_blocks),
+    "FLUX.2": (flux2, of_double_blocks),
+    "Bria": (bria, of_double_blocks),
+    "Chroma": (chroma, of_double_blocks),
+    "Qwen-Image": (qwen_image, lambda layers: (4 * layers - 2, 2)),
     "HunyuanVideo": (hunyuan_video, lambda layers: (4 * layers - 2 + 1, 4)),  # and a refiner of the text
     "CogView4": (cogview4, lambda layers: (2 * layers, 0)),
-    "Bria": (bria, lambda layers: (4 * layers - 2, 4)),
-    "Wan 2.2 TI2V": (wan22, lambda layers: (3 * layers, 1)),
+    "Wan 2.1": (wan21, lambda layers: (3 * layers, 1)),
     "Kandinsky 5": (lambda layers: kandinsky5(1, layers), lambda layers: (3 * layers, 3)),
-    "PixArt": (pixart, lambda layers: (2 * layers, 1)),
     "Sana": (sana, lambda layers: (2 * layers, 1)),
     "LTX-Video": (ltx, lambda layers: (2 * layers, 1)),
+    "Krea 2": (krea2, lambda layers: (2 * layers + 2, 8)),
     "ERNIE": (ernie, lambda layers: (2 * layers, 1)),
     "CogVideoX": (cogvideox, lambda layers: (1, 1)),
 }
-TWICE = ("PixArt",)  # also with two layers: the others take longer
+EACH = [(name, layers) for layers in (1, 2) for name in MODELS]
+CHOSEN = EACH if os.environ.get("HYPOTHESIS_PROFILE") == "long" else [*EACH[:3], ("PixArt", 2)]
 
 
 def check(model: nn.Module, arguments: Arguments) -> GraphBackend:
@@ -220,7 +274,7 @@ def check(model: nn.Module, arguments: Arguments) -> GraphBackend:
     return backend
 
 
-@pytest.mark.parametrize(("name", "layers"), [(name, 1) for name in MODELS] + [(name, 2) for name in TWICE])
+@pytest.mark.parametrize(("name", "layers"), CHOSEN)
 def test_adds_norms_scales_and_shifts_are_fused_and_the_result_is_eagers(name: str, layers: int) -> None:
     make, counts = MODELS[name]
     with mock.patch.object(gain, "pays", return_value=True):
