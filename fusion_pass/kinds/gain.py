@@ -31,4 +31,4 @@ def pays(quantises: bool, rows: Iterable[Node] = ()) -> bool:
     quantises: does a quantiser read its z? rows: what a residual add reads. Inductor computes pointwise operations in
     front of an add in the kernel of the add. In front of an op, it would write their result to memory.
     """
-    return quantises and not any(is_pointwise(under_views(row)) and sole_user(row) is not None for row in rows)
+    return quantises and not any(is_pointwise(row) and sole_user(row) is not None for row in map(under_views, rows))
