@@ -19,6 +19,8 @@ from graph_checks import BF16, FP32, assert_equal, options_of, tensors
 from test_graph_pass import assert_computes, rewritten, traced
 from torch import Tensor
 
+from dit_kernels.families import family
+from fusion_pass import eligibility
 from fusion_pass.kinds import gain
 
 B, S, D = 2, 9, 32
@@ -419,6 +421,24 @@ def test_in_front_of_a_quantiser_the_rule_fuses_and_the_result_is_eagers(model: 
     assert_equal(got, chain(*args))
     assert backend.report.counts() == IN_FP8[model]
     assert not backend.report.missed
+
+
+def test_a_stream_from_a_convolution_is_in_rows_behind_the_first_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In HunyuanVideo-1.5, the elements of a row of the first residual lie apart, and F.layer_norm copies the sum. With
+    kernels="reference", no such site is fused."""
+
+    def model(h, residual, gate, scale, shift):
+        return before_a_quantiser(h, residual.transpose(1, 2), gate, scale, shift)
+
+    args, chain = given(), quantised(model)
+    args[1] = args[1].transpose(1, 2).contiguous()
+    monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
+    monkeypatch.setattr(eligibility, "prepare", lambda call: None)
+    monkeypatch.setattr(family, "quantises_on", lambda t: True)
+    got, backend = run(chain, *args, kernels="auto", strict=True)
+    assert_equal(got, chain(*args))
+    assert backend.report.counts() == {f"{ADD}_quant": 1}
+    assert backend.count(torch.ops.aten.clone.default) == 0
 
 
 def test_rows_that_inductor_computes_in_the_kernel_of_the_add_stay_there() -> None:

@@ -165,7 +165,8 @@ def before(norm: Norm) -> StageInGraph | None:
     again, as between two single blocks of FLUX.1.
     """
     read = norm.x
-    while keeps_sums(read):
+    # F.layer_norm reads a copy of rows whose elements lie apart, and sums it in the order in which the op sums y.
+    while keeps_sums(read) or (norm.kind == "layer" and keeps_rows(read)):
         read = read.args[0]
     parted = whole_of_parts(read)
     if parted is None:
