@@ -18,7 +18,11 @@ from kernel_bounds import BF16, FP16, FP32
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
+from test_kernel_code import assert_fits
+
+from dit_kernels import compile
 from dit_kernels.cute import modulated_norm, stage
+from dit_kernels.families import OPS
 from ptx.device import compiled, gpu
 from ptx.judging import LikeCuda, NormInterpreter
 
@@ -79,6 +83,19 @@ def test_q_and_s_are_those_of_z() -> None:
         quantised(f"{ADD}_quant", *given, shift, norm="layer")
         quantised(f"{ADD}_quant.static_keep_z", *given, torch.tensor(0.0137), shift, norm="layer")
         quantised(f"{SCALED}_quant", *operands(SCALED, tokens=7), norm="layer")
+
+
+RESOURCES = (("sm_80", ADD, 3072), ("sm_90a", f"{DUAL}_quant", 3840), ("sm_90a", ADD, 5120), ("sm_120a", ADD, 6144))
+
+
+@pytest.mark.parametrize(("arch", "op", "d"), RESOURCES)
+def test_nothing_spills_and_as_many_ctas_fit_as_are_launched(arch: str, op: str, d: int) -> None:
+    """Each kernel has every operand, but the one of 5120 elements: it has Wan's, with modulations in fp32."""
+    given = operands(op.removesuffix("_quant"), d=d, modulation=FP32 if d == 5120 else BF16, affine=d != 5120)
+    call = OPS[op].call(*given, norm="layer", **(dict(y_dtype=BF16, z_dtype=BF16) if d == 5120 else {}))
+    with gpu(arch, 1, lambda _, variant: variant):
+        variant, _ = compile.bound(call.op.family, call.chain, call.operands(call.empty_results()))
+    assert_fits(arch, variant)
 
 
 # --- mistakes: each is found ----------------------------------------------------------------------------------------
