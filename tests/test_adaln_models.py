@@ -252,7 +252,8 @@ MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, Arguments]], Callable[[
     "Bria": (bria, of_double_blocks),
     "Chroma": (chroma, of_double_blocks),
     "Qwen-Image": (qwen_image, lambda layers: (4 * layers - 2, 2)),
-    "HunyuanVideo": (hunyuan_video, lambda layers: (4 * layers - 2 + 1, 4)),  # and a refiner of the text
+    # The image comes from a convolution, and with kernels="reference" no site is fused whose rows lie apart.
+    "HunyuanVideo": (hunyuan_video, lambda layers: (2 * layers + 1, 2 * layers + 2)),
     "CogView4": (cogview4, lambda layers: (2 * layers, 0)),
     "Wan 2.1": (wan21, lambda layers: (3 * layers, 1)),
     "Kandinsky 5": (lambda layers: kandinsky5(1, layers), lambda layers: (3 * layers, 3)),
