@@ -248,7 +248,7 @@ MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, Arguments]], Callable[[
     "Wan 2.2 TI2V": (wan22, lambda layers: (3 * layers, 1)),
     # The others take longer, and are for a night.
     "FLUX.1": (lambda layers: flux1(layers, 1), of_double_blocks),
-    "FLUX.2": (flux2, of_double_blocks),
+    "FLUX.2": (flux2, lambda layers: (4 * layers - 2 + layers - 1, 4)),  # as many single blocks, with one add each
     "Bria": (bria, of_double_blocks),
     "Chroma": (chroma, of_double_blocks),
     "Qwen-Image": (qwen_image, lambda layers: (4 * layers - 2, 2)),
