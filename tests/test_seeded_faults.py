@@ -37,7 +37,7 @@ bf16 = torch.bfloat16
 
 # In each operand's buffer a token has so many rows, of which the first is read: no two have a stride in common.
 ROWS = {
-    DUAL: dict(x=2, gate=3, residual=4, scale=5),
+    DUAL: dict(x=2, gate=3, residual=4, scale=5, shift=7),
     HEADS: dict(q=2, k=3, rotation=6, sin=7),
     SILU: dict(a=2, b=3),
 }
@@ -62,7 +62,7 @@ def arguments(op: str, *buffers: Tensor) -> dict[str, Any]:
     t = {name: b[..., : WIDTHS.get(name, D)] for name, b in zip(ROWS[op], buffers, strict=True)}
     if op == DUAL:
         first = dict(x=t["x"], weight=None, bias=None, gate=t["gate"], residual=t["residual"], eps=EPS)
-        return {**first, "weight2": None, "bias2": None, "scale": t["scale"], "eps2": EPS}
+        return {**first, "weight2": None, "bias2": None, "scale": t["scale"], "eps2": EPS, "shift": t["shift"]}
     if op == HEADS:
         q, k = (t[name].unflatten(-1, (-1, D)) for name in "qk")
         rotation, sin = t["rotation"], t["sin"]
