@@ -120,7 +120,7 @@ class Case:
 
 @dataclass(frozen=True)
 class HeadCase:
-    """q and k: norm and rotation. A complex rotation, or cosines and sines of the halves of a head."""
+    """q and k: norm and rotation. A complex rotation, 2×2 matrices, or cosines and sines of the halves of a head."""
 
     heads: int
     kv_heads: int
@@ -129,15 +129,18 @@ class HeadCase:
     batch: int = 1
     dtype: torch.dtype = BF16
     rotation: torch.dtype = torch.complex64
+    matrices: bool = False
 
     @property
     def bytes(self) -> int:
         heads = 2 * self.batch * self.tokens * (self.heads + self.kv_heads) * self.d * self.dtype.itemsize
-        return heads + self.tokens * self.d * self.rotation.itemsize // (2 if self.rotation.is_complex else 1)
+        numbers = self.tokens * self.d * (4 if self.matrices else 1 if self.rotation.is_complex else 2) // 2
+        return heads + numbers * self.rotation.itemsize
 
     @property
     def name(self) -> str:
         extra = str(self.rotation).removeprefix("torch.") if self.rotation != torch.complex64 else ""
+        extra += " matrices" * self.matrices
         numbers = (self.heads, self.kv_heads, self.d, self.tokens)
         return name_of("qk_norm_rope", *numbers, batch=self.batch, dtype=self.dtype, extra=extra)
 
@@ -147,6 +150,9 @@ class HeadCase:
         turning: tuple[Tensor, Tensor | None]
         if self.rotation.is_complex:
             turning = torch.polar(torch.ones_like(angle), angle).to(self.rotation), None
+        elif self.matrices:
+            cos, sin = angle.cos(), angle.sin()
+            turning = torch.stack((cos, -sin, sin, cos), -1).flatten(2).to(self.rotation), None
         else:
             angle = torch.cat((angle, angle), -1)
             turning = angle.cos().to(self.rotation), angle.sin().to(self.rotation)
@@ -160,6 +166,9 @@ class HeadCase:
         return self._turned(norm(q, wq, 1e-5), rotation, sin), self._turned(norm(k, wk, 1e-5), rotation, sin)
 
     def _turned(self, n: Tensor, rotation: Tensor, sin: Tensor | None) -> Tensor:
+        if self.matrices:
+            m, pairs = rotation.unflatten(-1, (-1, 2, 2)).unsqueeze(2), n.float().unflatten(-1, (-1, 1, 2))
+            return (m[..., 0] * pairs[..., 0] + m[..., 1] * pairs[..., 1]).flatten(3).type_as(n)
         if sin is None:
             pairs = torch.view_as_complex(n.float().reshape(*n.shape[:-1], -1, 2))
             return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(3).type_as(n)
@@ -168,7 +177,8 @@ class HeadCase:
 
     def ours(self, q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, rotation: Tensor, sin: Tensor | None) -> Any:
         op, interleaved = torch.ops.dit_kernels.qk_norm_rope, sin is None
-        return op(q, k, wq, wk, rotation, sin, 1e-5, 1e-5, interleaved=interleaved)
+        out_dtype = q.dtype if self.matrices else None
+        return op(q, k, wq, wk, rotation, sin, 1e-5, 1e-5, interleaved=interleaved, out_dtype=out_dtype)
 
 
 @dataclass(frozen=True)
@@ -204,10 +214,83 @@ class SiluCase:
 
 
 @dataclass(frozen=True)
+class AdalnCase:
+    """A layer norm with a scale and a shift, as FLUX.1 has it. added: of the sum of a residual and a gated row."""
+
+    d: int
+    tokens: int
+    added: bool = True
+    batch: int = 1
+    dtype: torch.dtype = BF16
+
+    @property
+    def bytes(self) -> int:
+        return (4 if self.added else 2) * self.batch * self.tokens * self.d * self.dtype.itemsize
+
+    @property
+    def name(self) -> str:
+        op = "mul_add_norm_scale" if self.added else "norm_scale shift"
+        return name_of(op, self.d, self.tokens, batch=self.batch, dtype=self.dtype)
+
+    def operand_sets(self, count: int) -> list[tuple[Tensor, ...]]:
+        rows, row = (self.batch, self.tokens, self.d), (self.batch, 1, self.d)
+        modulation = [random(*row, dtype=self.dtype) for _ in range(3)]
+        return [(*(random(*rows, dtype=self.dtype) for _ in range(2)), *modulation) for _ in range(count)]
+
+    def eager(self, x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        y = residual + gate * x if self.added else x
+        z = torch.nn.functional.layer_norm(y, y.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return (y, z) if self.added else z
+
+    def ours(self, x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, quant: str = "") -> Any:
+        if self.added:
+            op = op_of("mul_add_norm_scale" + quant)
+            return op(x, gate, residual, None, None, scale, 1e-6, shift, norm="layer")
+        return op_of("norm_scale" + quant)(x, None, None, scale, 1e-6, shift, norm="layer")
+
+
+@dataclass(frozen=True)
+class RowCase:
+    """What an op that only quantises reads: a row in memory, or GELU and the row that is joined in front of it."""
+
+    gelu: int  # elements of the row that GELU computes
+    tokens: int
+    before: int = 0  # elements of the row that are in memory
+    batch: int = 1
+    dtype: torch.dtype = BF16
+
+    @property
+    def d(self) -> int:
+        return self.before + self.gelu
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.batch * self.tokens * self.d * self.dtype.itemsize
+
+    @property
+    def name(self) -> str:
+        words = ["gelu", self.gelu] * bool(self.gelu) + ["row", self.before] * bool(self.before) + [self.tokens]
+        return name_of(*words, batch=self.batch, dtype=self.dtype)
+
+    def operand_sets(self, count: int) -> list[tuple[Tensor, ...]]:
+        sizes = [size for size in (self.before, self.gelu) if size]
+        shape = (self.batch, self.tokens)
+        return [tuple(random(*shape, size, dtype=self.dtype) for size in sizes) for _ in range(count)]
+
+    def eager(self, *rows: Tensor) -> Tensor:
+        if not self.gelu:
+            return rows[0]
+        return torch.cat((*rows[:-1], torch.nn.functional.gelu(rows[-1], approximate="tanh")), -1)
+
+    def ours(self, *rows: Tensor, quant: str = "") -> Any:
+        return op_of("gelu_quant")(*rows[::-1], approximate="tanh") if self.gelu else op_of("quant")(*rows)
+
+
+@dataclass(frozen=True)
 class QuantCase:
     """Another case with its last result in FP8, quantised as torchao does it row by row."""
 
-    of: Case | SiluCase
+    of: Case | SiluCase | AdalnCase | RowCase
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,8 +318,14 @@ class QuantCase:
         return self.of.ours(*operands, quant="_quant")
 
 
-AnyCase = Case | HeadCase | SiluCase | QuantCase
+AnyCase = Case | HeadCase | SiluCase | AdalnCase | QuantCase
 
+ADALN = (
+    *(AdalnCase(3072, tokens, added) for added in (True, False) for tokens in (77, 512, 4608)),  # FLUX.1, Qwen-Image
+    AdalnCase(3072, 4096, batch=2),
+    AdalnCase(2432, 4096),  # SD3.5
+    AdalnCase(5120, 32760),  # Wan 14B
+)
 CASES: list[AnyCase] = [
     *(Case(op, 3840, tokens) for op in ("dual", "gated", "scaled") for tokens in (1056, 4128, 9248, 16416)),
     *(Case("dual", d, 4128) for d in (2304, 2520, 3072, 4608, 8192)),
@@ -249,6 +338,8 @@ CASES: list[AnyCase] = [
     *(HeadCase(30, 30, 128, tokens) for tokens in (1056, 4128, 9248, 16416)),  # Z-Image
     HeadCase(24, 8, 96, 4128, rotation=torch.complex128),  # Lumina 2
     HeadCase(18, 18, 256, 4128, rotation=BF16),  # Ideogram 4
+    HeadCase(30, 30, 128, 4128, rotation=FP32, matrices=True),  # ComfyUI's Z-Image
+    HeadCase(24, 24, 128, 4608, rotation=FP32, matrices=True),  # FLUX.1's own repository
     HeadCase(30, 30, 128, 4128, batch=2),
     *(HeadCase(30, 30, 128, 4128, dtype=dtype) for dtype in (FP16, FP32)),
     *(SiluCase(10240, tokens) for tokens in (1056, 4128, 9248, 16416)),
@@ -256,6 +347,13 @@ CASES: list[AnyCase] = [
     *(SiluCase(10240, 4128, dtype=dtype) for dtype in (FP16, FP32)),
     *(QuantCase(Case(op, 3840, tokens)) for op in ("dual", "scaled") for tokens in (1056, 4128)),
     *(QuantCase(SiluCase(10240, tokens)) for tokens in (1056, 4128)),
+    *(
+        QuantCase(RowCase(gelu, tokens, before))
+        for gelu, before in ((12288, 0), (12288, 3072))
+        for tokens in (512, 4608)
+    ),
+    *(QuantCase(RowCase(0, tokens, 3072)) for tokens in (1024, 4608)),
+    *(make(case) for case in ADALN for make in (lambda case: case, QuantCase)),
 ]
 
 
