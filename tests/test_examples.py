@@ -116,7 +116,7 @@ def test_a_lora_and_offload_cost_no_fusion(examples: Results) -> None:
     # The blocks of the image, those of the captions, and the first again for another number of tokens.
     assert result["graphs"] == 3
     assert result["fused"] == blocks(gated=2, ungated=1)
-    assert 0 < result["distance"] < 0.05
+    assert 0 <= result["distance"] < 0.05
 
 
 # Runs examples with --pretrained, in one process. A small transformer stands in for the checkpoint. Its pipeline checks

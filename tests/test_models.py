@@ -358,10 +358,10 @@ def test_autocast_over_fp32_weights_fuses_the_same_sites_and_the_result_is_eager
 
 
 def test_lumina_2_counts_follow_its_refiners_too() -> None:
-    model, arguments = lumina2(1, refiners=2)
+    model, arguments = lumina2(2, refiners=0)
     got, backend = compiled(model, arguments)
     assert torch.equal(got, run(model, arguments))
-    assert backend.report.counts() == zimage.expected_counts(1, refiners=2)
+    assert backend.report.counts() == zimage.expected_counts(2, refiners=0)
 
 
 @cache
@@ -413,14 +413,12 @@ def test_compiled_block_by_block_each_block_has_its_sites_and_the_result_is_eage
 # --- what is not ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_qwen_image_has_sites_in_its_attention_only_and_each_other_norm_has_a_reason(dtype) -> None:
+def test_qwen_image_has_sites_in_its_attention_only_and_each_other_norm_has_a_reason() -> None:
     """Its LayerNorms have a shift, and what its gates multiply is no norm."""
-    model, arguments = qwen_image(2, dtype)
+    model, arguments = qwen_image(2)
     got, backend = compiled(model, arguments)
-    assert torch.equal(got, compiled(model, arguments, fuse=False)[0])
+    assert torch.equal(got, run(model, arguments))
     assert backend.report.graphs == 1
-    assert dtype == torch.float32 or torch.equal(got, run(model, arguments))
     assert backend.report.counts() == {"qk_norm_rope": 2 * 2}  # of the image and of the text, in each layer
     reasons = {RMSNorm: "ALONE", nn.LayerNorm: "FOLLOWED"}
     norms = {name: module for name, module in model.named_modules() if type(module) in reasons and ".attn." not in name}
@@ -470,20 +468,18 @@ WRAPPER = "enable_complex_wrapper"
 
 
 @pytest.mark.skipif(not hasattr(functorch_config, WRAPPER), reason="this torch has no complex wrapper")
-@pytest.mark.parametrize(("name", "dynamic"), [("Z-Image", None), ("Lumina 2", None)])
-def test_with_torchs_complex_wrapper_the_same_sites_are_fused_and_the_result_is_eagers(name: str, dynamic) -> None:
+@pytest.mark.parametrize(("name", "refiners"), [("Z-Image", 0), ("Lumina 2", 1)])
+def test_with_torchs_complex_wrapper_the_same_sites_are_fused_and_the_result_is_eagers(
+    name: str, refiners: int
+) -> None:
     """The wrapper makes every rotation real, and the nodes lose the operators that they were decomposed from."""
     if name == "Z-Image":
-        model = zimage.model(layers=1)
+        model = zimage.model(layers=1, refiners=refiners)
         arguments = dict(zip(("x", "t", "cap_feats"), zimage.inputs((12, 20)), strict=True))
         run(model, arguments)  # builds the rotation tables
     else:
-        model, arguments = lumina2(1)
+        model, arguments = lumina2(1, refiners=refiners)
     with functorch_config.patch(**{WRAPPER: True}):
-        got, backend = compiled(model, arguments, dynamic)
+        got, backend = compiled(model, arguments)
     assert torch.equal(got, run(model, arguments))
-    counts = backend.report.counts()
-    if dynamic:
-        assert sum(counts.values()) == sum(compiled(model, arguments, dynamic)[1].report.counts().values())
-    else:
-        assert counts == zimage.expected_counts(1, refiners=1)
+    assert backend.report.counts() == zimage.expected_counts(1, refiners)

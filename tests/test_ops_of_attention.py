@@ -316,7 +316,7 @@ BAD = {
     "k_weight.dtype": lambda: _rope(k_weight=W.int()),
     "rotation": lambda: _rope(rotation=None),
     "rotation.shape": lambda: _rope(rotation=ROTATION[:, :3]),
-    "rotation.dtype": lambda: _rope(rotation=COS),
+    "rotation.dtype": lambda: _rope(rotation=COS.int()),
     "rotation.device": lambda: _rope(rotation=ROTATION.to("meta")),
     "sin.dtype": lambda: _rope(rotation=COS, sin=COS.bfloat16()),
     "sin.shape": lambda: _rope(rotation=COS, sin=COS[:, : DH // 2]),

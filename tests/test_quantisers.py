@@ -159,7 +159,7 @@ def compiled(form: Quantise, dtype: torch.dtype, width: int) -> tuple[Model, Mod
 
 @needs_casts
 @pytest.mark.parametrize("form", STEPS, ids=lambda form: form.__name__)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     dtype=st.sampled_from((BF16, torch.float16, FP32)),
     width=st.sampled_from((16, 17)),

@@ -14,7 +14,7 @@ import torch
 import zimage
 from graph_backend import GraphBackend
 from rich.console import Console
-from test_models import compiled, flux2, mochi, qwen_image
+from test_models import compiled, flux2, qwen_image
 
 from fusion_pass.refusal import Reason
 from fusion_pass.report import FusionReport, ReportedSite
@@ -51,7 +51,6 @@ MAKE: dict[str, Callable[[], FusionReport]] = {
     "Z-Image": of_zimage,
     "Qwen-Image": lambda: compiled(*qwen_image(1))[1].report,
     "FLUX.2": lambda: compiled(*flux2(1))[1].report,
-    "Mochi": lambda: compiled(*mochi(1))[1].report,
     "every reason": of_every_reason,
     "nothing": FusionReport,
 }

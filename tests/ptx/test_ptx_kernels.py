@@ -70,7 +70,7 @@ def test_offsets_pass_2_to_the_31_elements(arch: str) -> None:
         check(bounds.DUAL, replace(o, x=far.copy_(o.x)))
 
 
-@settings(max_examples=40, derandomize=True)
+@settings(max_examples=24, derandomize=True)
 @given(data=st.data())
 def test_any_call_follows_the_definition(data: st.DataObject) -> None:
     def pick(*choices):  # type: ignore[no-untyped-def]
