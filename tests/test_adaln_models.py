@@ -19,6 +19,7 @@ from test_all_heads_sites import ltx
 from test_joined_models import hunyuan_video
 from test_left_to_inductor import kandinsky5, wan21
 from test_models import Arguments, build, compiled, flux1, flux2, qwen_image, run
+from test_models_like_flux import chroma, like_flux
 from torch import nn
 
 from fusion_pass.kinds import gain
@@ -89,21 +90,8 @@ def cogview4(layers: int) -> tuple[nn.Module, Arguments]:
     }
 
 
-def _like_flux(name: str, layers: int, **config: Any) -> tuple[nn.Module, Arguments]:
-    """FLUX.1's blocks and inputs, without a pooled prompt."""
-    _, arguments = flux1(0, 1)
-    sizes = dict(in_channels=4, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32)
-    model = build(name, BF16, **sizes, num_layers=layers, num_single_layers=1, axes_dims_rope=[4, 6, 6], **config)
-    return model, {name: t for name, t in arguments.items() if name not in ("pooled_projections", "guidance")}
-
-
 def bria(layers: int) -> tuple[nn.Module, Arguments]:
-    return _like_flux("BriaTransformer2DModel", layers)
-
-
-def chroma(layers: int) -> tuple[nn.Module, Arguments]:
-    approximator = dict(approximator_num_channels=8, approximator_hidden_dim=32, approximator_layers=1)
-    return _like_flux("ChromaTransformer2DModel", layers, **approximator)
+    return like_flux("BriaTransformer2DModel", layers, 1)
 
 
 def pixart(layers: int) -> tuple[nn.Module, Arguments]:
@@ -207,7 +195,7 @@ def wan22(layers: int) -> tuple[nn.Module, Arguments]:
     return model, arguments | {"timestep": torch.full((1, 12), 500.0)}
 
 
-def cogvideox(layers: int) -> tuple[nn.Module, Arguments]:
+def cogvideox(layers: int, **config: Any) -> tuple[nn.Module, Arguments]:
     """Affine norms. What attention and the feed-forward read is joined with the text."""
     model = build(
         "CogVideoXTransformer3DModel",
@@ -223,6 +211,7 @@ def cogvideox(layers: int) -> tuple[nn.Module, Arguments]:
         sample_height=8,
         sample_frames=5,
         max_text_seq_length=6,
+        **config,
     )
     return model, {
         "hidden_states": random(1, 2, 4, 8, 8),
@@ -250,7 +239,7 @@ MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, Arguments]], Callable[[
     "FLUX.1": (lambda layers: flux1(layers, 1), of_double_blocks),
     "FLUX.2": (flux2, lambda layers: (4 * layers - 2 + layers - 1, 4)),  # as many single blocks, with one add each
     "Bria": (bria, of_double_blocks),
-    "Chroma": (chroma, of_double_blocks),
+    "Chroma": (lambda layers: chroma(layers, 1), of_double_blocks),
     "Qwen-Image": (qwen_image, lambda layers: (4 * layers - 2, 2)),
     # The image comes from a convolution, and with kernels="reference" no site is fused whose rows lie apart.
     "HunyuanVideo": (hunyuan_video, lambda layers: (2 * layers + 1, 2 * layers + 2)),

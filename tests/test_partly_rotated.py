@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from attention_modules import half_rope, neighbours_rope
 from graph_backend import GraphBackend, run
 from site_modules import diffusers_norm
-from test_models import Arguments, build
+from test_adaln_models import cogvideox, cogview4, sd3
+from test_models import Arguments
 from test_models import run as run_model
 from torch import Tensor, nn
 
@@ -88,77 +89,9 @@ def test_a_bias_is_named() -> None:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def cogvideox() -> tuple[nn.Module, Arguments]:
-    model = build(
-        "CogVideoXTransformer3DModel",
-        BF16,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        num_layers=1,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=8,
-        max_text_seq_length=6,
-        use_rotary_positional_embeddings=True,
-    )
-    return model, {
-        "hidden_states": torch.randn(2, 2, 4, 8, 8, dtype=BF16),
-        "encoder_hidden_states": torch.randn(2, 6, 16, dtype=BF16),
-        "timestep": torch.tensor([500, 500]),
-        "image_rotary_emb": tuple(torch.randn(2, 32, 16)),
-    }
-
-
-def cogview4() -> tuple[nn.Module, Arguments]:
-    model = build(
-        "CogView4Transformer2DModel",
-        BF16,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        text_embed_dim=16,
-        time_embed_dim=8,
-        condition_dim=4,
-    )
-    return model, {
-        "hidden_states": torch.randn(2, 4, 8, 8, dtype=BF16),
-        "encoder_hidden_states": torch.randn(2, 6, 16, dtype=BF16),
-        "timestep": torch.tensor([500, 500]),
-        "original_size": torch.tensor([[64, 64]] * 2),
-        "target_size": torch.tensor([[64, 64]] * 2),
-        "crop_coords": torch.tensor([[0, 0]] * 2),
-    }
-
-
-def sd35() -> tuple[nn.Module, Arguments]:
-    """Its first layer has a second attention, of the image alone."""
-    model = build(
-        "SD3Transformer2DModel",
-        BF16,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=16,
-        qk_norm="rms_norm",
-        dual_attention_layers=(0,),
-    )
-    return model, {
-        "hidden_states": torch.randn(2, 4, 8, 8, dtype=BF16),
-        "encoder_hidden_states": torch.randn(2, 6, 32, dtype=BF16),
-        "pooled_projections": torch.randn(2, 16, dtype=BF16),
-        "timestep": torch.tensor([500, 500]),
-    }
+def rotated_cogvideox() -> tuple[nn.Module, Arguments]:
+    model, arguments = cogvideox(1, use_rotary_positional_embeddings=True)
+    return model, arguments | {"image_rotary_emb": tuple(torch.randn(2, 32, 16))}
 
 
 def rows_of_heads(model: nn.Module, arguments: Arguments) -> Counter[tuple[str, str, str]]:
@@ -174,11 +107,11 @@ def _detail(row: Any) -> str:
     return row.reason.partition(" (")[2].partition(")")[0] if " (" in row.reason else ""
 
 
-@pytest.mark.parametrize("make", (cogvideox, cogview4))
+@pytest.mark.parametrize("make", (rotated_cogvideox, lambda: cogview4(1)), ids=("CogVideoX", "CogView4"))
 def test_a_layer_norm_of_each_head_is_named(make: Callable[[], Any]) -> None:
     assert rows_of_heads(*make()) == {("norm_rope", "UNNORMED", "the norm is a LayerNorm"): 2}
 
 
 def test_heads_without_a_rotation_are_named() -> None:
     """q and k of image and text, and q and k of a second attention, of the image alone."""
-    assert rows_of_heads(*sd35()) == {("norm", "ALONE", ""): 6}
+    assert rows_of_heads(*sd3(1)) == {("norm", "ALONE", ""): 6}
