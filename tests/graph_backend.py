@@ -7,6 +7,7 @@ eager ones bit by bit, and a model takes a second instead of a minute.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -57,6 +58,27 @@ class GraphBackend:
     def count(self, op: Any) -> int:
         """Calls of an op, over all graphs."""
         return sum(len(gm.graph.find_nodes(op="call_function", target=op)) for gm in self.graphs)
+
+
+class BackendOfBoth(GraphBackend):
+    """Makes of each graph two, with the fusion pass and without, in the time of one trace.
+
+    `runs_fused` says which one a compiled model runs.
+    """
+
+    runs_fused = True
+
+    def _stop_after_passes(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        copied = torch.fx.GraphModule(gm, deepcopy(gm.graph))
+        with config.patch(post_grad_custom_pre_pass=None):
+            plain = GraphBackend(fuse=False)._stop_after_passes(copied, example_inputs, **kwargs)
+        fused = super()._stop_after_passes(gm, example_inputs, **kwargs)
+
+        def run_one(args: list[Any]) -> Any:
+            return fused(args) if self.runs_fused else plain(args)
+
+        run_one._boxed_call = True  # it clears its list of arguments, as Inductor's code does
+        return run_one
 
 
 def run(

