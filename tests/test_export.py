@@ -73,7 +73,9 @@ def test_an_exported_model_has_the_sites_of_the_model(block: Any, dynamic: bool)
         assert asserts, "torch.export asserts nothing any more: this test shows nothing"
         got, backend = run(exported, *args)
         assert torch.equal(got, model(*args))
-    assert backend.report.counts() == run(model, *args)[1].report.counts() == COUNTS
+    assert backend.report.counts() == COUNTS
+    if not dynamic:
+        assert run(model, *args)[1].report.counts() == COUNTS
 
 
 def test_an_assert_that_does_not_hold_stays_in_the_graph() -> None:
