@@ -1,11 +1,12 @@
-"""The examples run as they are typed, and fuse every site of the blocks that they compile."""
+"""The examples run as programs, and fuse every site of the blocks that they compile."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,131 +18,103 @@ from processes import ROOT, run_python
 EXAMPLES = ROOT / "examples"
 
 
-def run(folder: Path, *command: str) -> dict[str, Any]:
-    """Runs an example with --json in a process that sees this checkout, and no GPU, and returns what it wrote."""
-    output = folder / "results.json"
-    run_python(folder, *command, "--json", str(output), HF_HUB_OFFLINE="1")
-    return json.loads(output.read_text())
+def blocks(count: int) -> dict[str, int]:
+    """Sites of Z-Image blocks that are compiled one by one."""
+    kinds = ("norm_scale", "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "qk_norm_rope", "silu_mul")
+    return dict.fromkeys(kinds, count)
 
 
-def blocks(gated: int, ungated: int) -> dict[str, int]:
-    """Sites of Z-Image blocks that are compiled one by one: two adds, an attention and a SwiGLU in each, and in the
-    gated ones a norm in front."""
-    both = gated + ungated
-    counts = {"norm_scale": gated, "norm_tanh_mul_add": both, "norm_tanh_mul_add_norm_scale": both}
-    return {**counts, "qk_norm_rope": both, "silu_mul": both}
-
-
-# Runs examples in one process, as __main__. To save minutes, Inductor stops behind its passes and generates no code:
-# PyTorch runs the graph. The example for ComfyUI, further below, generates code.
-WITHOUT_CODE = """
-import functools, runpy, sys
+# Runs all examples in one process, because importing diffusers takes long. To save minutes, Inductor stops behind its
+# passes and generates no code: PyTorch runs the graph. And Z-Image has one layer and no refiners. The test of the
+# benchmark of whole models generates code.
+PROGRAM = """
+import functools, os, runpy, socket, sys, traceback
+from dataclasses import replace
+from unittest import mock
+import diffusers, torch, zimage, zoo_models
 from graph_backend import GraphBackend
 from torch._inductor import compile_fx as inductor
 
 inductor.compile_fx = functools.partial(inductor.compile_fx, inner_compile=GraphBackend()._stop_after_passes)
 folder, *names = sys.argv[1:]
-for name in names:
-    inductor.torch._dynamo.reset()
-    sys.argv = [name, "--json", name + ".json", *(("--steps", "1") if name == "zimage" else ())]
-    print(f"--- {name}")
+
+
+def run(name):
+    torch._dynamo.reset()
+    sys.argv = [name, "--json", name + ".json"]
     runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
+
+
+def compile_layers(model, **options):
+    for block in model.layers:
+        block.compile(**options)
+
+
+def run_in_two_processes(name):
+    # As torchrun starts them, with the same variables. A fork has what is imported here. To save time, the refiners are
+    # not compiled.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    forks = []
+    for rank in range(2):
+        fork = os.fork()
+        if fork == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            try:
+                run(name)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        forks.append(fork)
+    assert [os.waitpid(fork, 0)[1] for fork in forks] == [0, 0]
+
+
+if "context_parallel" in names:
+    names.remove("context_parallel")
+    with mock.patch.object(diffusers.ZImageTransformer2DModel, "compile_repeated_blocks", compile_layers):
+        run_in_two_processes("context_parallel")
+
+zimage.SIZES["small"] |= {"n_layers": 1, "n_refiner_layers": 0}
+known = zoo_models.MODELS["z-image"]
+smaller = {**known.small, "n_refiner_layers": 0}
+zoo_models.MODELS["z-image"] = replace(known, layers={"n_layers": 1}, small=smaller)
+for name in names:
+    print(f"--- {name}", flush=True)
+    if name == "zimage":  # run as a program, it would have its own SIZES
+        torch._dynamo.reset()
+        sys.argv = [name, "--json", name + ".json", "--steps", "1"]
+        zimage.main()
+    else:
+        run(name)
 """
 
 
-Results = dict[str, tuple[dict[str, Any], str]]  # what each example wrote with --json, and what it printed
-
-
-def run_without_code(folder: Path, *names: str, launcher: tuple[str, ...] = ()) -> Results:
-    """Runs examples in one process. launcher: the arguments of the interpreter before the program."""
-    imports = (EXAMPLES, ROOT / "tests")  # in this order: both have a module zimage
-    variables = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "COLUMNS": "80"}
-    program = folder / "without_code.py"
-    program.write_text(WITHOUT_CODE)
-    text = run_python(folder, *launcher, str(program), str(EXAMPLES), *names, imports=imports, **variables)
-    printed = dict(part.split("\n", 1) for part in text.split("--- ")[1:])
-    return {name: (json.loads((folder / f"{name}.json").read_text()), printed[name]) for name in names}
-
-
-NEEDED = {"quantized_zimage": ("torchao",), "lora_offload": ("peft", "accelerate")}
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The results of all examples that run in one process, and whose packages are installed."""
-    names = ("flux", "qwen_image", "wan", "regional_compile", "quantized_zimage", "lora_offload", "zimage")
-    there = [name for name in names if all(map(importlib.util.find_spec, NEEDED.get(name, ())))]
-    return run_without_code(tmp_path_factory.mktemp("examples"), *there)
-
-
-EXPECTED = {
-    "flux": {"qk_norm_cat_rope": 1, "qk_norm_rope": 1},
-    "qwen_image": {"qk_norm_rope": 2},
-    "wan": {"norm_all_heads_rope": 2},
-    "regional_compile": {"qk_norm_rope": 2},  # in one of three equal blocks
-    "quantized_zimage": zimage.expected_counts(layers=1, refiners=1),
-}
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_small_models_are_explained_and_compared_with_eager(name: str, examples: Results) -> None:
-    for package in NEEDED.get(name, ()):
-        pytest.importorskip(package)
-    result, text = examples[name]
-    assert result["fused"] == EXPECTED[name]
-    assert result["graphs"] == 1
-    assert 0 <= result["distance"] < 0.05
-    assert text.count("from eager: ") == 1
-    assert name != "regional_compile" or result["calls"] == [3]
-
-
-def test_the_demo_measures_and_ends_with_what_to_do_next(examples: Results) -> None:
-    result, text = examples["zimage"]
-    assert set(result["results"]) == {"eager", "torch.compile", 'backend="fusion_pass"'}
-    counted = [site["kind"] for site in result["report"]["fused"]]
-    assert {kind: counted.count(kind) for kind in counted} == zimage.expected_counts(layers=2, refiners=1)
-    lines = text.splitlines()
-    assert "\x1b" not in text  # a log has no colours, no bar and a line for each step
-    assert [line for line in lines if line.endswith(" ...")][-1] == "timing 1 steps of each ..."
-    assert [line.partition(":")[0] for line in lines[-4:-1]] == ["In your program", "What it fuses", "More"]
-    tables = [line for line in lines if not line.startswith(("The CUDA kernels", "wrote"))]
-    assert max(map(len, tables)) <= 100
-    assert "…" not in text  # no cell is cut off
-
-
-def test_a_lora_and_offload_cost_no_fusion(examples: Results) -> None:
-    for package in NEEDED["lora_offload"]:
-        pytest.importorskip(package)
-    result, _ = examples["lora_offload"]
-    # The blocks of the image, those of the captions, and the first again for another number of tokens.
-    assert result["graphs"] == 3
-    assert result["fused"] == blocks(gated=2, ungated=1)
-    assert 0 <= result["distance"] < 0.05
-
-
-# Runs examples with --pretrained, in one process. A small transformer stands in for the checkpoint. Its pipeline checks
-# that it gets arguments that the real pipeline takes, calls the transformer and returns two pictures. Nothing is
-# compiled: the tests above do that.
+# Follows the program above. Runs examples with --pretrained, and writes what they did. A small transformer stands in
+# for the checkpoint. Its pipeline checks that it gets arguments that the real pipeline takes, calls the transformer and
+# returns two pictures. Nothing is compiled: the program above does that.
 PRETRAINED = """
-import inspect, sys
+import inspect, json
 from types import SimpleNamespace
-import common, diffusers, flux, quantized_zimage, qwen_image, torch, wan, zimage
+import common, flux, quantized_zimage, qwen_image, wan
 from PIL import Image
 
-EXAMPLES = {
+PIPELINES = {
     flux: ("FluxPipeline", "flux1", "images"),
     qwen_image: ("QwenImagePipeline", "qwen-image", "images"),
     wan: ("WanPipeline", "wan2.1", "frames"),
     zimage: ("ZImagePipeline", "z-image", "images"),
     quantized_zimage: ("ZImagePipeline", "z-image", "images"),
 }
-called, compiled = [], []
+called, compiled, done = [], [], {}
 
 
 def pipeline(known, model, inputs, result):
     def call(*args, **given):
         inspect.signature(known).bind(None, *args, **given)
-        called.append((args, given["num_inference_steps"]))
+        called.append([*args, given["num_inference_steps"]])
         for _ in range(given["num_inference_steps"]):
             model(**inputs)
         pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
@@ -151,8 +124,8 @@ def pipeline(known, model, inputs, result):
     return call
 
 
-torch.nn.Module.compile = lambda module, backend, **_: compiled.append((type(module), backend.kernels))
-for module, (name, model, result) in EXAMPLES.items():
+torch.nn.Module.compile = lambda module, backend, **_: compiled.append((module, backend.kernels))
+for module, (name, model, result) in PIPELINES.items():
     made = pipeline(getattr(diffusers, name).__call__, *common.small_model(model), result)
     getattr(diffusers, name).from_pretrained = lambda path, made=made, **_: made
     explained = []
@@ -161,38 +134,126 @@ for module, (name, model, result) in EXAMPLES.items():
     output = module.__name__ + ".gif"
     sys.argv = [name, "--pretrained", "checkpoint", "--prompt", "fog", "--steps", "3", "--output", output]
     module.main()
-    assert len(explained) == 1 and compiled == [(type(made.transformer), "reference")], (name, explained, compiled)
-    assert called[0] == (("fog",), 1) and called[-1] == (("fog",), 3), (name, called)
     with Image.open(output) as picture:
-        assert picture.n_frames == 2
+        pictures = picture.n_frames
+    transformers = [(model is made.transformer, kernels) for model, kernels in compiled]
+    done[module.__name__] = [len(explained), transformers, called[0], called[-1], pictures]
+with open("pretrained.json", "w") as file:
+    json.dump(done, file)
 """
 
 
-def test_the_pipelines_are_called_as_diffusers_defines_them_and_what_they_make_is_saved(tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
-    pytest.importorskip("transformers")
-    run_python(tmp_path, "-c", PRETRAINED, imports=(EXAMPLES,), HF_HUB_OFFLINE="1")
+@dataclass
+class Result:
+    written: dict[str, Any]  # with --json
+    printed: str
 
 
-def test_blocks_in_comfyuis_style_are_fused(tmp_path: Path) -> None:
-    results = run(tmp_path, str(EXAMPLES / "comfyui.py"))
-    assert results["fused"] == {"norm_scale": 1, "norm_tanh_mul_add": 1, "norm_tanh_mul_add_norm_scale": 3}
-    assert results["graphs"] == 1
-    assert results["distance"] < 0.05
+NEEDED = {"quantized_zimage": ("torchao",), "lora_offload": ("peft", "accelerate")}
+NEEDED_BY_PRETRAINED = ("torchao", "transformers")
+TWO_PROCESSES = torch.distributed.is_available() and hasattr(os, "fork")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_a_model_split_over_two_processes_is_fused_in_each(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    results, _ = run_without_code(tmp_path, "context_parallel", launcher=torchrun)["context_parallel"]
-    assert results["processes"] == 2
-    # Of each stack the block that splits, and the one that gathers: diffusers' hooks are compiled with them.
+def installed(packages: tuple[str, ...]) -> bool:
+    return all(map(importlib.util.find_spec, packages))
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """The results of all examples whose packages are installed."""
+    names = ["flux", "qwen_image", "wan", "regional_compile", "quantized_zimage", "lora_offload", "zimage", "comfyui"]
+    names = [name for name in names if installed(NEEDED.get(name, ()))]
+    if TWO_PROCESSES:
+        names.append("context_parallel")
+    program, outputs = PROGRAM, list(names)
+    if installed(NEEDED_BY_PRETRAINED):
+        program += PRETRAINED
+        outputs.append("pretrained")
+    folder = tmp_path_factory.mktemp("examples")
+    imports = (EXAMPLES, ROOT / "tests")  # in this order: both have a module zimage
+    variables = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "COLUMNS": "80"}
+    text = run_python(folder, "-c", program, str(EXAMPLES), *names, imports=imports, HF_HUB_OFFLINE="1", **variables)
+    printed = dict(part.split("\n", 1) for part in text.split("--- ")[1:])
+    return {name: Result(json.loads((folder / f"{name}.json").read_text()), printed.get(name, "")) for name in outputs}
+
+
+EXPECTED = {
+    "flux": {"qk_norm_cat_rope": 1, "qk_norm_rope": 1},
+    "qwen_image": {"qk_norm_rope": 2},
+    "wan": {"norm_all_heads_rope": 2},
+    "regional_compile": {"qk_norm_rope": 2},  # in one of three equal blocks
+    "quantized_zimage": zimage.expected_counts(layers=1, refiners=0),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_small_models_are_explained_and_compared_with_eager(name: str, examples: dict[str, Result]) -> None:
+    for package in NEEDED.get(name, ()):
+        pytest.importorskip(package)
+    result = examples[name].written
+    assert result["fused"] == EXPECTED[name]
+    assert result["graphs"] == 1
+    assert 0 <= result["distance"] < 0.05
+    assert examples[name].printed.count("from eager: ") == 1
+    assert name != "regional_compile" or result["calls"] == [3]
+
+
+def test_the_demo_measures_and_ends_with_what_to_do_next(examples: dict[str, Result]) -> None:
+    result, text = examples["zimage"].written, examples["zimage"].printed
+    assert set(result["results"]) == {"eager", "torch.compile", 'backend="fusion_pass"'}
+    counted = [site["kind"] for site in result["report"]["fused"]]
+    assert {kind: counted.count(kind) for kind in counted} == zimage.expected_counts(layers=1, refiners=0)
+    lines = text.splitlines()
+    assert "\x1b" not in text  # a log has no colours, no bar and a line for each step
+    assert [line for line in lines if line.endswith(" ...")][-1] == "timing 1 steps of each ..."
+    assert [line.partition(":")[0] for line in lines[-4:-1]] == ["In your program", "What it fuses", "More"]
+    tables = [line for line in lines if not line.startswith(("The CUDA kernels", "wrote"))]
+    assert max(map(len, tables)) <= 100
+    assert "…" not in text  # no cell is cut off
+    assert (EXAMPLES / "zimage.py").read_text().endswith('if __name__ == "__main__":\n    main()\n')
+
+
+def test_a_lora_and_offload_cost_no_fusion(examples: dict[str, Result]) -> None:
+    for package in NEEDED["lora_offload"]:
+        pytest.importorskip(package)
+    result = examples["lora_offload"].written
+    assert result["graphs"] == 1
+    assert result["fused"] == blocks(1)
+    assert 0 <= result["distance"] < 0.05
+
+
+def test_the_pipelines_are_called_as_diffusers_defines_them_and_what_they_make_is_saved(
+    examples: dict[str, Result],
+) -> None:
+    for package in NEEDED_BY_PRETRAINED:
+        pytest.importorskip(package)
+    done = examples["pretrained"].written
+    assert len(done) == 5
+    for name, (explained, compiled, first, last, pictures) in done.items():
+        assert explained == 1, name
+        assert compiled == [[True, "reference"]], name
+        assert (first, last) == (["fog", 1], ["fog", 3]), name
+        assert pictures == 2, name
+
+
+def test_blocks_in_comfyuis_style_are_fused(examples: dict[str, Result]) -> None:
+    result = examples["comfyui"].written
+    assert result["fused"] == {"norm_scale": 1, "norm_tanh_mul_add": 1, "norm_tanh_mul_add_norm_scale": 3}
+    assert result["graphs"] == 1
+    assert result["distance"] < 0.05
+
+
+@pytest.mark.skipif(not TWO_PROCESSES, reason="needs torch.distributed and os.fork")
+def test_a_model_split_over_two_processes_is_fused_in_each(examples: dict[str, Result]) -> None:
+    result = examples["context_parallel"].written
+    assert result["processes"] == 2
+    # The block that splits, and the one that gathers: diffusers' hooks are compiled with them.
     # What attends are all heads of some tokens, so that q and k are exchanged, each for itself.
-    expected = blocks(gated=4, ungated=2)
+    expected = blocks(2)
     expected["norm_rope"] = 2 * expected.pop("qk_norm_rope")
-    assert results["fused"] == expected
-    assert results["distance"]["split"] < 0.05
-    assert results["distance"]["split and compiled"] < 0.05
+    assert result["fused"] == expected
+    assert result["distance"]["split"] < 0.05
+    assert result["distance"]["split and compiled"] < 0.05
 
 
 def test_the_comfyui_node_compiles_a_clone_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
