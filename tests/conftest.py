@@ -41,6 +41,14 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _guards_are_not_timed():
+    """Dynamo times the guards of each graph for its log, with cold caches of the CPU. That takes 0.1 s a graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *arguments: 0.0, raising=False)
+        yield
+
+
 @pytest.fixture
 def compiled_anew():
     """Inductor generates all code of a test anew, without gradients, for the same random numbers each time."""
