@@ -28,11 +28,18 @@ ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 UNLIKE = ("sm_80", "sm_90a")  # without and with bulk copies; the others run the code of sm_90a, in other tilings
 
 
-def on_two(cases: Iterable[Any], archs: Sequence[str] = ARCHS) -> list[tuple[Any, ...]]:
-    """(architecture, *case): each case on sm_90a, and on one of the others in turn. All pairs would take minutes."""
-    others = cycle(arch for arch in archs if arch != "sm_90a")
+def in_turn(cases: Iterable[Any], archs: Sequence[str] = ARCHS) -> list[tuple[Any, ...]]:
+    """(architecture, *case): each case on one architecture, where its code is the same on all of them."""
     tuples = (case if isinstance(case, tuple) else (case,) for case in cases)
-    return [(arch, *case) for case in tuples for arch in ("sm_90a", next(others))]
+    return [(arch, *case) for arch, case in zip(cycle(archs), tuples)]
+
+
+def on_two(cases: Iterable[Any], archs: Sequence[str] = ARCHS) -> list[tuple[Any, ...]]:
+    """(architecture, *case): each case on sm_90a, and each third also on one of the others in turn. All pairs would
+    take minutes."""
+    every = list(cases)
+    others = [arch for arch in archs if arch != "sm_90a"]
+    return [*in_turn(every, ("sm_90a",)), *in_turn(every[::3], others)]
 
 
 @dataclass(frozen=True)
