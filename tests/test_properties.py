@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import permutations
+from itertools import cycle, permutations
 
 import pytest
 import torch
 from graph_backend import CASTS_ARE_KEPT, GraphBackend, run
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from site_modules import (
     EPS,
@@ -36,6 +36,7 @@ def assert_bit_equal(got: object, expected: object) -> None:
         torch.testing.assert_close(ours, eager, rtol=0, atol=0, equal_nan=True)
 
 
+@settings(max_examples=15)
 @given(spec=specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
 def test_a_fused_site_is_bit_equal_to_eager_and_is_the_expected_op(spec: Spec, dynamic: bool, seed: int) -> None:
     args = inputs(spec, seed)
@@ -76,6 +77,7 @@ def _assert_rounded_once(got: torch.Tensor, exact: torch.Tensor, magnitude: torc
     assert excess.max() <= 0, f"{excess.max()} beyond one rounding to {got.dtype}"
 
 
+@settings(max_examples=10)
 @given(spec=specs(), seed=st.integers(0, 2**16))
 def test_fp32_rounding_rounds_each_output_once(spec: Spec, seed: int) -> None:
     spec = replace(spec, extra_user=None)
@@ -100,9 +102,9 @@ def test_fp32_rounding_rounds_each_output_once(spec: Spec, seed: int) -> None:
 MUTANT_ARGS = inputs(Spec(batch=2, tokens=4, width=16))
 
 
-@pytest.mark.parametrize("mutant", NEVER_FUSED, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("dtype", "dynamic"), ((torch.bfloat16, False), (torch.float32, True)), ids=("bf16", "fp32"))
-def test_what_is_no_site_is_not_fused_and_its_result_is_right(mutant, dynamic, dtype) -> None:
+@pytest.mark.parametrize(("mutant", "dtype"), zip(NEVER_FUSED, cycle((torch.bfloat16, torch.float32))))
+def test_what_is_no_site_is_not_fused_and_its_result_is_right(mutant, dtype) -> None:
+    dynamic = dtype == torch.float32
     if mutant in MUTANTS_BY_A_CAST and not CASTS_ARE_KEPT:
         pytest.skip("torch 2.11's own passes drop the cast that makes this a mutant")
     args = tuple(a.to(dtype) for a in MUTANT_ARGS)
@@ -114,8 +116,7 @@ def test_what_is_no_site_is_not_fused_and_its_result_is_right(mutant, dynamic, d
     assert_bit_equal(got, run(mutant, *args, dynamic=dynamic, fuse=False)[0] if rewritten else mutant(*args))
 
 
-@pytest.mark.parametrize("mutant", TWO_SINGLES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.parametrize(("mutant", "dynamic"), zip(TWO_SINGLES, cycle((False, True))))
 def test_what_is_no_two_output_site_becomes_two_single_ones(mutant, dynamic) -> None:
     got, backend = run(mutant, *MUTANT_ARGS, dynamic=dynamic)
     assert [site.kind for site in backend.report.fused] == ["norm_tanh_mul_add", "norm_scale"], backend.report
