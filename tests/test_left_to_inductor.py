@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -21,7 +22,6 @@ from test_models import run as run_model
 from torch import Tensor, nn
 
 from fusion_pass.refusal import BY_DESIGN, Reason
-from fusion_pass.report import FusionReport
 
 BF16 = torch.bfloat16
 B, S, H, D = 2, 6, 3, 16
@@ -57,8 +57,7 @@ def heads_and_tables() -> tuple[Tensor, Tensor, Tensor]:
     return x, angles.cos(), angles.sin()
 
 
-@pytest.mark.parametrize("dynamic", (False, True))
-@pytest.mark.parametrize("rotate", SPELLINGS)
+@pytest.mark.parametrize(("rotate", "dynamic"), zip(SPELLINGS, cycle((False, True))))
 def test_each_rotation_by_matrices_without_a_norm_has_one_row(rotate: Callable[..., Tensor], dynamic: bool) -> None:
     """Also a rotation whose table is not of the graph's inputs, as Kandinsky's is not."""
 
@@ -240,17 +239,7 @@ def wan21(layers: int) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def report_of(model: nn.Module, arguments: dict[str, Any]) -> FusionReport:
-    return compiled_model(model, arguments)[1].report
-
-
-@pytest.mark.parametrize("layers", (1, 3))
-def test_wans_residual_adds_have_rows(layers: int) -> None:
-    counts = missed(report_of(*wan21(layers)))
-    assert counts["residual_add", "ADDED"] == 3 * layers
-
-
-@pytest.mark.parametrize(("text", "visual"), ((1, 1), (2, 3)))
+@pytest.mark.parametrize(("text", "visual"), ((1, 2), (2, 1)))
 def test_kandinskys_q_and_k_are_fused_and_residual_adds_have_rows(text: int, visual: int) -> None:
     """Its cross-attention rotates nothing."""
     model, arguments = kandinsky5(text, visual)
@@ -264,14 +253,14 @@ def test_kandinskys_q_and_k_are_fused_and_residual_adds_have_rows(text: int, vis
     assert counts["residual_add", "ADDED"] == 2 * text - 1 + 3 * visual  # no norm reads the text's last
 
 
-@pytest.mark.parametrize("layers", (1, 2))
-def test_lumina_nexts_q_and_k_are_reported_alike(layers: int) -> None:
+def test_lumina_nexts_q_and_k_are_reported_alike() -> None:
     """Its norms are LayerNorms over all heads of q and, with a single head, of k."""
-    report = report_of(*lumina_next(layers))
+    layers = 2
+    report = compiled_model(*lumina_next(layers))[1].report
     rows = [site for site in report.missed if ".attn1.norm_" in site.module or site.kind == "rope"]
     told = {(site.kind, site.reason_name, site.module.rpartition(".")[2]) for site in rows}
     assert told == {("norm_rope", "UNNORMED", "norm_q"), ("norm_rope", "UNNORMED", "norm_k")}
-    assert len(rows) == 2 * layers
+    assert len(rows) == len({site.module for site in rows}) == 2 * layers  # one for each norm
 
 
 def test_all_of_these_are_by_design() -> None:
