@@ -322,6 +322,7 @@ def test_a_kernel_that_does_not_compile_costs_its_own_site_only(module, args, mo
     assert [site.reason_name for site in report.missed] == ["NO_KERNEL"]
 
 
+@pytest.mark.usefixtures("without_code")
 def test_strict_raises_where_a_site_cannot_be_fused(module, args) -> None:
     with pytest.raises(Exception, match=r"fusion_pass \(strict\): .*no kernel can run here"):
         torch.compile(module, backend=Backend(strict=True))(*args)
@@ -459,6 +460,7 @@ def test_explain_says_how_often_a_block_that_is_compiled_once_is_called(args) ->
     assert json.loads(report.to_json())["calls"] == [3]
 
 
+@pytest.mark.usefixtures("without_code")
 def test_a_graph_with_norms_and_gates_of_which_nothing_is_fused_warns_once(module, args) -> None:
     class Shifted(torch.nn.Module):
         """The gate multiplies something else than a norm."""
