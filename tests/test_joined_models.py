@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
 from graph_backend import GraphBackend
-from test_models import WRAPPER, Arguments, build, compiled, flux1, run
+from test_models import Arguments, build, compiled, flux1, run
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_graph")
@@ -54,14 +53,10 @@ def test_hunyuan_videos_heads_are_fused_in_each_double_block() -> None:
 # --- norms of both streams, joined, then rotated ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("layers", "dynamic", "wrapper"), ((2, None, False), (1, None, True)))
-def test_fluxs_heads_are_fused_in_each_block(layers: int, dynamic: bool | None, wrapper: bool) -> None:
+def test_fluxs_heads_are_fused_in_each_block() -> None:
     """Those of both streams of a double block are one site."""
-    model, arguments = flux1(layers, 1, batch=2)
-    if wrapper and not hasattr(functorch_config, WRAPPER):
-        pytest.skip("this torch has no complex wrapper")
-    with functorch_config.patch(**({WRAPPER: True} if wrapper else {})):
-        got, backend = compiled(model, arguments, dynamic)
+    model, arguments = flux1(layers := 2, 1, batch=2)
+    got, backend = compiled(model, arguments)
     assert torch.equal(got, run(model, arguments))
     assert backend.report.counts() == {"qk_norm_cat_rope": layers, "qk_norm_rope": 1}
     assert not [site for site in backend.report.missed if ".attn" in site.module]

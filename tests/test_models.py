@@ -340,7 +340,11 @@ def fused(name: str, layers: int) -> tuple[torch.Tensor, torch.Tensor, FusionRep
     """The result of a model, the expected one, and the report."""
     make, _ = FUSED[name]
     model, arguments = make(layers)
-    got, backend = compiled(model, arguments)
+    # Lumina 2 reads its numbers of tokens once. That breaks the graph also where they are symbols, which takes twice as
+    # long.
+    symbols = make is not lumina2
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=symbols, capture_scalar_outputs=symbols):
+        got, backend = compiled(model, arguments)
     # torch 2.11's own passes drop casts elsewhere in this model.
     own = make is lumina_next and torch.__version__ < "2.12"
     expected = compiled(model, arguments, fuse=False)[0] if own else run(model, arguments)
@@ -446,7 +450,7 @@ def test_flux_2_is_fused_in_its_attention_and_feed_forwards_and_computes_what_it
 
 
 def test_controlnet_samples_between_y_and_the_next_norm_part_the_two_output_sites() -> None:
-    layers = 3
+    layers = 2
     transformer, (latents, timestep, captions) = zimage.model(layers=layers, refiners=0), zimage.inputs()
     shapes: list[torch.Size] = []
     hook = transformer.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
@@ -474,16 +478,25 @@ WRAPPER = "enable_complex_wrapper"
 
 
 @pytest.mark.skipif(not hasattr(functorch_config, WRAPPER), reason="this torch has no complex wrapper")
-@pytest.mark.parametrize("name", ("Z-Image", "Lumina 2"))
-def test_with_torchs_complex_wrapper_the_same_sites_are_fused_and_the_result_is_eagers(name: str) -> None:
+def test_with_torchs_complex_wrapper_a_block_of_z_image_has_the_same_sites_and_the_result_is_eagers() -> None:
     """The wrapper makes every rotation real, and the nodes lose the operators that they were decomposed from."""
-    if name == "Z-Image":
-        model = zimage.model(layers=1, refiners=0)
-        arguments = dict(zip(("x", "t", "cap_feats"), zimage.inputs((12, 20)), strict=True))
-        run(model, arguments)  # builds the rotation tables
-    else:
-        model, arguments = lumina2(1, refiners=0)
+    model = zimage.model(layers=1, refiners=0)
+    arguments = dict(zip(("x", "t", "cap_feats"), zimage.inputs((12, 20)), strict=True))
+    expected = run(model, arguments)
+    backend = GraphBackend()
+    model.layers[0].compile(backend=backend, fullgraph=True)
     with functorch_config.patch(**{WRAPPER: True}):
+        assert torch.equal(run(model, arguments), expected)
+    assert backend.report.counts() == BLOCK
+
+
+@pytest.mark.skipif(not hasattr(functorch_config, WRAPPER), reason="this torch has no complex wrapper")
+def test_with_torchs_complex_wrapper_every_site_of_lumina_2_is_fused_and_the_result_is_eagers() -> None:
+    model, arguments = lumina2(layers := 1, refiners=0)
+    with (
+        functorch_config.patch(**{WRAPPER: True}),
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False, capture_scalar_outputs=False),
+    ):
         got, backend = compiled(model, arguments)
     assert torch.equal(got, run(model, arguments))
-    assert backend.report.counts() == zimage.expected_counts(1, refiners=0)
+    assert backend.report.counts() == zimage.expected_counts(layers, refiners=0)
