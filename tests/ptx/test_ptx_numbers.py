@@ -14,9 +14,8 @@ import torch
 
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
-from dit_kernels.rounding import FORMS, NORMS
 from ptx import numbers
-from ptx.device import gpu, on_two
+from ptx.device import gpu, in_turn
 from ptx.judging import check
 from ptx.machine import PURE, Machine
 from ptx.memory import Fault, GlobalMemory
@@ -407,19 +406,9 @@ def test_a_perturbed_result_is_off_by_what_the_manual_allows_and_special_ones_st
 
 
 @pytest.mark.parametrize("direction", (-1, 1))
-@pytest.mark.parametrize(("arch", "op"), on_two(bounds.OPS))
+@pytest.mark.parametrize(("arch", "op"), in_turn(bounds.OPS))
 def test_kernels_stay_within_the_bounds_whichever_way_approximations_err(arch: str, op: str, direction: int) -> None:
     with gpu(arch, 1), numbers.perturbed(direction):
         check(op, bounds.operands(2, 3, 3840))
         check(op, bounds.operands(2, 3, 2520, torch.float32))
         check(op, bounds.operands(2, 3, 2304, torch.float16))
-
-
-@pytest.mark.parametrize("direction", (-1, 1))
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("norm", NORMS)
-def test_every_form_stays_within_the_bounds_whichever_way_approximations_err(
-    form: str, norm: str, direction: int
-) -> None:
-    with gpu("sm_90a", 1), numbers.perturbed(direction):
-        check(bounds.DUAL, bounds.operands(1, 7, 3840), rounding=form, norm=norm)
