@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from math import prod
 from typing import Any
@@ -32,7 +33,7 @@ from dit_kernels.cute.tiling import VectorTiling
 from dit_kernels.families import OPS
 from dit_kernels.families import rows as families_of_rows
 from ptx import device
-from ptx.device import UNLIKE, compiled, gpu
+from ptx.device import UNLIKE, compiled, gpu, in_turn
 from ptx.host import launch
 from ptx.judging import check
 from ptx.machine import Machine
@@ -72,27 +73,42 @@ def test_a_patch_that_changes_nothing_is_no_mistake(arch: str) -> None:
 # --- wrong values ---------------------------------------------------------------------------------------------------
 
 
-def run_with_strides_swapped(swapped: str, arch: str, tokens: int, per_token: bool) -> None:
-    """Swaps the strides of batch and token of this operand. per_token: gate and scale have a row for each token."""
-
-    def tensor(original, kernel, batches, tokens, name, pointer, strides):  # type: ignore[no-untyped-def]
-        return original(kernel, batches, tokens, name, pointer, strides[::-1] if name == swapped else strides)
-
+def run_with_strides_swapped(kernel_of: Any, arch: str, tokens: int, per_token: bool) -> None:
+    """per_token: gate and scale have a row for each token."""
     o = bounds.operands(2, tokens, 2304)
     if per_token:
         o = replace(o, gate=random(2, tokens, 2304, seed=1), scale=random(2, tokens, 2304, seed=2))
-    run(rows.RowKernel, "tensor", tensor, arch, o=o)
+    with gpu(arch, 1, kernel_of):
+        check(bounds.DUAL, o)
 
 
-@pytest.mark.parametrize("arch", UNLIKE)
-@pytest.mark.parametrize("per_token", (False, True))
-@pytest.mark.parametrize(("name", "result"), (("x", "y"), ("residual", "y"), ("gate", "y"), ("scale", "z")))
-def test_strides_of_batch_and_token_swapped_are_found(arch: str, name: str, result: str, per_token: bool) -> None:
-    with pytest.raises(AssertionError, match=VALUE.format(result)):
-        run_with_strides_swapped(name, arch, 2, per_token)
-    if per_token or name in ("x", "residual"):  # one row for a batch item has a stride of 0 for tokens
-        with pytest.raises(Fault, match=WHERE + ".*out of bounds"):
-            run_with_strides_swapped(name, arch, 3, per_token)
+@pytest.mark.parametrize(
+    ("arch", "per_token", "name", "result"),
+    (
+        ("sm_90a", False, "x", "y"),
+        ("sm_80", False, "residual", "y"),
+        ("sm_90a", False, "gate", "y"),
+        ("sm_80", False, "scale", "z"),
+        ("sm_80", True, "x", "y"),
+        ("sm_90a", True, "residual", "y"),
+        ("sm_80", True, "gate", "y"),
+        ("sm_90a", True, "scale", "z"),
+    ),
+)
+def test_strides_of_batch_and_token_swapped_are_found(arch: str, per_token: bool, name: str, result: str) -> None:
+    """The strides of this operand."""
+    original = rows.RowKernel.tensor
+
+    def tensor(kernel, batches, tokens, operand, pointer, strides):  # type: ignore[no-untyped-def]
+        return original(kernel, batches, tokens, operand, pointer, strides[::-1] if operand == name else strides)
+
+    mistaken = cache(compiled.__wrapped__)  # one kernel for both numbers of tokens
+    with mock.patch.object(rows.RowKernel, "tensor", tensor):
+        with pytest.raises(AssertionError, match=VALUE.format(result)):
+            run_with_strides_swapped(mistaken, arch, 2, per_token)
+        if per_token or name in ("x", "residual"):  # one row for a batch item has a stride of 0 for tokens
+            with pytest.raises(Fault, match=WHERE + ".*out of bounds"):
+                run_with_strides_swapped(mistaken, arch, 3, per_token)
 
 
 def weights_swapped(original, parameters, *others):  # type: ignore[no-untyped-def]
@@ -146,22 +162,24 @@ def sum_without_the_first_vector(original, place, i, value):  # type: ignore[no-
     return Float32(cutlass.select_(place.thread == 0, Float32(0.0), original(place, i, value)))
 
 
-@pytest.mark.parametrize("arch", UNLIKE)
+MISTAKES = (
+    (modulated_norm._Parameters, "__init__", weights_swapped, "y"),
+    (modulated_norm._Parameters, "__init__", weight_of_the_first_norm_in_both, "z"),
+    (modulated_norm._Parameters, "__init__", gate_and_scale_swapped, "y"),
+    (modulated_norm._Parameters, "__init__", scale_of_another_batch_item, "z"),
+    (modulated_norm, "factor_of", tanh_left_out, "y"),
+    (modulated_norm, "factor_of", one_left_out, "z"),
+    (modulated_norm.ModulatedNormKernel, "run", residual_read_from_x, "y"),
+    (modulated_norm, "write", product_not_rounded, "y"),
+    (modulated_norm, "write", product_of_z_without_its_scale, "z"),
+    (stage, "normed", norm_not_rounded, "y"),
+    (stage.RowPlace, "counted", sum_without_the_first_vector, "y"),
+)
+
+
 @pytest.mark.parametrize(
-    ("owner", "name", "wrong", "result"),
-    (
-        (modulated_norm._Parameters, "__init__", weights_swapped, "y"),
-        (modulated_norm._Parameters, "__init__", weight_of_the_first_norm_in_both, "z"),
-        (modulated_norm._Parameters, "__init__", gate_and_scale_swapped, "y"),
-        (modulated_norm._Parameters, "__init__", scale_of_another_batch_item, "z"),
-        (modulated_norm, "factor_of", tanh_left_out, "y"),
-        (modulated_norm, "factor_of", one_left_out, "z"),
-        (modulated_norm.ModulatedNormKernel, "run", residual_read_from_x, "y"),
-        (modulated_norm, "write", product_not_rounded, "y"),
-        (modulated_norm, "write", product_of_z_without_its_scale, "z"),
-        (stage, "normed", norm_not_rounded, "y"),
-        (stage.RowPlace, "counted", sum_without_the_first_vector, "y"),
-    ),
+    ("arch", "owner", "name", "wrong", "result"),
+    in_turn(MISTAKES, UNLIKE),
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_mistake_that_changes_values_is_found(arch: str, owner: Any, name: str, wrong: Any, result: str) -> None:
@@ -202,8 +220,7 @@ def test_eps_and_eps2_swapped_are_found(arch: str) -> None:
         run_with_eps("eps2", "eps", arch)
 
 
-@pytest.mark.parametrize("arch", UNLIKE)
-@pytest.mark.parametrize(("eps", "result"), (("eps", "z"), ("eps2", "y")))
+@pytest.mark.parametrize(("arch", "eps", "result"), (("sm_90a", "eps", "z"), ("sm_80", "eps2", "y")))
 def test_one_eps_for_both_norms_is_found(arch: str, eps: str, result: str) -> None:
     with pytest.raises(AssertionError, match=VALUE.format(result)):
         run_with_eps(eps, eps, arch)
