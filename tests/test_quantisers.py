@@ -91,8 +91,11 @@ DEFAULTS = {"fmax": 448.0, "smallest_amax": None, "smallest_scale": None, "recip
 
 
 @needs_casts
-@pytest.mark.parametrize("site", SITES, ids=lambda site: site.__name__)
-@pytest.mark.parametrize("form", STEPS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize(
+    ("form", "site"),
+    [(form, silu) for form in STEPS] + list(zip(STEPS, (scaled, dual, bare, scaled, dual), strict=True)),
+    ids=lambda value: value.__name__,
+)
 def test_the_quantisers_of_several_layers_become_one_op(form: Quantise, site: Model) -> None:
     model, args = site(lambda z: [form(z) for _ in range(3)]), arguments()
     got, backend = run(model, *args, strict=True)
@@ -110,19 +113,24 @@ def test_the_quantisers_of_several_layers_become_one_op(form: Quantise, site: Mo
     assert backend.count(torch.ops.prims.convert_element_type.default) == 0
 
 
+DTYPES = (BF16, torch.float16, FP32)
+SHAPES = (
+    (quantized.torchao, (2, 2, 3), 17, False),
+    (quantized.torchao, (11,), 1, False),
+    (quantized.without_a_dimension, (2, 5), 16, True),
+)
+
+
 @needs_casts
-@pytest.mark.parametrize("site", SITES, ids=lambda site: site.__name__)
-@pytest.mark.parametrize("dtype", (BF16, torch.float16, FP32), ids=str)
-def test_every_dtype_and_shape(dtype: torch.dtype, site: Model) -> None:
-    for form, tokens, width, dynamic in (
-        (quantized.torchao, (2, 2, 3), 17, False),
-        (quantized.torchao, (11,), 1, False),
-        (quantized.without_a_dimension, (2, 5), 16, True),
-    ):
-        model, args = site(form), arguments(dtype, tokens, width)
-        got, backend = run(model, *args, dynamic=dynamic)
-        assert_equal(got, model(*args))
-        assert backend.report.counts() == {SITES[site]: 1}, (tokens, width, backend.report)
+@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize(("j", "site"), enumerate(SITES), ids=lambda value: getattr(value, "__name__", str(value)))
+def test_every_dtype_and_shape(i: int, j: int, site: Model) -> None:
+    """Each site in each dtype and each shape, and each dtype in each shape at one of the sites."""
+    dtype, (form, tokens, width, dynamic) = DTYPES[i], SHAPES[(i + j) % 3]
+    model, args = site(form), arguments(dtype, tokens, width)
+    got, backend = run(model, *args, dynamic=dynamic)
+    assert_equal(got, model(*args))
+    assert backend.report.counts() == {SITES[site]: 1}, backend.report
 
 
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.__name__)
@@ -479,14 +487,13 @@ def given_to(name: str, dtype: torch.dtype = BF16, eps: Any = 1e-5) -> tuple[Any
 OPTIONS = {"s_dtype": FP32, "smallest_amax": 0.5, "smallest_scale": 1e-3, "reciprocal": True, "clamp": False}
 
 
-@pytest.mark.parametrize("dtype", (BF16, torch.float16, FP32), ids=str)
 @pytest.mark.parametrize("name", (SCALED, DUAL, SILU))
-def test_an_op_that_quantises_passes_opcheck(name: str, dtype: torch.dtype) -> None:
+def test_an_op_that_quantises_passes_opcheck(name: str) -> None:
     op = getattr(torch.ops.dit_kernels, name)
-    torch.library.opcheck(op.default, given_to(name, dtype))
-    torch.library.opcheck(op.default, given_to(name, dtype), OPTIONS)
+    torch.library.opcheck(op.default, given_to(name, BF16))
+    torch.library.opcheck(op.default, given_to(name, torch.float16), OPTIONS)
     if name != SILU:
-        torch.library.opcheck(op.eps_tensor, given_to(name, dtype, torch.tensor(1e-5)))
+        torch.library.opcheck(op.eps_tensor, given_to(name, FP32, torch.tensor(1e-5)))
 
 
 @pytest.mark.parametrize("name", (SCALED, DUAL, SILU))

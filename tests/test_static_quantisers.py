@@ -485,9 +485,9 @@ def test_an_overload_passes_opcheck(name: str, overload: str) -> None:
     op = OPS[f"{name}.{overload}"]
     given = given_to_overload(name, overload)
     torch.library.opcheck(op.overload(), given)
-    if overload.startswith("static"):
+    if overload == "static":
         torch.library.opcheck(op.overload(), (*given[:-1], None), STATIC_OPTIONS)
-    if op.has_eps:
+    if op.has_eps and overload == "static_keep_z":
         torch.library.opcheck(op.overload(eps_tensor=True), given_to_overload(name, overload, FP32, torch.tensor(1e-5)))
 
 
