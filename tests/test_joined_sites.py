@@ -68,7 +68,7 @@ def is_rounded_by_layout(spec: RopeSpec) -> bool:
 
 
 @settings(max_examples=6)
-@given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
+@given(spec=rope_specs(), dynamic=st.sampled_from((False, False, True)), seed=st.integers(0, 2**16))
 def test_two_streams_are_one_site_that_is_bit_equal_to_eager(spec: RopeSpec, dynamic: bool, seed: int) -> None:
     module, args = JoinedModule(spec), joined_inputs(spec, seed)
     with torch.no_grad():

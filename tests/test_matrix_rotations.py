@@ -139,7 +139,7 @@ def fused(spec: Spec, **options: Any) -> GraphBackend:
     dtype=st.sampled_from((BF16, FP16, FP32)),
     own_dtype=st.booleans(),
     for_each=st.booleans(),
-    dynamic=st.sampled_from((False, True)),
+    dynamic=st.sampled_from((False, False, True)),
 )
 def test_every_spelling_is_fused_and_the_result_is_eagers(
     norm, rotate, swapped, joined, dtype, own_dtype, for_each, dynamic

@@ -56,8 +56,10 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("layer_norm", (False, True))
-@pytest.mark.parametrize("rotate", PARTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("rotate", "layer_norm"),
+    [*((rotate, False) for rotate in PARTS), (written_into_a_slice, True), (a_part_of_each_head, True)],
+)
 def test_a_rotation_of_a_part_has_one_row_that_says_so(rotate: Callable[..., Tensor], layer_norm: bool) -> None:
     torch.manual_seed(0)
     args = (torch.randn(B, S, H, D).to(BF16), *torch.randn(2, 1, S, 1, D))

@@ -52,18 +52,20 @@ def a_part_of_a_projection(a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("gate_of", "fused"),
+    ("where", "gate_of", "fused"),
     (
-        (picked_by_token, False),
-        (picked_and_viewed, False),
-        (a_part_of_more, False),
-        (one_of_a_table, False),
-        (projected, True),
-        (a_part_of_a_projection, True),
-        (one_for_all_tokens, True),
+        ("gate", picked_by_token, False),
+        ("scale", picked_by_token, False),
+        ("gate", picked_and_viewed, False),
+        ("scale", a_part_of_more, False),
+        ("gate", one_of_a_table, False),
+        ("gate", projected, True),
+        ("scale", projected, True),
+        ("scale", a_part_of_a_projection, True),
+        ("gate", one_for_all_tokens, True),
+        ("scale", one_for_all_tokens, True),
     ),
 )
-@pytest.mark.parametrize("where", ("gate", "scale"))
 def test_a_gate_for_each_token_is_fused_only_if_inductor_stores_it_anyway(
     gate_of: Model, fused: bool, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -165,9 +166,14 @@ def a_copy_of_cropped_rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2)[:, 1:-1].reshape(-1, x.shape[1])[None]
 
 
-@pytest.mark.parametrize("copy", (a_copy_of_channels, a_wide_copy_of_channels, a_copy_of_cropped_rows))
-@pytest.mark.parametrize("norm", (diffusers_norm, eps_of_torch, layer_norm))
-@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+COPIES = (a_copy_of_channels, a_wide_copy_of_channels, a_copy_of_cropped_rows)
+NORMS = (diffusers_norm, eps_of_torch, layer_norm)
+
+
+@pytest.mark.parametrize(
+    ("copy", "norm", "dtype"),
+    [(copy, norm, dtype) for (copy, norm), dtype in zip(product(COPIES, NORMS), cycle((BF16, FP32)))],
+)
 def test_a_norm_of_rows_that_a_copy_made_contiguous_is_fused_and_sums_as_eager_does(
     copy: Model, norm: Model, dtype: torch.dtype
 ) -> None:
@@ -207,16 +213,16 @@ def a_residual_of_rows_apart_on_the_left(x: Tensor, residual: Tensor, gate: Tens
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "dtype"),
     (
-        rows_apart_in_another_shape,
-        rows_apart_scaled_in_another_shape,
-        a_copy_between_the_two_norms,
-        a_residual_whose_rows_lie_apart,
-        a_residual_of_rows_apart_on_the_left,
+        (rows_apart_in_another_shape, BF16),
+        (rows_apart_scaled_in_another_shape, FP32),
+        (a_copy_between_the_two_norms, BF16),
+        (a_copy_between_the_two_norms, FP32),
+        (a_residual_whose_rows_lie_apart, FP32),
+        (a_residual_of_rows_apart_on_the_left, BF16),
     ),
 )
-@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
 def test_rows_that_are_not_contiguous_are_summed_in_the_same_order_as_unfused(model: Model, dtype: torch.dtype) -> None:
     args = tensors((2, 500, 96), (2, 96, 500), (1, 1, 500), dtype=dtype)
     got, _ = run(model, *args)
