@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("cutlass", reason="CuTeDSL (nvidia-cutlass-dsl) is not installed")
 
 from kernel_variants import variant
-from ptx.device import compiled
+from ptx.device import compiled, on_two
 from test_kernel_code import COMPILED, WIDE, assert_fits
 
 from dit_kernels.chain import RotatedRowChain
@@ -70,10 +70,7 @@ VARIANTS = {
 }
 
 
-OTHERS = [(arch, name) for arch in COMPILED if arch != "sm_90a" for name in ("Wan 14B", "LTX-2")]
-
-
-@pytest.mark.parametrize(("arch", "name"), [*(("sm_90a", name) for name in VARIANTS), *OTHERS])
+@pytest.mark.parametrize(("arch", "name"), on_two(VARIANTS, COMPILED))
 def test_nothing_spills_and_as_many_ctas_fit_as_are_launched(arch: str, name: str) -> None:
     assert_fits(arch, VARIANTS[name])
 
