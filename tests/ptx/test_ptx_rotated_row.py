@@ -95,10 +95,6 @@ def test_rows_stay_within_the_bounds_whichever_way_approximations_err(kind: str,
 # --- mistakes in the kernel's Python: each is found -------------------------------------------------------------------
 
 
-def _same(original: Any, *arguments: Any) -> Any:
-    return original(*arguments)
-
-
 def _unturned(original: Any, n: Any) -> Any:
     return n
 
@@ -132,12 +128,8 @@ def _half_of_the_sum(original: Any, value: Any, partials: Any) -> Any:
 )
 def test_a_mistake_is_found(owner: Any, name: str, wrong: Any, kind: str) -> None:
     original = getattr(owner, name)
-
-    def judge(replaced: Any) -> None:
-        patch = mock.patch.object(owner, name, lambda *a: replaced(original, *a))
-        with gpu("sm_90a", 1, compiled.__wrapped__), patch:
-            check(of(kind))
-
-    judge(_same)
-    with pytest.raises(AssertionError, match=r"off by|differ"):
-        judge(wrong)
+    with gpu("sm_90a", 1):
+        check(of(kind))
+    mistake = mock.patch.object(owner, name, lambda *a: wrong(original, *a))
+    with gpu("sm_90a", 1, compiled.__wrapped__), mistake, pytest.raises(AssertionError, match=r"off by|differ"):
+        check(of(kind))
