@@ -27,7 +27,7 @@ from attention_modules import (
     the_product_is_computed_on,
 )
 from graph_backend import CASTS_ARE_KEPT, GraphBackend, needs_casts, run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from site_modules import native_norm
 from test_graph_pass import assert_computes, rewritten, traced
@@ -42,7 +42,8 @@ def name_of(value: Any) -> str | None:
     return getattr(value, "__name__", None) or (str(value) if isinstance(value, torch.dtype) else None)
 
 
-@given(spec=rope_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
+@settings(max_examples=12)
+@given(spec=rope_specs(), dynamic=st.sampled_from((False, False, True)), seed=st.integers(0, 2**16))
 def test_a_norm_that_is_rotated_is_bit_equal_to_eager_and_q_is_fused_with_k(spec: RopeSpec, dynamic: bool, seed: int):
     module, args = RopeModule(spec), rope_inputs(spec, seed)
     with torch.no_grad():
@@ -55,7 +56,8 @@ def test_a_norm_that_is_rotated_is_bit_equal_to_eager_and_q_is_fused_with_k(spec
     assert (site.rounding, site.dtype, site.gate, site.scale) == (spec.form(), spec.dtype, None, None)
 
 
-@given(spec=silu_specs(), dynamic=st.sampled_from((False, True)), seed=st.integers(0, 2**16))
+@settings(max_examples=10)
+@given(spec=silu_specs(), dynamic=st.sampled_from((False, False, True)), seed=st.integers(0, 2**16))
 def test_swiglu_is_bit_equal_to_eager(spec: SiluSpec, dynamic: bool, seed: int) -> None:
     module, args = SiluModule(spec), silu_inputs(spec, seed)
     expected = module(*args)
@@ -66,8 +68,7 @@ def test_swiglu_is_bit_equal_to_eager(spec: SiluSpec, dynamic: bool, seed: int) 
     ], backend.report
 
 
-@pytest.mark.parametrize("pair", (False, True), ids=("alone", "q and k"))
-@pytest.mark.parametrize("rope", (complex_rope, half_rope))
+@pytest.mark.parametrize(("rope", "pair"), ((complex_rope, True), (half_rope, False)), ids=("q and k", "alone"))
 def test_fp32_rounding_keeps_everything_in_fp32_to_the_end(rope, pair: bool) -> None:
     spec = RopeSpec(rope=rope, pair=pair, table=torch.complex64 if rope is complex_rope else torch.float32)
     module, args = RopeModule(spec), rope_inputs(spec)
@@ -79,6 +80,9 @@ def test_fp32_rounding_keeps_everything_in_fp32_to_the_end(rope, pair: bool) -> 
     (call,) = graph.graph.find_nodes(op="call_function", target=op)
     assert call.kwargs["rounding"] == "fp32"
     assert call.kwargs["out_dtype"] == torch.bfloat16
+
+
+def test_fp32_rounding_is_the_swiglus_too() -> None:
     _, backend = run(SiluModule(SiluSpec()), *silu_inputs(SiluSpec()), rounding="fp32")
     assert [site.rounding for site in backend.report.fused] == ["fp32"]
 
@@ -94,8 +98,10 @@ def test_an_eps_that_is_a_tensor_stays_one() -> None:
 # --- what stands in the graph afterwards ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("swapped", ("behind", "before", "between"))
-@pytest.mark.parametrize("rope", (complex_rope, half_rope))
+@pytest.mark.parametrize(
+    ("rope", "swapped"),
+    ((complex_rope, "behind"), (half_rope, "behind"), (complex_rope, "before"), (half_rope, "between")),
+)
 def test_no_copy_and_no_cast_is_left_between_the_projection_and_the_attention(rope, swapped: str) -> None:
     table = torch.complex64 if rope is complex_rope else torch.bfloat16
     spec = RopeSpec(rope=rope, packed=True, table=table, swapped=swapped)
@@ -444,16 +450,16 @@ def norms_of_tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("normed", "heads_first", "dynamic"),
+    ("normed", "heads_first", "dynamic", "dtype"),
     (
-        (norms_of_rows, False, True),
-        (norms_of_rows, True, False),
-        (norms_of_tokens, False, False),
-        (norms_of_tokens, True, True),
+        (norms_of_rows, False, True, torch.float32),
+        (norms_of_rows, True, False, torch.bfloat16),
+        (norms_of_tokens, False, False, torch.bfloat16),
+        (norms_of_tokens, True, True, torch.float32),
     ),
 )
 def test_a_norm_of_rows_is_fused_with_the_rotation_of_the_heads_that_they_are(
-    normed, heads_first: bool, dynamic: bool
+    normed, heads_first: bool, dynamic: bool, dtype: torch.dtype
 ) -> None:
     """As SGLang writes it: the norm sees [B * S * H, Dh], the rotation [B, S, H, Dh], or with heads first."""
 
@@ -467,11 +473,10 @@ def test_a_norm_of_rows_is_fused_with_the_rotation_of_the_heads_that_they_are(
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         return torch.nn.functional.scaled_dot_product_attention(q, k, k)
 
-    for dtype in (torch.float32, torch.bfloat16):
-        args = rope_inputs(RopeSpec(rope=half_rope, dtype=dtype, table=dtype, heads=2, kv_heads=2, packed=True))
-        got, backend = run(model, *args, dynamic=dynamic)
-        assert backend.report.counts() == {"qk_norm_rope": 1}, backend.report
-        assert_bit_equal(got, run(model, *args, dynamic=dynamic, fuse=False)[0])
+    args = rope_inputs(RopeSpec(rope=half_rope, dtype=dtype, table=dtype, heads=2, kv_heads=2, packed=True))
+    got, backend = run(model, *args, dynamic=dynamic)
+    assert backend.report.counts() == {"qk_norm_rope": 1}, backend.report
+    assert_bit_equal(got, run(model, *args, dynamic=dynamic, fuse=False)[0])
 
 
 def test_a_norm_of_rows_that_lie_apart_is_not_fused_with_the_rotation_of_other_shapes() -> None:
@@ -528,9 +533,15 @@ def norm_with_the_root_first(x: torch.Tensor) -> torch.Tensor:
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * x
 
 
-@pytest.mark.parametrize("norm", (copied_norm, norm_with_the_root_first))
-@pytest.mark.parametrize("turned_first", (False, True), ids=("tokens-first", "heads-first"))
-@pytest.mark.parametrize("width", (8, 64))
+@pytest.mark.parametrize(
+    ("norm", "turned_first", "width"),
+    (
+        (copied_norm, False, 8),
+        (copied_norm, True, 64),
+        (norm_with_the_root_first, True, 8),
+        (norm_with_the_root_first, False, 64),
+    ),
+)
 def test_a_complex_product_that_lies_otherwise_than_what_is_normed_is_left_alone_where_that_shows(
     norm, turned_first: bool, width: int
 ) -> None:
