@@ -226,7 +226,7 @@ def test_a_directory_that_cannot_be_written_costs_one_warning_and_no_kernel(
     assert entries(directory) == []
 
 
-def test_of_three_processes_that_start_at_once_each_gets_the_kernel_and_one_compiles_it(directory: Path) -> None:
+def test_of_two_processes_that_start_at_once_each_gets_the_kernel_and_one_compiles_it(directory: Path) -> None:
     program = (
         "import sys; sys.path[:0] = sys.argv[1].split(':')\n"
         "from test_kernel_cache import ARCH, kernels, load_or_compile, variant\n"
@@ -237,10 +237,10 @@ def test_of_three_processes_that_start_at_once_each_gets_the_kernel_and_one_comp
     )
     path = ":".join((str(Path(__file__).parent), *(p for p in sys.path if p)))
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", program, path]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     compiled = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 3
-    assert sorted(compiled) == ["0\n"] * 2 + ["1\n"]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(compiled) == ["0\n", "1\n"]
     assert len(entries(directory)) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
