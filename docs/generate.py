@@ -217,6 +217,21 @@ def quant_kernels(link: Link) -> str:
     return table(head, rows) + kernels_source(link, "h100_quant.json", "bf16 to FP8, microseconds")
 
 
+def adaln_kernels(link: Link) -> str:
+    """Cases as "norm_scale shift 3072 512 quant", "gelu 12288 row 3072 512 quant" and "row 3072 512 quant"."""
+    head = ("op", "D", "tokens", "copy", "fusion_pass", "over the copy", "Inductor")
+    rows = []
+    for row in results("h100_adaln.json")["rows"]:
+        name, *words = row["case"].split()
+        *widths, tokens = (word for word in words if word.isdigit())
+        op = f"`{'quant' if name == 'row' else name + ('_quant' if 'quant' in words else '')}`"
+        op += ", with a shift" if "shift" in words else ", of a joined row" if "row" in words else ""
+        tokens = f"2 × {tokens}" if "B=2" in words else tokens
+        us = row["us"]
+        rows.append((op, " + ".join(reversed(widths)), tokens, *beside_copy(us), f"{us['default']:.1f}"))
+    return table(head, rows) + kernels_source(link, "h100_adaln.json", "bf16, microseconds")
+
+
 def measured_cases() -> Iterator[tuple[str, Mapping[str, float], str]]:
     """Each case, its microseconds, and the file that has it."""
     for row in results("h200.json")["rows"]:
@@ -416,6 +431,7 @@ BLOCKS: dict[str, Callable[[Link], str]] = {
     "zimage-line": zimage_line,
     "kernels": kernels,
     "quant-kernels": quant_kernels,
+    "adaln-kernels": adaln_kernels,
     "slower": slower,
     "host": host,
     "cold-start": cold_start,

@@ -97,12 +97,17 @@ def is_narrowing(node: Any) -> bool:
 
 def keeps_rows(node: Any) -> bool:
     """Is this a reshape or a copy that keeps the rows? A computation row by row may then be before or after it."""
-    if not is_call(node, *RESHAPES, aten.clone.default) and not _drops_a_dimension(node):
+    if not is_call(node, *RESHAPES, aten.clone.default) and not _drops_a_dimension(node) and not _divides_by_one(node):
         return False
     before, after = value(node.args[0]), value(node)
     if before is None or after is None or not before.ndim or not after.ndim:
         return False
     return known_equal(before.shape[-1], after.shape[-1])
+
+
+def _divides_by_one(node: Any) -> bool:
+    """Is this x / 1.0? diffusers' Attention divides by a `rescale_output_factor`, which most models leave at 1."""
+    return is_call(node, aten.div.Tensor) and node.args[1] == 1 and dtype(node) == dtype(node.args[0])
 
 
 def _drops_a_dimension(node: Any) -> bool:

@@ -137,7 +137,10 @@ def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     operands = {argument.name: value for argument, value in zip(known.inputs, known.filled(tuple(args)), strict=True)}
     if not all(isinstance(operands[a.name], float) for a in known.inputs if not a.is_tensor):
         raise Unusual("eps is not a constant")
-    operands |= {name: _realized(t) for name, t in operands.items() if _is_tensor(t)}
+    first = operands[known.inputs[0].name].get_size()
+    for argument in known.inputs:
+        if _is_tensor(t := operands[argument.name]):
+            operands[argument.name] = _readable(argument, _realized(t), first)
     layouts = _layouts(known, operands)
     device = operands[known.inputs[0].name].get_device()
     results = [
@@ -176,6 +179,21 @@ def _realized(t: Any) -> Any:
     if isinstance(t.get_layout(), ir.FlexibleLayout):
         t.freeze_layout()
     return t
+
+
+def _readable(argument: Argument, t: Any, first: Sequence[Any]) -> Any:
+    """An operand in memory, copied if the elements of its rows lie apart, as a convolution leaves them. PyTorch's own
+    copy of such rows, which a call through the dispatcher makes, takes several times as long as Inductor's."""
+    if not t.get_size():
+        return t
+    apart = not _known(t.get_size()[-1], 1) and V.graph.sizevars.statically_known_gt(t.get_stride()[-1], 1)
+    fits = not apart or argument.role.laid(t.get_size(), t.get_stride(), first, _known) is not None
+    return t if fits or _sums_as_they_lie(t.get_device()) else _realized(ir.ExternKernel.copy_input(t))
+
+
+def _sums_as_they_lie(device: torch.device) -> bool:
+    """Do the ops of this device sum elements that lie apart in another order than those of a copy?"""
+    return device.type == "cpu"
 
 
 def _layouts(op: Op, operands: dict[str, Any]) -> dict[str, Layout]:

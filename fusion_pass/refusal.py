@@ -12,7 +12,7 @@ class Reason(str, Enum):
     """Why something in the graph was not fused. Later versions may add members."""
 
     ALONE = "no residual add, scale or rotation that the pass knows is the only reader of the norm"
-    FOLLOWED = "a shift or a product follows the scale; Inductor computes all of them in one kernel"
+    FOLLOWED = "other operations follow the scale; Inductor computes all of them in one kernel"
     LAYER_NORM = "a LayerNorm that is not written as F.layer_norm"
     DIMENSION = "the mean runs over other dimensions than the last one"
     NOT_NORMALISED = "the value that is squared is not the value that is normalised"
@@ -37,9 +37,7 @@ class Reason(str, Enum):
     UNNORMED = "the rotated tensor is not an RMSNorm of each head"
     HEADS = "the rotated tensor is not [B, S, H, Dh], or the rotation is not one row for each token and all heads"
     ROTATION = "a rotation in a spelling that no kernel computes"
-    ADDED = (
-        "what is added to the residual is not a norm; it is fused only with a norm behind it that is quantised to FP8"
-    )
+    ADDED = "what is added to the residual is not a norm, and the add is not fused with a norm that reads the sum"
     QUANTISER = "a quantiser to FP8 follows that no op computes"
     INLINE = "Inductor computes the value in the kernel that reads it, or writes it into the result of a concatenation"
     SILU = "a silu that is not written as F.silu and that rounds differently"

@@ -80,6 +80,11 @@ class Linear(nn.Module):
         return product.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
+def of_blocks(name: str) -> bool:
+    """The linear layers of the blocks, but not those that compute gates and scales."""
+    return "blocks" in name and "norm" not in name
+
+
 def quantize_(
     model: nn.Module,
     quantise: Quantise = torchao,

@@ -127,9 +127,11 @@ class Spec:
     as_rows: tuple[bool, bool, bool] = (False, False, False)  # first norm, sum, second norm: on [rows, width]?
 
     def kind(self) -> str | None:
-        """The op that the site becomes. A first norm that is read elsewhere leaves only the second one to fuse."""
+        """The op that the site becomes. If a first norm is read elsewhere, only its add is fused with the second."""
         if self.add and self.extra_user != "n":
             return "norm_tanh_mul_add_norm_scale" if self.second else "norm_tanh_mul_add"
+        if self.add and self.second:
+            return "mul_add_norm_scale"
         return "norm_scale" if self.second and self.scale is not None else None
 
     def form(self) -> str:
@@ -485,8 +487,8 @@ def the_product_is_added_to_itself(x: Tensor, residual: Tensor, gate: Tensor, sc
     return p + p
 
 
-def a_shift_follows_the_scale(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
-    return diffusers_norm(x, None) * (1 + scale) + gate
+def a_sine_follows_the_scale(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+    return (diffusers_norm(x, None) * (1 + scale)).sin()
 
 
 def an_fp8_step(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
@@ -542,7 +544,7 @@ NEVER_FUSED = (
     the_product_is_used_elsewhere,
     the_gate_depends_on_the_norm,
     the_product_is_added_to_itself,
-    a_shift_follows_the_scale,
+    a_sine_follows_the_scale,
     an_fp8_step,
     a_double_precision_norm,
     residual_with_a_factor,
@@ -578,11 +580,6 @@ def the_second_norm_is_computed_on(x: Tensor, residual: Tensor, gate: Tensor, sc
     return y, diffusers_norm(y, None).sin().exp()
 
 
-def the_second_norm_is_shifted(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    y = residual + diffusers_norm(x, None)
-    return y, diffusers_norm(y, None) + scale
-
-
 def the_norms_differ_in_their_roots(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     y = _gated(reciprocal_norm(x, None), residual, gate)
     return y, diffusers_norm(y, None) * (1 + scale)
@@ -595,7 +592,6 @@ def gate_and_scale_are_met_in_other_shapes(
     return y, diffusers_norm(y, None).unflatten(1, (2, -1)) * (1 + scale[:, None])
 
 
-ONE_SINGLE = (the_second_norm_is_computed_on, the_second_norm_is_shifted)
 TWO_SINGLES = (
     one_norm_is_a_layer_norm,
     the_scale_depends_on_y,

@@ -18,10 +18,11 @@ from attention_modules import (
     written_neighbours_rope,
 )
 from graph_backend import CASTS_ARE_KEPT, GraphBackend, needs_casts, run
+from graph_checks import but_adaln
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from site_modules import diffusers_norm, llama_norm, native_norm, reciprocal_norm, torch_norm
-from test_left_to_inductor import missed, wan21
+from test_left_to_inductor import wan21
 from test_models import Arguments, build, compiled
 from test_models import run as run_model
 from torch import Tensor, nn
@@ -413,16 +414,16 @@ def check_model(model: nn.Module, arguments: Arguments, count: int) -> FusionRep
     """Every rotated norm is fused, and the result is eager's."""
     got, backend = compiled(model, arguments)
     assert torch.equal(got, run_model(model, arguments))
-    assert backend.report.counts() == {"norm_all_heads_rope": count}
+    assert but_adaln(backend.report) == {"norm_all_heads_rope": count}
     assert not [site for site in backend.report.missed if site.kind == "rope"]
     return backend.report
 
 
 @pytest.mark.parametrize("layers", (1, 2))
-def test_wans_q_and_k_are_fused_and_residual_adds_have_rows(layers: int) -> None:
+def test_wans_q_and_k_are_fused(layers: int) -> None:
     """Its cross-attention has no rotation."""
     report = check_model(*wan21(layers), 2 * layers)
-    assert missed(report)["residual_add", "ADDED"] == 3 * layers
+    assert not [site for site in report.missed if site.kind == "residual_add"]
 
 
 def ltx(layers: int) -> tuple[nn.Module, Arguments]:
@@ -490,4 +491,4 @@ def test_a_block_that_is_compiled_alone_has_its_sites(name: str, dynamic: bool) 
     expected, backend = run_model(model, arguments), GraphBackend()
     model.get_submodule(block).compile(backend=backend, fullgraph=True, dynamic=dynamic)
     assert torch.equal(run_model(model, arguments), expected)
-    assert backend.report.counts() == {"norm_all_heads_rope": count}
+    assert but_adaln(backend.report) == {"norm_all_heads_rope": count}

@@ -178,10 +178,11 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 
 EXPECTED = {
-    "flux": {"qk_norm_cat_rope": 1, "qk_norm_rope": 1},
-    "qwen_image": {"qk_norm_rope": 2},
-    "wan": {"norm_all_heads_rope": 2},
-    "regional_compile": {"qk_norm_rope": 2},  # in one of three equal blocks
+    "flux": {"mul_add_norm_scale": 2, "norm_scale": 4, "qk_norm_cat_rope": 1, "qk_norm_rope": 1},
+    "qwen_image": {"mul_add_norm_scale": 2, "norm_scale": 2, "qk_norm_rope": 2},
+    "wan": {"mul_add_norm_scale": 3, "norm_scale": 1, "norm_all_heads_rope": 2},
+    # In one of three equal blocks.
+    "regional_compile": {"mul_add_norm_scale": 2, "norm_scale": 2, "qk_norm_rope": 2},
     "quantized_zimage": zimage.expected_counts(layers=1, refiners=0),
 }
 

@@ -297,11 +297,6 @@ def test_inductors_code_calls_the_op_directly() -> None:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def of_blocks(name: str) -> bool:
-    """The linear layers of the blocks, but not those that compute gates and scales."""
-    return "blocks" in name and "norm" not in name
-
-
 def quantised_count(backend: GraphBackend, kind: str) -> int:
     return backend.report.counts().get(kind, 0)
 
@@ -310,7 +305,7 @@ def quantised_count(backend: GraphBackend, kind: str) -> int:
 def test_flux_1_quantises_two_gelus_a_double_block_and_a_joined_row_a_single_block() -> None:
     layers, single_layers = 1, 2
     model, arguments = flux1(layers, single_layers)
-    got, backend = compiled(quantized.quantize_(model, chosen=of_blocks), arguments)
+    got, backend = compiled(quantized.quantize_(model, chosen=quantized.of_blocks), arguments)
     assert torch.equal(got, run_model(model, arguments))
     assert quantised_count(backend, GELU) == 2 * layers + single_layers
     calls = [node for node in backend.graphs[0].graph.nodes if node.target is TANH]
@@ -327,7 +322,7 @@ def test_flux_1_quantises_two_gelus_a_double_block_and_a_joined_row_a_single_blo
 def test_flux_2_quantises_two_swiglus_a_double_block_and_a_joined_row_a_single_block() -> None:
     layers = 1
     model, arguments = flux2(layers)
-    quantized.quantize_(model, chosen=of_blocks)
+    quantized.quantize_(model, chosen=quantized.of_blocks)
     _, backend = compiled(model, arguments)
     assert quantised_count(backend, SILU) == 3 * layers
 

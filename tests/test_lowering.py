@@ -28,6 +28,7 @@ bf16 = torch.bfloat16
 DUAL = torch.ops.dit_kernels.norm_tanh_mul_add_norm_scale
 GATED = torch.ops.dit_kernels.norm_tanh_mul_add
 SCALED = torch.ops.dit_kernels.norm_scale
+ADDED = torch.ops.dit_kernels.mul_add_norm_scale
 
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
@@ -124,6 +125,21 @@ def test_what_a_kernel_does_not_take_as_it_is_goes_through_the_dispatcher(unusua
     got, code = compiled(unusual, *args)
     assert not is_direct(code)
     assert_equal(got, unusual(*args))
+
+
+def test_on_a_gpu_rows_that_lie_apart_are_copied_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual lies as a convolution leaves it: [B, D, S]. The add in front of the copy is in the same kernel. On a
+    CPU, such rows go through the dispatcher, as the columns above."""
+
+    def added(x: Tensor, gate: Tensor, images: Tensor, bias: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return ADDED(x, gate, (images + bias[:, None]).mT, None, None, scale, EPS, norm="layer")
+
+    args = random(2, 5, D), random(D), random(2, D, 5), random(D), random(D)
+    monkeypatch.setattr(lowering, "_sums_as_they_lie", lambda device: False)
+    got, code = compiled(added, *args)
+    assert is_direct(code)
+    assert code.split("def call")[1].count("cpp_fused") == 1
+    assert_equal(got, added(*args))
 
 
 @pytest.mark.parametrize("step", ["_layouts", "_realized", "empty_strided", "_stored"])

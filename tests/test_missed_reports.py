@@ -15,7 +15,7 @@ from site_modules import (
     SiteModule,
     Spec,
     a_layer_norm_by_hand,
-    a_shift_follows_the_scale,
+    a_sine_follows_the_scale,
     another_tensor_is_squared,
     diffusers_norm,
     inputs,
@@ -82,7 +82,7 @@ def one_row(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> Any:
 
 CAUSES: dict[Reason, Model] = {
     Reason.ALONE: alone,
-    Reason.FOLLOWED: a_shift_follows_the_scale,
+    Reason.FOLLOWED: a_sine_follows_the_scale,
     Reason.LAYER_NORM: a_layer_norm_by_hand,
     Reason.DIMENSION: mean_over_another_dimension,
     Reason.NOT_NORMALISED: another_tensor_is_squared,

@@ -68,8 +68,13 @@ class NormScale(Kind[Norm]):
 
             n = convert(mul(sub(c, mean), rsqrt)); s = add(scale, 1); m = mul(n, s); z = add(m, shift)
         """
-        lower = stage.grow(value, OPS[self.name].quantises)
-        return None if lower is None or lower.has_residual else _site(self.name, [(lower, SCALED)])
+        quantises = OPS[self.name].quantises
+        lower = stage.grow(value, quantises)
+        if lower is None or lower.has_residual:
+            return None
+        if lower.term is not None and not quantises and gain.is_computed_with_the_norm(lower.x):
+            raise Refused(Reason.INLINE, lower.out[0], gain.INLINE, self.name)
+        return _site(self.name, [(lower, SCALED)])
 
 
 class NormScaleQuant(NormScale):
@@ -138,14 +143,15 @@ class MulAddNormScale(Kind[Norm]):
             p = mul(gate, a); y = add(x, p); c = convert(y, f32); ...; n = convert(mul(sub(c, mean), rsqrt));
             s = add(scale, 1); m = mul(n, s); z = add(m, shift)
         """
-        quantises = OPS[self.name].quantises
-        upper = stage.before(value) if gain.pays(quantises) else None
+        upper = stage.before(value)
         if upper is None or upper.out[0] in survey.notes(NormTanhMulAdd.name):  # the add belongs to another norm
             return None
-        if not gain.pays(quantises, upper.rows):
+        if gain.is_computed_by_the_reader(upper.rows):
             return None
-        lower = _second(value, quantises)
-        return None if lower is None else _site(self.name, [(upper, UNNORMED), (lower, SCALED)])
+        lower = _second(value, OPS[self.name].quantises)
+        if lower is None or not _have_one_shape([upper, lower]):
+            return None
+        return _site(self.name, [(upper, UNNORMED), (lower, SCALED)])
 
 
 class MulAddNormScaleQuant(MulAddNormScale):
@@ -219,8 +225,12 @@ def _form(kind: str, stages: list[tuple[StageInGraph, StageNames]]) -> Form:
 
 def _like(kind: str, stages: list[StageInGraph]) -> Node:
     """The node to whose shape all factors and shifts broadcast. A stage without them takes any shape."""
-    shaped = [part for part in stages if part.is_modulated] or stages[:1]
-    for part in shaped[1:]:
-        if not have_same_shape(shaped[0].like, part.like):
-            raise Refused(Reason.SHAPE, part.like, "the gate and the scale are applied in different shapes", kind)
-    return shaped[0].like
+    if not _have_one_shape(stages):
+        raise Refused(Reason.SHAPE, stages[-1].like, "the gate and the scale are applied in different shapes", kind)
+    return next((part for part in stages if part.is_modulated), stages[0]).like
+
+
+def _have_one_shape(stages: list[StageInGraph]) -> bool:
+    """Do the factors and shifts of all stages broadcast to one shape?"""
+    shaped = [part.like for part in stages if part.is_modulated]
+    return all(have_same_shape(shaped[0], like) for like in shaped[1:])

@@ -49,7 +49,7 @@ from fusion_pass.dataflow import (
     whole_of_parts,
 )
 from fusion_pass.kinds import factor as factors
-from fusion_pass.kinds import gain, quantiser
+from fusion_pass.kinds import quantiser
 from fusion_pass.kinds.norm import Norm
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import Operand, operand_dtype
@@ -234,7 +234,7 @@ def _with_residual(norm: Norm, shapes: tuple[Node, ...], y: Node) -> StageInGrap
 
 
 def _with_shift(norm: Norm, shapes: tuple[Node, ...], quantises: bool) -> StageInGraph | None:
-    shifted = _shifted(shapes[-1], None) if gain.pays(quantises) else None
+    shifted = _shifted(shapes[-1], None)
     if shifted is None:
         return None
     total, shift = shifted
@@ -284,8 +284,6 @@ def _scaled(
         return None
     if not quantises and not any(map(is_stored, z)):
         raise Refused(Reason.FOLLOWED, next(iter(past_views(z[0])[-1].users), product), kind=SCALED)
-    if shift is not None and not gain.pays(quantises):
-        raise Refused(Reason.FOLLOWED, total, gain.IN_16_BITS, SCALED)
     if factors.resolve(factor, like, "tanh").activation is not None:
         return None  # a gate without a residual add
     if not quantises and not any(map(is_read_from_memory, z)):
