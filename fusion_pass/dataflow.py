@@ -96,7 +96,8 @@ def is_narrowing(node: Any) -> bool:
 
 
 def keeps_rows(node: Any) -> bool:
-    """Is this a reshape or a copy that keeps the rows? A computation row by row may then be before or after it."""
+    """Is this a reshape, a copy or a division by one that keeps the rows? A computation row by row may then be before
+    or after it."""
     if not is_call(node, *RESHAPES, aten.clone.default) and not _drops_a_dimension(node) and not _divides_by_one(node):
         return False
     before, after = value(node.args[0]), value(node)

@@ -137,10 +137,7 @@ def _call(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     operands = {argument.name: value for argument, value in zip(known.inputs, known.filled(tuple(args)), strict=True)}
     if not all(isinstance(operands[a.name], float) for a in known.inputs if not a.is_tensor):
         raise Unusual("eps is not a constant")
-    first = operands[known.inputs[0].name].get_size()
-    for argument in known.inputs:
-        if _is_tensor(t := operands[argument.name]):
-            operands[argument.name] = _readable(argument, _realized(t), first)
+    operands |= {name: _readable(_realized(t)) for name, t in operands.items() if _is_tensor(t)}
     layouts = _layouts(known, operands)
     device = operands[known.inputs[0].name].get_device()
     results = [
@@ -181,14 +178,12 @@ def _realized(t: Any) -> Any:
     return t
 
 
-def _readable(argument: Argument, t: Any, first: Sequence[Any]) -> Any:
-    """An operand in memory, copied if the elements of its rows lie apart, as a convolution leaves them. PyTorch's own
-    copy of such rows, which a call through the dispatcher makes, takes several times as long as Inductor's."""
-    if not t.get_size():
-        return t
-    apart = not _known(t.get_size()[-1], 1) and V.graph.sizevars.statically_known_gt(t.get_stride()[-1], 1)
-    fits = not apart or argument.role.laid(t.get_size(), t.get_stride(), first, _known) is not None
-    return t if fits or _sums_as_they_lie(t.get_device()) else _realized(ir.ExternKernel.copy_input(t))
+def _readable(t: Any) -> Any:
+    """An operand in memory, copied if the elements of its rows lie apart, as a convolution leaves them. No kernel takes
+    such rows. PyTorch's own copy of them, which a call through the dispatcher makes, takes several times as long."""
+    sizes, strides = t.get_size(), t.get_stride()
+    apart = sizes and not _known(sizes[-1], 1) and V.graph.sizevars.statically_known_gt(strides[-1], 1)
+    return _realized(ir.ExternKernel.copy_input(t)) if apart and not _sums_as_they_lie(t.get_device()) else t
 
 
 def _sums_as_they_lie(device: torch.device) -> bool:

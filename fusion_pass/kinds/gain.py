@@ -24,6 +24,7 @@ result to memory, and the op would read it. That costs more than the op saves.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch.fx import Node
 
@@ -34,14 +35,14 @@ INLINE = "Inductor computes what the norm reads in the kernel of the norm"
 
 def is_computed_by_the_reader(rows: Iterable[Node]) -> bool:
     """Would Inductor compute one of these operands in the kernel that reads the operand, and not write it to memory?"""
-    return any(is_pointwise(under_views(row)) and _has_one_reader(row) for row in rows)
+    return any(map(_is_inline, rows))
 
 
-def _has_one_reader(row: Node) -> bool:
-    """Is the reader of a row the only one, also of the tensor that the row is a view of?"""
+def _is_inline(row: Any) -> bool:
+    """Is this row a pointwise result, or a view of one, that a single node reads?"""
     while sole_user(row) is not None and keeps_rows(row):
         row = row.args[0]
-    return sole_user(row) is not None
+    return sole_user(row) is not None and is_pointwise(row)
 
 
 def is_computed_with_the_norm(x: Node) -> bool:

@@ -149,7 +149,7 @@ class MulAddNormScale(Kind[Norm]):
         if gain.is_computed_by_the_reader(upper.rows):
             return None
         lower = _second(value, OPS[self.name].quantises)
-        if lower is None or not _have_one_shape([upper, lower]):
+        if lower is None or not _have_one_shape([upper, lower]):  # the norm may be a site without the add
             return None
         return _site(self.name, [(upper, UNNORMED), (lower, SCALED)])
 
