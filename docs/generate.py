@@ -208,28 +208,26 @@ def kernels(link: Link) -> str:
 
 
 def quant_kernels(link: Link) -> str:
-    head = ("op", "D", "tokens", "copy", "fusion_pass", "over the copy", "Inductor")
-    rows = []
-    for row in results("h100_quant.json")["rows"]:
-        us, (_, width, tokens, _) = row["us"], row["case"].split()
-        op = f"`{case_of(row['case'])[0]}_quant`"
-        rows.append((op, width, tokens, *beside_copy(us), f"{us['default']:.1f}"))
-    return table(head, rows) + kernels_source(link, "h100_quant.json", "bf16 to FP8, microseconds")
+    return beside_inductor(link, "h100_quant.json", "bf16 to FP8, microseconds")
 
 
 def adaln_kernels(link: Link) -> str:
+    return beside_inductor(link, "h100_adaln.json", "bf16, microseconds")
+
+
+def beside_inductor(link: Link, name_of_file: str, facts: str) -> str:
     """Cases as "norm_scale shift 3072 512 quant", "gelu 12288 row 3072 512 quant" and "row 3072 512 quant"."""
     head = ("op", "D", "tokens", "copy", "fusion_pass", "over the copy", "Inductor")
     rows = []
-    for row in results("h100_adaln.json")["rows"]:
+    for row in results(name_of_file)["rows"]:
         name, *words = row["case"].split()
         *widths, tokens = (word for word in words if word.isdigit())
-        op = f"`{'quant' if name == 'row' else name + ('_quant' if 'quant' in words else '')}`"
+        op = "`quant`" if name == "row" else f"`{BENCHED.get(name, name)}{'_quant' if 'quant' in words else ''}`"
         op += ", with a shift" if "shift" in words else ", of a joined row" if "row" in words else ""
         tokens = f"2 × {tokens}" if "B=2" in words else tokens
         us = row["us"]
         rows.append((op, " + ".join(reversed(widths)), tokens, *beside_copy(us), f"{us['default']:.1f}"))
-    return table(head, rows) + kernels_source(link, "h100_adaln.json", "bf16, microseconds")
+    return table(head, rows) + kernels_source(link, name_of_file, facts)
 
 
 def measured_cases() -> Iterator[tuple[str, Mapping[str, float], str]]:
