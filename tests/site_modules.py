@@ -580,6 +580,11 @@ def the_second_norm_is_computed_on(x: Tensor, residual: Tensor, gate: Tensor, sc
     return y, diffusers_norm(y, None).sin().exp()
 
 
+def the_second_norm_is_shifted(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    y = residual + diffusers_norm(x, None)
+    return y, diffusers_norm(y, None) + scale
+
+
 def the_norms_differ_in_their_roots(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     y = _gated(reciprocal_norm(x, None), residual, gate)
     return y, diffusers_norm(y, None) * (1 + scale)

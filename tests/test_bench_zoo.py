@@ -18,8 +18,8 @@ ROW = IDENTITY | TIMES | {"parameters", "fused", "missed", "graphs", "same_code"
 VARIANT = {"ms", "step_ms", "first_call_s", "peak_bytes", "distance", "equal", "kernels_ms", "kernels"}
 PAIRS = 4
 OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
-# Runs in a process of its own, because the examples and the tests each have a module `zimage`. To save time, compiles
-# one block of Z-Image only, and to scalar code. In place of SD3.5, runs a model without a site.
+# This program runs in its own process, because the examples and the tests each have a module `zimage`. To save time,
+# Z-Image has one block, and Inductor generates scalar code. A model without a site takes the place of SD3.5.
 DRIVER = f"""
 import json
 from dataclasses import replace

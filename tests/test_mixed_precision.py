@@ -137,10 +137,11 @@ def test_a_model_in_int8_has_the_sites_of_the_model_in_bf16(make: Any) -> None:
     model, args = make()
     INT8_DYNAMIC(model, is_linear_of_a_block)
     report, expected = fused(model, args), in_bf16(make)
-    assert but_adaln(report) == but_adaln(expected)
     if make is z_image:
+        assert report.counts() == expected.counts()
         assert missed(report) == missed(expected)
     else:  # Inductor multiplies a result in int8 by its scales in the kernel of the residual add
+        assert but_adaln(report) == but_adaln(expected)
         assert "mul_add_norm_scale" not in report.counts()
 
 

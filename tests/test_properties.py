@@ -23,6 +23,7 @@ from site_modules import (
     inputs,
     specs,
     the_second_norm_is_computed_on,
+    the_second_norm_is_shifted,
     the_sum_is_an_addcmul,
     wide_layer_norm,
 )
@@ -128,6 +129,13 @@ def test_a_second_norm_that_nothing_reads_from_memory_is_left_to_inductor() -> N
     assert backend.report.counts() == {"norm_tanh_mul_add": 1}
     assert [site.reason_name for site in backend.report.missed] == ["ALONE"]
     assert_bit_equal(got, the_second_norm_is_computed_on(*MUTANT_ARGS))
+
+
+def test_a_second_norm_with_a_shift_and_no_scale_is_one_site_with_the_first() -> None:
+    got, backend = run(the_second_norm_is_shifted, *MUTANT_ARGS)
+    assert backend.report.counts() == {"norm_tanh_mul_add_norm_scale": 1}
+    assert not backend.report.missed
+    assert_bit_equal(got, the_second_norm_is_shifted(*MUTANT_ARGS))
 
 
 def test_the_second_norm_of_an_add_that_is_itself_added_is_the_next_sites_first_norm() -> None:

@@ -29,7 +29,7 @@ UNLIKE = ("sm_80", "sm_90a")  # without and with bulk copies; the others run the
 
 
 def in_turn(cases: Iterable[Any], archs: Sequence[str] = ARCHS) -> list[tuple[Any, ...]]:
-    """(architecture, *case): each case on one architecture, where its code is the same on all of them."""
+    """(architecture, *case): each case on one architecture, which is another one for the next case."""
     tuples = (case if isinstance(case, tuple) else (case,) for case in cases)
     return [(arch, *case) for arch, case in zip(cycle(archs), tuples)]
 
