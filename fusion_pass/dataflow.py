@@ -197,6 +197,23 @@ def is_plain_add(node: Any) -> bool:
     return is_call(node, *ADD) and node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
 
 
+def addcmul(node: Any) -> tuple[Any, Sequence[Any], tuple[Node, ...]] | None:
+    """(a, (b, c), the nodes before `node`) if the node is torch.addcmul(a, b, c), which is a + b * c; else None.
+
+    torch 2.11 decomposes addcmul before any pass sees it, into add(a, mul(mul(b, 1), c)).
+    """
+    if is_call(node, aten.addcmul.default):
+        return None if len(node.args) != 3 or node.kwargs else (node.args[0], node.args[1:], ())
+    if not is_plain_add(node) or not comes_from(node, "addcmul"):
+        return None
+    a, product = node.args
+    if not is_call(product, aten.mul.Tensor) or not is_call(product.args[0], aten.mul.Tensor):
+        return None
+    scaled, c = product.args
+    alone = sole_user(scaled) is product and sole_user(product) is node
+    return (a, (scaled.args[0], c), (product, scaled)) if _is_number(scaled.args[1], 1) and alone else None
+
+
 def add_constant(node: Any, number: float) -> Node | None:
     """The tensor v if the node is v + number; else None."""
     if is_plain_add(node) and isinstance(node.args[0], Node) and _is_number(node.args[1], number):

@@ -6,15 +6,19 @@ eager ones bit by bit, and a model takes a second instead of a minute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._decomp import get_decompositions
 from torch._guards import detect_fake_mode
 from torch._inductor import config
 from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.virtualized import V
 
@@ -25,6 +29,14 @@ from fusion_pass.report import FusionReport
 # Of x -> 16 bits -> fp32 it leaves x -> fp32, also where the rounding is lost: the graph is not the model's then.
 CASTS_ARE_KEPT = torch.__version__ >= "2.12"
 needs_casts = pytest.mark.skipif(not CASTS_ARE_KEPT, reason="torch 2.11's own passes drop a cast of this model")
+
+
+@contextmanager
+def addcmul_decomposed(also: bool = True) -> Iterator[None]:
+    """torch 2.11 decomposes addcmul before any pass sees it; later versions do so inside this context."""
+    table = select_decomp_table() | (get_decompositions([torch.ops.aten.addcmul]) if also else {})
+    with mock.patch("torch._inductor.compile_fx.select_decomp_table", return_value=table):
+        yield
 
 
 class GraphBackend:

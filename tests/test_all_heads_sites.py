@@ -17,7 +17,7 @@ from attention_modules import (
     half_rope,
     written_neighbours_rope,
 )
-from graph_backend import CASTS_ARE_KEPT, GraphBackend, needs_casts, run
+from graph_backend import CASTS_ARE_KEPT, GraphBackend, addcmul_decomposed, needs_casts, run
 from graph_checks import but_adaln
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -228,6 +228,41 @@ def test_heads_that_stay_before_tokens_are_not_fused(rotate: Callable[..., Tenso
     assert [(site.kind, site.reason_name) for site in backend.report.missed] == [("norm_all_heads_rope", "HEADS")]
 
 
+def addcmul_of(first: int, second: int, sign: float, value: float = 1) -> Callable[..., Tensor]:
+    """completed_half_rope with other halves, sign or factor."""
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        pairs, cos, sin = x.unflatten(-1, (2, -1)).float(), cos.unsqueeze(-2), sin.unsqueeze(-2)
+        out = pairs * cos
+        out[..., :1, :].addcmul_(sin if sign > 0 else -sin, pairs[..., first : first + 1, :])
+        out[..., 1:, :].addcmul_(sin, pairs[..., second : second + 1, :], value=value)
+        return out.flatten(-2).to(x.dtype)
+
+    rotate.__name__ = f"addcmul_of_{first}_{second}_{sign:+}_{value}"
+    return rotate
+
+
+@needs_casts
+@pytest.mark.parametrize(
+    ("rotate", "fused"),
+    (
+        (completed_half_rope, {"norm_all_heads_rope": 1}),
+        (addcmul_of(1, 0, +1), {}),
+        (addcmul_of(0, 1, -1), {}),
+        (addcmul_of(1, 0, -1, value=2), {}),
+    ),
+)
+def test_addcmul_is_found_after_its_decomposition(rotate: Callable[..., Tensor], fused: dict[str, int]) -> None:
+    spec = Spec(rotate=rotate)
+    x, *others = spec.inputs()
+    with addcmul_decomposed():
+        got, backend = run(spec.model, x, *others)
+    assert "addcmul" not in backend.before[0]
+    assert backend.report.counts() == fused
+    if fused:
+        assert torch.equal(got, spec.model(x, *others))
+
+
 @needs_casts
 @pytest.mark.parametrize("normed", (False, True))
 def test_a_rotation_with_addcmul_is_fused_after_a_norm_only(normed: bool) -> None:
@@ -299,20 +334,6 @@ def a_product_is_rounded(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out[..., 0::2] = (a * cos).bfloat16() - b * sin
     out[..., 1::2] = a * sin + b * cos
     return out
-
-
-def addcmul_of(first: int, second: int, sign: float, value: float = 1) -> Callable[..., Tensor]:
-    """completed_half_rope with other halves, sign or factor."""
-
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        pairs, cos, sin = x.unflatten(-1, (2, -1)).float(), cos.unsqueeze(-2), sin.unsqueeze(-2)
-        out = pairs * cos
-        out[..., :1, :].addcmul_(sin if sign > 0 else -sin, pairs[..., first : first + 1, :])
-        out[..., 1:, :].addcmul_(sin, pairs[..., second : second + 1, :], value=value)
-        return out.flatten(-2).to(x.dtype)
-
-    rotate.__name__ = f"addcmul_of_{first}_{second}_{sign:+}_{value}"
-    return rotate
 
 
 NO_ROTATIONS = (

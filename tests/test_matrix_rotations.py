@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_modules import completed_half_rope
-from graph_backend import GraphBackend, needs_casts, run
-from hypothesis import given, settings
+from graph_backend import GraphBackend, addcmul_decomposed, needs_casts, run
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matrix_rotations import (
     SPELLINGS,
@@ -140,14 +140,17 @@ def fused(spec: Spec, **options: Any) -> GraphBackend:
     own_dtype=st.booleans(),
     for_each=st.booleans(),
     dynamic=st.sampled_from((False, False, True)),
+    decomposed=st.booleans(),
 )
+@example(torch_norm, columns_completed, "before", True, BF16, False, False, False, True)
 def test_every_spelling_is_fused_and_the_result_is_eagers(
-    norm, rotate, swapped, joined, dtype, own_dtype, for_each, dynamic
+    norm, rotate, swapped, joined, dtype, own_dtype, for_each, dynamic, decomposed
 ) -> None:
     if norm is native_norm and swapped == "before":
         return  # a CPU sums rows that lie apart in another order, which a mean of 16 bits shows
     table = dtype if own_dtype else FP32
-    fused(Spec(norm, rotate, swapped, joined, dtype, table, for_each), dynamic=dynamic)
+    with addcmul_decomposed(decomposed):
+        fused(Spec(norm, rotate, swapped, joined, dtype, table, for_each), dynamic=dynamic)
 
 
 @needs_casts

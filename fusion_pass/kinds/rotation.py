@@ -29,6 +29,7 @@ from fusion_pass.dataflow import (
     PARTS,
     TO_SHAPE,
     VIEWS,
+    addcmul,
     aten,
     before_widening,
     computed_alike,
@@ -351,17 +352,16 @@ def _completing(scatter: Node, product: Node, pairs: Any, nodes: list[Node]) -> 
     """(0 or 1, the table) if a scatter writes product + table * other half of the pairs into a half of a product."""
     into, added, *slicing = scatter.args
     index = _of_two(into, slicing)
-    if index is None or not is_call(added, aten.addcmul.default) or len(added.args) != 3 or added.kwargs:
+    completed = None if index is None else addcmul(added)
+    if index is None or completed is None or dtype(added) != dtype(into):
         return None
-    if dtype(added) != dtype(into):
-        return None
-    half, *factors = added.args
+    half, factors, inside = completed
     # The half that the other scatter writes is not this one.
     if not _is_half(half, (into, product), index):
         return None
     for table, other in (factors, factors[::-1]):
         if _is_half(other, (pairs,), 1 - index) and isinstance(table, Node) and have_same_shape(added, half):
-            nodes += [added, half, other]
+            nodes += [added, *inside, half, other]
             return index, table
     return None
 
@@ -606,11 +606,11 @@ def _by_matrices(total: Node) -> Rotation | None:
     results = None if x is None or not _are_rows_of_pairs(pairs, x, total) else _flattened(total, x, nodes)
     if x is None or results is None:
         return None
-    addcmul = is_call(total, aten.addcmul.default)
+    added_by_addcmul = addcmul(total) is not None
     # torch.addcmul rounds one of the two products: the op rounds that with the first column.
-    product = None if len(dtypes) > 1 or (addcmul and found.column == 1) else dtypes.pop()
+    product = None if len(dtypes) > 1 or (added_by_addcmul and found.column == 1) else dtypes.pop()
     by = before_widening(found.matrices)
-    return Rotation(total, x, by, None, True, False, False, product, *results, addcmul=addcmul, matrices=True)
+    return Rotation(total, x, by, None, True, False, False, product, *results, addcmul=added_by_addcmul, matrices=True)
 
 
 def _summed(total: Node, nodes: list[Node]) -> _Product | None:
@@ -630,11 +630,11 @@ def _summed(total: Node, nodes: list[Node]) -> _Product | None:
 
 def _columns_added(total: Node, nodes: list[Node]) -> _Product | None:
     """The first of the two products that `total` adds: those of the first and of the second columns, in any order."""
-    if is_call(total, aten.addcmul.default):
-        if len(total.args) != 3 or total.kwargs:
-            return None
-        first, *factors = total.args
-        products = [_factors(first, nodes), factors]
+    completed = addcmul(total)
+    if completed is not None:
+        base, factors, inside = completed
+        nodes += inside
+        products = [_factors(base, nodes), factors]
     else:
         products = [_factors(arg, nodes) for arg in total.args[:2]] if is_plain_add(total) else []
     first, second = (_columns(factors, nodes) for factors in products or ((), ()))

@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import Node
 
 from dit_kernels.arguments import known_equal
-from fusion_pass.dataflow import PARTS, VIEWS, aten, is_call, is_cast, value
+from fusion_pass.dataflow import PARTS, VIEWS, addcmul, aten, is_call, is_cast, value
 from fusion_pass.kinds.kind import Value
 from fusion_pass.kinds.rotation import ROTATION, SCATTER
 from fusion_pass.refusal import Reason
@@ -64,8 +64,9 @@ def _of_slices(second: Node) -> Node | None:
 def _factors(half: Any) -> set[Node]:
     """The tensors whose parts are multiplied in a sum of two products; none if `half` is another operation."""
     half = half.args[1] if is_call(half, aten.copy.default) else half
-    if is_call(half, aten.addcmul.default):  # added in place to the first product
-        base, *factors = half.args[:3]
+    completed = addcmul(half)
+    if completed is not None:  # added in place to the first product
+        base, factors, _ = completed
         products = [_written_first(_whole(base))]
     elif is_call(half, aten.sub.Tensor, aten.add.Tensor):
         factors, products = [], list(half.args[:2])
