@@ -88,9 +88,9 @@ class ZooModel:
             model._repeated_blocks = list(self.blocks)
         return model.eval().requires_grad_(False)
 
-    def inputs(self, model: nn.Module, sizes: Mapping[str, int], batch: int, device: str) -> Arguments:
+    def inputs(self, model: nn.Module, sizes: Mapping[str, int], batch: int, device: str, seed: int = 1) -> Arguments:
         """The arguments of a forward pass, by name."""
-        draw = Draw(device, torch.bfloat16, batch, torch.Generator(device).manual_seed(1))
+        draw = Draw(device, torch.bfloat16, batch, torch.Generator(device).manual_seed(seed))
         return self.make_inputs(draw, model, sizes)
 
     def with_sizes(self, given: Sequence[tuple[str, int]], small: bool) -> dict[str, int]:

@@ -15,7 +15,7 @@ OPTIONS = {"batch", "dynamic", "per_block", "mode", "coordinate_descent", "steps
 IDENTITY = {"model", "title", "precision", "layers", "sizes", "options", "pairs", "date", "gpu", "commit", "versions"}
 TIMES = {"eager_ms", "eager_peak_bytes", "torch.compile", "fusion_pass", "speedup"}
 ROW = IDENTITY | TIMES | {"parameters", "fused", "missed", "graphs", "same_code", "error", "seconds"}
-VARIANT = {"ms", "step_ms", "first_call_s", "peak_bytes", "distance", "equal", "kernels_ms", "kernels"}
+VARIANT = {"ms", "step_ms", "first_call_s", "peak_bytes", "distance", "distances", "equal", "kernels_ms", "kernels"}
 PAIRS = 4
 OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
 # This program runs in its own process, because the examples and the tests each have a module `zimage`. To save time,
