@@ -74,9 +74,16 @@ def build_model(size: str, device: str) -> ZImageTransformer2DModel:
     return model.eval().requires_grad_(False)
 
 
-def build_inputs(model: ZImageTransformer2DModel, height: int, width: int, caption: int, batch: int) -> Inputs:
+def build_inputs(
+    model: ZImageTransformer2DModel,
+    height: int,
+    width: int,
+    caption: int,
+    batch: int,
+    generator: torch.Generator | None = None,
+) -> Inputs:
     """Arguments of a forward pass: latents, a list of [16, 1, H/8, W/8]; timesteps [B]; captions, a list of [L, C]."""
-    generator = torch.Generator(model.device).manual_seed(1)
+    generator = generator or torch.Generator(model.device).manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)

@@ -108,7 +108,7 @@ class ZooModel:
         numbers = [int(number) for number in text.split("+")]
         if len(numbers) == 1:
             numbers *= len(self.layers)
-        if len(numbers) != len(self.layers) or min(numbers) < 1:
+        if len(numbers) != len(self.layers) or numbers[0] < 1 or min(numbers) < 0:
             raise ValueError(f"{self.title} has the layers {', '.join(self.layers)}, and got {text}")
         return dict(zip(self.layers, numbers, strict=True))
 
@@ -140,7 +140,8 @@ def randomize(model: nn.Module) -> None:
 
 
 def zimage_inputs(draw: Draw, model: Any, sizes: Mapping[str, int]) -> Arguments:
-    latents, timesteps, captions = build_inputs(model, sizes["pixels"], sizes["pixels"], sizes["text"], draw.batch)
+    pixels = sizes["pixels"]
+    latents, timesteps, captions = build_inputs(model, pixels, pixels, sizes["text"], draw.batch, draw.generator)
     return {"x": latents, "t": timesteps, "cap_feats": captions}
 
 
