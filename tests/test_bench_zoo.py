@@ -98,7 +98,7 @@ def test_the_results_and_each_row_have_every_field(results: dict[str, Any]) -> N
             assert set(variant) == VARIANT
             assert len(variant["step_ms"]) == PAIRS
             assert 0 < variant["distance"] < 0.05
-            assert len(set(variant["distances"])) == len(bench_zoo.SEEDS)
+            assert len(set(variant["distances"])) == 5  # one for each seed
             assert set(variant["kernels_ms"]) == {"matmul", "attention", "ours", "rest"}
 
 
