@@ -92,24 +92,42 @@ class Step:
         return ([tensor for each in outputs for tensor in (each if isinstance(each, list) else (each,))],)
 
 
-def quantize(model: nn.Module, precision: str, recommended_settings: bool) -> None:
-    """FP8 or int8 weights, and inputs that are quantised row by row: torchao's, in every linear layer it can take."""
+def quantize(model: nn.Module, precision: str, recommended_settings: bool, rows: Mapping[nn.Module, int]) -> None:
+    """FP8 or int8 weights, and inputs that are quantised row by row: torchao's, in every linear layer it can take.
+
+    rows: how many rows each layer reads. A layer whose weight is not bf16, as in Wan's time embedding, stays as it is:
+    FP8 is refused there. So does a layer that reads few rows: torch._int_mm takes 17 or more.
+    """
     from torchao import quantization
 
     if precision == "fp8":
-        rows = quantization.PerRow()
         config = quantization.Float8DynamicActivationFloat8WeightConfig(
-            granularity=rows, set_inductor_config=recommended_settings
+            granularity=quantization.PerRow(), set_inductor_config=recommended_settings
         )
     else:
         config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=recommended_settings)
-    quantization.quantize_(model, config, lambda module, _: _is_linear_in_bf16(module))
+    fewest = 17 if precision == "int8" else 1
+
+    def can_be_quantised(module: nn.Module, _: str) -> bool:
+        linear = isinstance(module, nn.Linear) and module.weight.dtype == torch.bfloat16
+        return linear and rows.get(module, fewest) >= fewest
+
+    quantization.quantize_(model, config, can_be_quantised)
     torch._inductor.config.fx_graph_cache = False  # which the recommended settings turn on
 
 
-def _is_linear_in_bf16(module: nn.Module) -> bool:
-    """torchao's FP8 takes no other weights. Wan keeps the layers of its time embedding in fp32."""
-    return isinstance(module, nn.Linear) and module.weight.dtype == torch.bfloat16
+def rows_read(model: nn.Module, arguments: Arguments) -> dict[nn.Module, int]:
+    """How many rows each linear layer reads in a forward pass."""
+    rows: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows[module] = inputs[0].shape[:-1].numel()
+
+    hooks = [module.register_forward_pre_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
+    model(**arguments)
+    for hook in hooks:
+        hook.remove()
+    return rows
 
 
 @contextmanager
@@ -204,7 +222,7 @@ def measure(
     row: Row = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     arguments = spec.inputs(model, sizes, options["batch"], device)
     if precision != "bf16":
-        quantize(model, precision, options["coordinate_descent"])
+        quantize(model, precision, options["coordinate_descent"], rows_read(model, arguments))
     inputs: Any = ([], torch.zeros((), device=device), [])
     # First eager: some models build their tables of rotations in their first pass, which would break the graph.
     tell("eager")

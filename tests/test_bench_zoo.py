@@ -62,6 +62,21 @@ for name, date, gpu, rows in (("a", "{NEW}", "one", 2), ("b", "{OLD}", "one", 3)
     rows = [dict(row, **said) for row in results["rows"][:rows]]
     Path(name + ".json").write_text(json.dumps(dict(results, **said, rows=rows)))
 bench_zoo.main("--merge a.json b.json c.json --json merged.json".split())
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bf16, self.fp32, self.of_time = (torch.nn.Linear(64, 64, dtype=dtype) for dtype in DTYPES)
+
+    def forward(self, x, t):
+        return self.bf16(x), self.fp32(x.float()), self.of_time(t)
+
+DTYPES = (torch.bfloat16, torch.float32, torch.bfloat16)
+layers = Layers()
+rows = bench_zoo.rows_read(layers, dict(x=torch.zeros(2, 9, 64).bfloat16(), t=torch.zeros(2, 64).bfloat16()))
+bench_zoo.quantize(layers, "int8", False, rows)
+quantised = [name for name, layer in layers.named_children() if type(layer.weight) is not torch.nn.Parameter]
+Path("int8.json").write_text(json.dumps(quantised))
 """
 
 
@@ -100,6 +115,10 @@ def test_the_results_and_each_row_have_every_field(results: dict[str, Any]) -> N
             assert 0 < variant["distance"] < 0.05
             assert len(set(variant["distances"])) == 5  # one for each seed
             assert set(variant["kernels_ms"]) == {"matmul", "attention", "ours", "rest"}
+
+
+def test_layers_of_few_rows_and_of_fp32_are_not_quantised_to_int8(folder: Path) -> None:
+    assert json.loads((folder / "int8.json").read_text()) == ["bf16"]
 
 
 def test_the_sites_of_z_image_are_counted_and_where_nothing_is_fused_the_code_is_plain(results: dict[str, Any]) -> None:
