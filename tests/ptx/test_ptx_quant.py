@@ -125,23 +125,23 @@ def test_gelu_in_other_dtypes_is_quantised(dtype: torch.dtype, options: dict[str
     assert ((q.float() * s - z).abs() <= z.abs() * 0.0626 + s * 2.0**-10).all()
 
 
-@pytest.mark.parametrize(
-    ("arch", "options", "differ", "of_cuda"), (("sm_89", GELUS[0], 4, 0), ("sm_90a", GELUS[1], 7, 4)), ids=str
-)
-def test_gelu_of_every_bf16_number_is_that_of_eager_code(
-    arch: str, options: dict[str, str], differ: int, of_cuda: int
-) -> None:
-    """Stored by the kernel of silu(a) * 1. A CPU's tanh and erf are less exact than CUDA's near -1."""
+@pytest.mark.parametrize(("arch", "options", "differ"), (("sm_89", GELUS[0], 0), ("sm_90a", GELUS[1], 4)), ids=str)
+def test_gelu_of_every_bf16_number_is_that_of_eager_code(arch: str, options: dict[str, str], differ: int) -> None:
+    """Stored by the kernel of silu(a) * 1. Eager on a GPU is what counts: a CPU's erf differs from CPU to CPU."""
     a = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(BF16).view(1, 16, -1)
     replaced = mock.patch.dict(activation._ACTIVATIONS, silu=activation._ACTIVATIONS[OPS[GELU].act(options)])
     with gpu(arch, 132, compiled.__wrapped__), replaced:
         (z,) = INTERPRETER.run("silu_mul", a, torch.ones_like(a))
     with INTERPRETER.eager():
-        cuda = torch.nn.functional.gelu(a, **options)
-    for eager, most in ((torch.nn.functional.gelu(a, **options), differ), (cuda, of_cuda)):
-        same = (z == eager) & (z.signbit() == eager.signbit()) | (z.isnan() & eager.isnan())
-        assert (~same).sum() <= most
-        assert (a[~same] < -3).all() and (a[~same] > -5.2).all()
+        eager = torch.nn.functional.gelu(a, **options)
+    same = (z == eager) & (z.signbit() == eager.signbit()) | (z.isnan() & eager.isnan())
+    assert (~same).sum() <= differ
+    assert (a[~same] < -3).all() and (a[~same] > -5.2).all()
+    # 1 + erf, or 1 + tanh, is rounded to fp32 before the product with a.
+    finite = a.isfinite()
+    exact = torch.nn.functional.gelu(a[finite].double(), **options)
+    bound = exact.abs() * 2.0**-8 + a[finite].double().abs() * 2.0**-23 + 2.0**-134  # the last for subnormals
+    assert ((z[finite].double() - exact).abs() <= bound).all()
 
 
 def test_rows_of_other_shapes_strides_and_alignments_are_quantised() -> None:
