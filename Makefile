@@ -20,9 +20,10 @@ help:
 demo: $(STAMP) | preflight
 	$(VENV)/bin/python examples/zimage.py $(DEMO_ARGS)
 
-# One thread a worker: JOBS workers with a pool of threads each get in each other's way.
+# One thread a worker: JOBS workers with a pool of threads each get in each other's way. Tests of one xdist_group share
+# what took long to make, so one worker runs them.
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(TEST_ARGS)
 
 lint: $(STAMP) | preflight
 	$(VENV)/bin/ruff check .

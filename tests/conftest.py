@@ -25,6 +25,14 @@ pytest.register_assert_rewrite(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker compiles the kernels that the interpreter runs, which takes a second for each. Tests share them."""
+    for item in items:
+        if "ptx" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("ptx"))
+
+
 @pytest.fixture
 def one_graph():
     """Mochi picks rows by a mask and NucleusMoE reads sizes, in each layer; without this, that breaks the graph."""

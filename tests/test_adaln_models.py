@@ -6,7 +6,6 @@ Inductor computes an operand of the add in the kernel of the add, the rule of ki
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import quantized
 import torch
 from graph_backend import GraphBackend, needs_casts
+from long import LONG
 from test_all_heads_sites import ltx
 from test_joined_models import hunyuan_video
 from test_left_to_inductor import kandinsky5, wan21
@@ -251,7 +251,7 @@ MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, Arguments]], Callable[[
     "CogVideoX": (cogvideox, lambda layers: (1, 1)),
 }
 EACH = [(name, layers) for layers in (1, 2) for name in MODELS]
-CHOSEN = EACH if os.environ.get("HYPOTHESIS_PROFILE") == "long" else [*EACH[:3], ("PixArt", 2)]
+CHOSEN = EACH if LONG else [*EACH[:3], ("PixArt", 2)]
 
 
 def check(model: nn.Module, arguments: Arguments) -> GraphBackend:

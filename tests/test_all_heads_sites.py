@@ -21,6 +21,7 @@ from graph_backend import CASTS_ARE_KEPT, GraphBackend, addcmul_decomposed, need
 from graph_checks import but_adaln
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from long import only_long
 from site_modules import diffusers_norm, llama_norm, native_norm, reciprocal_norm, torch_norm
 from test_left_to_inductor import wan21
 from test_models import Arguments, build, compiled
@@ -440,7 +441,7 @@ def check_model(model: nn.Module, arguments: Arguments, count: int) -> FusionRep
     return backend.report
 
 
-@pytest.mark.parametrize("layers", (1, 2))
+@pytest.mark.parametrize("layers", (pytest.param(1, marks=only_long), 2))
 def test_wans_q_and_k_are_fused(layers: int) -> None:
     """Its cross-attention has no rotation."""
     report = check_model(*wan21(layers), 2 * layers)

@@ -28,6 +28,8 @@ import diffusers
 import torch._inductor.config
 import bench_zoo
 
+pytestmark = pytest.mark.xdist_group("bench_zoo")
+
 def fail(*_):
     raise RuntimeError("no room")
 

@@ -101,6 +101,8 @@ from types import SimpleNamespace
 import common, flux, quantized_zimage, qwen_image, wan
 from PIL import Image
 
+pytestmark = pytest.mark.xdist_group("examples")
+
 PIPELINES = {
     flux: ("FluxPipeline", "flux1", "images"),
     qwen_image: ("QwenImagePipeline", "qwen-image", "images"),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import zimage
 from graph_backend import GraphBackend, needs_casts
 from graph_checks import but_adaln
+from long import only_long
 from test_models import flux1
 from torch import Tensor, nn
 
@@ -132,7 +133,7 @@ def flux() -> tuple[nn.Module, Any]:
     return flux1(1, 1)
 
 
-@pytest.mark.parametrize("make", (z_image, flux))
+@pytest.mark.parametrize("make", (z_image, pytest.param(flux, marks=only_long)))
 def test_a_model_in_int8_has_the_sites_of_the_model_in_bf16(make: Any) -> None:
     model, args = make()
     INT8_DYNAMIC(model, is_linear_of_a_block)

@@ -14,6 +14,7 @@ import zimage
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from graph_backend import BackendOfBoth, GraphBackend
 from graph_checks import but_adaln
+from long import LONG, only_long
 from torch import nn
 
 from fusion_pass.report import FusionReport
@@ -334,7 +335,7 @@ FUSED: dict[str, tuple[Make, Callable[[int], dict[str, int]]]] = {
 
 # Other tests count the sites of the others with one layer.
 LAYERS = (*((name, 2) for name in FUSED), ("Ideogram 4", 1), ("NucleusMoE", 1))
-IN_FP32 = ("Lumina-Next", "Mochi")  # the others take longest
+IN_FP32 = ("Lumina-Next", *(("Mochi",) if LONG else ()))  # the others take longest
 
 
 @cache
@@ -372,7 +373,7 @@ def test_in_fp32_every_site_is_fused_and_the_result_is_as_near_to_eager_as_the_u
     assert {site.rounding for site in backend.report.fused if site.kind != "silu_mul"} == {"cast_then_weight"}
 
 
-@pytest.mark.parametrize("name", ("Mochi", "FIBO 2"))
+@pytest.mark.parametrize("name", (pytest.param("Mochi", marks=only_long), "FIBO 2"))
 def test_autocast_over_fp32_weights_fuses_the_same_sites_and_the_result_is_eagers(name: str) -> None:
     make, counts = FUSED[name]
     model, arguments = make(1, torch.float32)
@@ -411,8 +412,9 @@ BLOCKS: dict[str, tuple[Make, dict[str, dict[str, int]]]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "blocks"), BLOCKS.values(), ids=BLOCKS)
-def test_compiled_block_by_block_each_block_has_its_sites_and_the_result_is_eagers(make, blocks) -> None:
+@pytest.mark.parametrize("name", (pytest.param("Lumina 2", marks=only_long), "Mochi"))
+def test_compiled_block_by_block_each_block_has_its_sites_and_the_result_is_eagers(name: str) -> None:
+    make, blocks = BLOCKS[name]
     model, arguments = make(2)
     expected = run(model, arguments)
     backends = {name: GraphBackend() for name in blocks}

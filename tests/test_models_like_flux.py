@@ -9,6 +9,7 @@ import torch
 import torch._functorch.config as functorch_config
 from graph_backend import GraphBackend
 from graph_checks import but_adaln
+from long import only_long
 from test_models import WRAPPER, Arguments, build, compiled, flux1, run
 from torch import nn
 
@@ -45,6 +46,7 @@ def bria_fibo(layers: int, single_layers: int) -> tuple[nn.Module, Arguments]:
     return model, {**arguments, "text_encoder_layers": [torch.randn(1, 6, 16, dtype=BF16) for _ in range(blocks)]}
 
 
+@only_long
 def test_chromas_heads_are_fused_in_each_block() -> None:
     model, arguments = chroma(layers := 1, single := 2)
     got, backend = compiled(model, arguments)

@@ -147,6 +147,8 @@ before = set(sys.modules)
 import dit_kernels
 by_the_kernels = sorted(set(sys.modules) - before)
 import fusion_pass
+
+pytestmark = pytest.mark.xdist_group("package")
 by_both = sorted(set(sys.modules) - before)
 cuda = torch.cuda.is_initialized()
 installed = any(d.metadata["Name"] == "kernels" for d in importlib.metadata.distributions())

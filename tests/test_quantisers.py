@@ -16,6 +16,7 @@ from graph_backend import GraphBackend, needs_casts, run
 from graph_checks import BF16, FP32, options_of, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from long import only_long
 from quantized import FP8, Quantise
 from site_modules import diffusers_norm
 from torch import Tensor
@@ -427,7 +428,7 @@ def fused_zimage(model: torch.nn.Module) -> GraphBackend:
 @needs_casts
 @pytest.mark.parametrize(
     ("form", "layers", "refiners"),
-    ((quantized.torchao, 1, 1), (quantized.without_a_dimension, 2, 0)),
+    ((quantized.torchao, 1, 1), pytest.param(quantized.without_a_dimension, 2, 0, marks=only_long)),
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_zimage_in_fp8_is_bit_equal_to_eager_and_every_matmul_reads_what_an_op_wrote(

@@ -14,10 +14,12 @@ import torch
 import zimage
 from graph_backend import GraphBackend
 from rich.console import Console
-from test_models import compiled, flux2, qwen_image
+from test_models import compiled, flux2
 
 from fusion_pass.refusal import Reason
 from fusion_pass.report import FusionReport, ReportedSite
+
+pytestmark = pytest.mark.xdist_group("report_text")
 
 
 def of_zimage() -> FusionReport:
@@ -49,7 +51,6 @@ def of_every_reason() -> FusionReport:
 
 MAKE: dict[str, Callable[[], FusionReport]] = {
     "Z-Image": of_zimage,
-    "Qwen-Image": lambda: compiled(*qwen_image(1))[1].report,
     "FLUX.2": lambda: compiled(*flux2(1))[1].report,
     "every reason": of_every_reason,
     "nothing": FusionReport,

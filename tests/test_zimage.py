@@ -6,13 +6,14 @@ import pytest
 import torch
 import zimage
 from graph_backend import BackendOfBoth, GraphBackend
+from long import only_long
 
 import fusion_pass
 
 # The counts of a model with two refiner layers are those that `explain` tells, below.
 BATCHES = {  # the lengths of the captions, and the numbers of layers and of refiner layers
     "one caption": ((12,), 2, 0),
-    "two equal captions": ((12, 12), 1, 0),
+    "two equal captions": pytest.param((12, 12), 1, 0, marks=only_long),
     "two unequal captions": ((12, 40), 1, 1),
 }
 
