@@ -120,10 +120,10 @@ def rows_read(model: nn.Module, arguments: Arguments) -> dict[nn.Module, int]:
     """How many rows each linear layer reads in a forward pass."""
     rows: dict[nn.Module, int] = {}
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows[module] = inputs[0].shape[:-1].numel()
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        rows[module] = output.shape[:-1].numel()
 
-    hooks = [module.register_forward_pre_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
     model(**arguments)
     for hook in hooks:
         hook.remove()

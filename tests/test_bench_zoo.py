@@ -10,6 +10,8 @@ import pytest
 from processes import ROOT, run_python
 from zimage import expected_counts
 
+pytestmark = pytest.mark.xdist_group("bench_zoo")
+
 HEADER = {"date", "gpu", "commit", "versions", "options", "rows"}
 OPTIONS = {"batch", "dynamic", "per_block", "mode", "coordinate_descent", "steps", "small"}
 IDENTITY = {"model", "title", "precision", "layers", "sizes", "options", "pairs", "date", "gpu", "commit", "versions"}
@@ -27,8 +29,6 @@ from pathlib import Path
 import diffusers
 import torch._inductor.config
 import bench_zoo
-
-pytestmark = pytest.mark.xdist_group("bench_zoo")
 
 def fail(*_):
     raise RuntimeError("no room")

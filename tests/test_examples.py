@@ -15,6 +15,8 @@ import torch
 import zimage
 from processes import ROOT, run_python
 
+pytestmark = pytest.mark.xdist_group("examples")
+
 EXAMPLES = ROOT / "examples"
 
 
@@ -100,8 +102,6 @@ import inspect, json
 from types import SimpleNamespace
 import common, flux, quantized_zimage, qwen_image, wan
 from PIL import Image
-
-pytestmark = pytest.mark.xdist_group("examples")
 
 PIPELINES = {
     flux: ("FluxPipeline", "flux1", "images"),

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.xdist_group("package")
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 
@@ -147,8 +149,6 @@ before = set(sys.modules)
 import dit_kernels
 by_the_kernels = sorted(set(sys.modules) - before)
 import fusion_pass
-
-pytestmark = pytest.mark.xdist_group("package")
 by_both = sorted(set(sys.modules) - before)
 cuda = torch.cuda.is_initialized()
 installed = any(d.metadata["Name"] == "kernels" for d in importlib.metadata.distributions())
