@@ -1,0 +1,117 @@
+"""Counts what is fused in each model of the tests, compiled in every way, and compares each result with eager's.
+
+    python tests/count_sites.py --json out/site_counts.json [--models "FLUX.1,Wan 2.1"]
+
+`make test` runs a sample of these; all of them take an hour of one core. kernels/benchmarks/results/site_counts.json
+has rows of an earlier run. A row: the model and its layers, how it was compiled, how often each op stands in the
+graphs, and whether the output is bit-equal to eager's, or else to that of the same graphs without the pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import test_adaln_models
+import test_models
+import torch
+import torch._functorch.config as functorch_config
+import zimage
+from graph_backend import GraphBackend
+from test_all_heads_sites import ltx2
+from test_models import WRAPPER, Arguments, run
+from test_models_like_flux import bria_fibo
+from torch import Tensor, nn
+
+Make = Callable[[int], tuple[nn.Module, Arguments]]
+
+
+def z_image(layers: int) -> tuple[nn.Module, Arguments]:
+    arguments = dict(zip(("x", "t", "cap_feats"), zimage.inputs((12, 20)), strict=True))
+    return zimage.model(layers=layers, refiners=1), arguments
+
+
+MODELS: dict[str, Make] = {
+    "Z-Image": z_image,
+    **{name: make for name, (make, _) in test_models.FUSED.items()},
+    **{name: make for name, (make, _) in test_adaln_models.MODELS.items()},
+    "Bria FIBO": lambda layers: bria_fibo(layers, 1),
+    "LTX-2, split": lambda layers: ltx2(layers, "split"),
+    "LTX-2, interleaved": lambda layers: ltx2(layers, "interleaved"),
+}
+# The layers; is the model compiled block by block; for dynamic sizes; with torch's complex wrapper?
+WAYS = {
+    "whole": (1, False, None, False),
+    "whole, 2 layers": (2, False, None, False),
+    "whole, dynamic": (1, False, True, False),
+    "whole, complex wrapper": (1, False, None, True),
+    "block by block": (2, True, None, False),
+    "block by block, dynamic": (2, True, True, False),
+}
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module, backend: Any, dynamic: bool | None) -> Iterator[nn.Module]:
+    """The model, with the blocks compiled that diffusers says are repeated."""
+    names = getattr(type(model), "_repeated_blocks", None) or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise LookupError("diffusers names no repeated blocks")
+    for block in blocks:
+        block.compile(backend=backend, dynamic=dynamic)
+    yield model
+    for block in blocks:
+        block._compiled_call_impl = None
+
+
+def output(model: nn.Module, arguments: Arguments, backend: GraphBackend, blocks: bool, dynamic: bool | None) -> Tensor:
+    torch._dynamo.reset()
+    if not blocks:
+        return run(torch.compile(model, backend=backend, dynamic=dynamic), arguments)
+    with compiled_blocks(model, backend, dynamic) as compiled:
+        return run(compiled, arguments)
+
+
+def count(make: Make, layers: int, blocks: bool, dynamic: bool | None, wrapped: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, arguments = make(layers)
+    eager = run(model, arguments)
+    backend, plain = GraphBackend(), GraphBackend(fuse=False)
+    with functorch_config.patch(**{WRAPPER: True}) if wrapped else nullcontext():
+        got = output(model, arguments, backend, blocks, dynamic)
+        equal = "eager" if torch.equal(got, eager) else None
+        if equal is None and torch.equal(got, output(model, arguments, plain, blocks, dynamic)):
+            equal = "the graphs without the pass"
+    return {"counts": backend.report.counts(), "graphs": len(backend.graphs), "equal": equal}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", help="separated by commas (all)")
+    parser.add_argument("--json", type=Path, required=True, help="write the rows there, after each one")
+    args = parser.parse_args()
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    header = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions}
+    for name in args.models.split(",") if args.models else MODELS:
+        for way, how in WAYS.items():
+            start = time.perf_counter()
+            try:
+                found: dict[str, Any] = count(MODELS[name], *how)
+            except Exception as error:
+                found = {"error": f"{type(error).__name__}: {error}"[:500]}
+            rows.append({"model": name, "compiled": way, "layers": how[0], **found})
+            print(f"{name}, {way}: {found} in {time.perf_counter() - start:.0f} s", flush=True)
+            args.json.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
