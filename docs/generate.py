@@ -77,7 +77,10 @@ def source(link: Link, name: str, *facts: str) -> str:
 
 def zoo_rows() -> list[Row]:
     """The models that ran, the fastest first."""
-    rows = [row for row in results("h100_zoo.json")["rows"] if row["error"] is None]
+    return fastest_first(row for row in results("h100_zoo.json")["rows"] if row["error"] is None)
+
+
+def fastest_first(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: -row["speedup"]["median"])
 
 
@@ -121,7 +124,7 @@ def usual_rows() -> list[Row]:
     for row in sorted(zoo_rows(), key=lambda row: row["options"].get("steps", 1)):
         if not row["options"]["coordinate_descent"] and row["sizes"].get("pixels", 1024) == 1024:
             found.setdefault((row["title"], row["precision"]), row)
-    return [row for row in zoo_rows() if any(row is each for each in found.values())]
+    return fastest_first(found.values())
 
 
 def zoo(link: Link) -> str:

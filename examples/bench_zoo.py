@@ -92,11 +92,11 @@ class Step:
         return ([tensor for each in outputs for tensor in (each if isinstance(each, list) else (each,))],)
 
 
-def quantize(model: nn.Module, precision: str, recommended_settings: bool, rows: Mapping[nn.Module, int]) -> None:
+def quantize(model: nn.Module, precision: str, recommended_settings: bool, arguments: Arguments) -> None:
     """FP8 or int8 weights, and inputs that are quantised row by row: torchao's, in every linear layer it can take.
 
-    rows: how many rows each layer reads. A layer whose weight is not bf16, as in Wan's time embedding, stays as it is:
-    FP8 is refused there. So does a layer that reads few rows: torch._int_mm takes 17 or more.
+    A layer whose weight is not bf16, as in Wan's time embedding, stays as it is: FP8 is refused there. In int8, so does
+    a layer that reads few rows when the model is called with `arguments`.
     """
     from torchao import quantization
 
@@ -106,28 +106,28 @@ def quantize(model: nn.Module, precision: str, recommended_settings: bool, rows:
         )
     else:
         config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=recommended_settings)
-    fewest = 17 if precision == "int8" else 1
+    skipped = layers_of_few_rows(model, arguments) if precision == "int8" else set()
 
     def can_be_quantised(module: nn.Module, _: str) -> bool:
-        linear = isinstance(module, nn.Linear) and module.weight.dtype == torch.bfloat16
-        return linear and rows.get(module, fewest) >= fewest
+        return isinstance(module, nn.Linear) and module.weight.dtype == torch.bfloat16 and module not in skipped
 
     quantization.quantize_(model, config, can_be_quantised)
     torch._inductor.config.fx_graph_cache = False  # which the recommended settings turn on
 
 
-def rows_read(model: nn.Module, arguments: Arguments) -> dict[nn.Module, int]:
-    """How many rows each linear layer reads in a forward pass."""
-    rows: dict[nn.Module, int] = {}
+def layers_of_few_rows(model: nn.Module, arguments: Arguments) -> set[nn.Module]:
+    """The linear layers that read fewer than the 17 rows that torch._int_mm needs, in one forward pass."""
+    found: set[nn.Module] = set()
 
-    def count(module: nn.Module, _: Any, output: Tensor) -> None:
-        rows[module] = output.shape[:-1].numel()
+    def check(module: nn.Module, _: Any, output: Tensor) -> None:
+        if output.shape[:-1].numel() < 17:
+            found.add(module)
 
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(check) for module in model.modules() if isinstance(module, nn.Linear)]
     model(**arguments)
     for hook in hooks:
         hook.remove()
-    return rows
+    return found
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def measure(
     row: Row = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     arguments = spec.inputs(model, sizes, options["batch"], device)
     if precision != "bf16":
-        quantize(model, precision, options["coordinate_descent"], rows_read(model, arguments))
+        quantize(model, precision, options["coordinate_descent"], arguments)
     inputs: Any = ([], torch.zeros((), device=device), [])
     # First eager: some models build their tables of rotations in their first pass, which would break the graph.
     tell("eager")

@@ -29,7 +29,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker compiles the kernels that the interpreter runs, which takes a second for each. Tests share them."""
     for item in items:
-        if "ptx" in item.path.parts:
+        if item.path.parent.name == "ptx":
             item.add_marker(pytest.mark.xdist_group("ptx"))
 
 

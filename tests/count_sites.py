@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch._functorch.config as functorch_config
 import zimage
 from graph_backend import GraphBackend
 from test_all_heads_sites import ltx2
-from test_models import WRAPPER, Arguments, run
+from test_models import WRAPPER, Arguments, compiled, run
 from test_models_like_flux import bria_fibo
 from torch import Tensor, nn
 
@@ -57,37 +57,25 @@ WAYS = {
 }
 
 
-@contextmanager
-def compiled_blocks(model: nn.Module, backend: Any, dynamic: bool | None) -> Iterator[nn.Module]:
-    """The model, with the blocks compiled that diffusers says are repeated."""
-    names = getattr(type(model), "_repeated_blocks", None) or ()
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+def output(
+    model: nn.Module, arguments: Arguments, blocks: bool, dynamic: bool | None, fuse: bool = True
+) -> tuple[Tensor, GraphBackend]:
     if not blocks:
-        raise LookupError("diffusers names no repeated blocks")
-    for block in blocks:
-        block.compile(backend=backend, dynamic=dynamic)
-    yield model
-    for block in blocks:
-        block._compiled_call_impl = None
-
-
-def output(model: nn.Module, arguments: Arguments, backend: GraphBackend, blocks: bool, dynamic: bool | None) -> Tensor:
+        return compiled(model, arguments, dynamic=dynamic, fuse=fuse)
     torch._dynamo.reset()
-    if not blocks:
-        return run(torch.compile(model, backend=backend, dynamic=dynamic), arguments)
-    with compiled_blocks(model, backend, dynamic) as compiled:
-        return run(compiled, arguments)
+    backend = GraphBackend(fuse=fuse)
+    model.compile_repeated_blocks(backend=backend, dynamic=dynamic)
+    return run(model, arguments), backend
 
 
 def count(make: Make, layers: int, blocks: bool, dynamic: bool | None, wrapped: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model, arguments = make(layers)
     eager = run(model, arguments)
-    backend, plain = GraphBackend(), GraphBackend(fuse=False)
     with functorch_config.patch(**{WRAPPER: True}) if wrapped else nullcontext():
-        got = output(model, arguments, backend, blocks, dynamic)
+        got, backend = output(model, arguments, blocks, dynamic)
         equal = "eager" if torch.equal(got, eager) else None
-        if equal is None and torch.equal(got, output(model, arguments, plain, blocks, dynamic)):
+        if equal is None and torch.equal(got, output(model, arguments, blocks, dynamic, fuse=False)[0]):
             equal = "the graphs without the pass"
     return {"counts": backend.report.counts(), "graphs": len(backend.graphs), "equal": equal}
 

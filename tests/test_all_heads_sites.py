@@ -243,14 +243,15 @@ def addcmul_of(first: int, second: int, sign: float, value: float = 1) -> Callab
     return rotate
 
 
+OTHER_ADDCMULS = (addcmul_of(1, 0, +1), addcmul_of(0, 1, -1), addcmul_of(1, 0, -1, value=2))
+
+
 @needs_casts
 @pytest.mark.parametrize(
     ("rotate", "fused"),
     (
         (completed_half_rope, {"norm_all_heads_rope": 1}),
-        (addcmul_of(1, 0, +1), {}),
-        (addcmul_of(0, 1, -1), {}),
-        (addcmul_of(1, 0, -1, value=2), {}),
+        *((rotate, {}) for rotate in OTHER_ADDCMULS),
     ),
 )
 def test_addcmul_is_found_after_its_decomposition(rotate: Callable[..., Tensor], fused: dict[str, int]) -> None:
@@ -345,9 +346,7 @@ NO_ROTATIONS = (
     pairs_of_neighbours_written_into_halves,
     one_half_of_another_tensor,
     a_product_is_rounded,
-    addcmul_of(1, 0, +1),
-    addcmul_of(0, 1, -1),
-    addcmul_of(1, 0, -1, value=2),
+    *OTHER_ADDCMULS,
 )
 
 

@@ -75,8 +75,8 @@ class Layers(torch.nn.Module):
 
 DTYPES = (torch.bfloat16, torch.float32, torch.bfloat16)
 layers = Layers()
-rows = bench_zoo.rows_read(layers, dict(x=torch.zeros(2, 9, 64).bfloat16(), t=torch.zeros(2, 64).bfloat16()))
-bench_zoo.quantize(layers, "int8", False, rows)
+arguments = dict(x=torch.zeros(2, 9, 64).bfloat16(), t=torch.zeros(2, 64).bfloat16())
+bench_zoo.quantize(layers, "int8", False, arguments)
 quantised = [name for name, layer in layers.named_children() if type(layer.weight) is not torch.nn.Parameter]
 Path("int8.json").write_text(json.dumps(quantised))
 """

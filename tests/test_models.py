@@ -14,7 +14,7 @@ import zimage
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from graph_backend import BackendOfBoth, GraphBackend
 from graph_checks import but_adaln
-from long import LONG, only_long
+from long import only_long
 from torch import nn
 
 from fusion_pass.report import FusionReport
@@ -335,7 +335,6 @@ FUSED: dict[str, tuple[Make, Callable[[int], dict[str, int]]]] = {
 
 # Other tests count the sites of the others with one layer.
 LAYERS = (*((name, 2) for name in FUSED), ("Ideogram 4", 1), ("NucleusMoE", 1))
-IN_FP32 = ("Lumina-Next", *(("Mochi",) if LONG else ()))  # the others take longest
 
 
 @cache
@@ -362,9 +361,10 @@ def test_every_site_is_fused_and_the_result_is_eagers(name: str, layers: int) ->
     assert report.counts() == counts(layers)
 
 
-@pytest.mark.parametrize(("make", "counts"), [FUSED[name] for name in IN_FP32], ids=IN_FP32)
-def test_in_fp32_every_site_is_fused_and_the_result_is_as_near_to_eager_as_the_unfused_graphs(make, counts) -> None:
+@pytest.mark.parametrize("name", ("Lumina-Next", pytest.param("Mochi", marks=only_long)))  # the others take longest
+def test_in_fp32_every_site_is_fused_and_the_result_is_as_near_to_eager_as_the_unfused_graphs(name: str) -> None:
     """Inductor decomposes silu, layer_norm and the like, which shows in the last bits of both."""
+    make, counts = FUSED[name]
     model, arguments = make(1, torch.float32)
     eager = run(model, arguments)
     got, plain, backend = compiled_with_and_without_the_pass(model, arguments)

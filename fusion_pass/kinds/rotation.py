@@ -351,8 +351,7 @@ def _completed(second: Node) -> Rotation | None:
 def _completing(scatter: Node, product: Node, pairs: Any, nodes: list[Node]) -> tuple[int, Node] | None:
     """(0 or 1, the table) if a scatter writes product + table * other half of the pairs into a half of a product."""
     into, added, *slicing = scatter.args
-    index = _of_two(into, slicing)
-    completed = None if index is None else addcmul(added)
+    index, completed = _of_two(into, slicing), addcmul(added)
     if index is None or completed is None or dtype(added) != dtype(into):
         return None
     half, factors, inside = completed
