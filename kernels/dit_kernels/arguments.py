@@ -147,6 +147,23 @@ def _lay_joined_table(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) 
     return _lay_table(sizes, strides, (first[0], tokens, *first[2:]), equal)
 
 
+def _lay_tokens(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Strided | None:
+    lead, last = _merged(sizes[:-1], strides[:-1], equal), _dense(sizes, strides, equal)
+    return None if lead is None or last is None else ((1, lead[0], sizes[-1]), (0, lead[1], last))
+
+
+def _fits_matrix(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
+    return len(sizes) == 2 and equal(sizes[1], first[-1])
+
+
+def _lay_matrix(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Strided | None:
+    return None if (last := _dense(sizes, strides, equal)) is None else (tuple(sizes), (strides[0], last))
+
+
+def _fits_bias(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
+    return len(sizes) == 1
+
+
 def _no_tensor(*_: Any) -> Any:
     raise TypeError("an eps has no shape and no strides")
 
@@ -238,6 +255,14 @@ JOINED_TABLE = Role(
     2,
     may_be_complex=True,
 )
+# The tokens that a linear layer reads, or those that it writes: [..., S, K]. A kernel takes them as (1, tokens, K).
+TOKENS = Role(
+    "tokens", "[..., S, K]", "{sizes}, the shape of {first}, except for the last dimension", _fits_part, _lay_tokens, 2
+)
+# The weight of a linear layer: [N, K], as nn.Linear stores it.
+MATRIX = Role("matrix", "[N, K]", "[N, {width}], with the last dimension of {first}", _fits_matrix, _lay_matrix, 1)
+# The bias of a linear layer: [N].
+BIAS = Role("bias", "[N]", "[N]", _fits_bias, _lay_column)
 # A number that is not negative, or one floating-point element on the CPU.
 EPS = Role("eps", "", "a number >= 0, or one floating-point element on the CPU", _no_tensor, _no_tensor)
 

@@ -106,3 +106,16 @@ class ActivationChain:
     steps: ActivationSteps
     quant: QuantSteps | StaticSteps | None = None
     keeps: bool = False
+
+
+@dataclass(frozen=True)
+class LinearChain:
+    """act(R(x @ w_gate)) * R(x @ w_up), or act(R(x @ w)) if there is no product. R rounds to `linear`.
+
+    act: one of rounding.ACTIVATIONS. configuration: how the kernel is tiled, see families.linear; "" for the default.
+    """
+
+    act: str
+    linear: torch.dtype
+    steps: ActivationSteps
+    configuration: str = ""

@@ -25,7 +25,7 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64
 
-from dit_kernels.chain import ActivationChain
+from dit_kernels.chain import ActivationChain, LinearChain
 from dit_kernels.cute.arith import elements_of, product, rounded, widen
 from dit_kernels.cute.fma import fma32
 from dit_kernels.cute.kernel import Kernel
@@ -84,7 +84,7 @@ def _tanh_half(a: Float32) -> Float32:
 _ACTIVATIONS = {"identity": lambda a, precise: a, "silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
 
 
-def _activation(a, b, chain: ActivationChain):
+def activation(a, b, chain: ActivationChain | LinearChain):
     """A vector of the chain's result. b: None if there is none."""
     steps = chain.steps
     activated = rounded(_ACTIVATIONS[chain.act](widen(a), steps.out == torch.float32), steps.activated)
@@ -130,7 +130,7 @@ class ActivationKernel(Kernel):
             )
             pieces.append((result, inside, left, right))
         for result, inside, left, right in pieces:
-            store(_activation(left.load(), right.load(), self.chain), result, inside)
+            store(activation(left.load(), right.load(), self.chain), result, inside)
 
 
 class QuantisedActivationKernel(RowKernel):
@@ -142,7 +142,7 @@ class QuantisedActivationKernel(RowKernel):
         parts = [] if before is None else [(_copied(before), self.writer(operands, "q", before.place))]
         for i in range(place.tiling.vectors):
             a, b = (rows[name](i) if name in rows else None for name in ("a", "b"))
-            z.store(i, _activation(a, b, self.chain))
+            z.store(i, activation(a, b, self.chain))
         start = 0 if before is None else before.place.d
         parts.append((z, Writer(cute.make_tensor(q.iterator + start, q.layout), self.specs["q"], place)))
         self.quantise(parts, operands, partials)

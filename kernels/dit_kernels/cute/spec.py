@@ -7,7 +7,19 @@ from typing import Any, Literal
 
 import torch
 
-from dit_kernels.arguments import COLUMN, MODULATION, PART, ROW, SCALAR, Argument, Layout, known, known_equal
+from dit_kernels.arguments import (
+    BIAS,
+    COLUMN,
+    MODULATION,
+    PART,
+    ROW,
+    SCALAR,
+    TOKENS,
+    Argument,
+    Layout,
+    known,
+    known_equal,
+)
 from dit_kernels.cute.tiling import ACCESS_BYTES
 
 Walk = Literal["token", "batch", "column", "element"]
@@ -30,14 +42,14 @@ def spec_of(argument: Argument, layout: Layout, d: int) -> TensorSpec:
     if argument.role is SCALAR or (argument.role is MODULATION and d != 1 and known_equal(shape[2], 1)):
         return TensorSpec(layout.dtype, "element", itemsize)
     access = min(ACCESS_BYTES, layout.address & -layout.address or ACCESS_BYTES)
-    if argument.role is COLUMN:
+    if argument.role in (COLUMN, BIAS):
         return TensorSpec(layout.dtype, "column", access)
     for size, stride in zip(shape[:-1], layout.strides[:-1], strict=True):
         while not known_equal(size, 1) and not known(stride * itemsize % access == 0):
             access //= 2
     walk: Walk = "batch" if argument.role is MODULATION and known_equal(shape[1], 1) else "token"
     heads = int(shape[2]) if len(shape) > 3 else 1
-    width = int(shape[-1]) if argument.role in (ROW, PART) and not known_equal(shape[-1], d) else None
+    width = int(shape[-1]) if argument.role in (ROW, PART, TOKENS) and not known_equal(shape[-1], d) else None
     return TensorSpec(layout.dtype, walk, access, heads, width)
 
 

@@ -1,0 +1,189 @@
+"""Linear layers with their activation: silu(x @ w_gate) * (x @ w_up), and gelu(x @ w). The kernels need quack.
+
+x is [..., S, K]; the weights are [N, K], as nn.Linear stores them, and stay where they are. The kernel rounds the sum of
+a matmul and its bias as eager does, and then applies the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from dit_kernels import reference
+from dit_kernels.arguments import BIAS, MATRIX, TOKENS, Argument, Option, dtype_option, known, known_equal, reject
+from dit_kernels.chain import LinearChain
+from dit_kernels.families.activation import ActivationOp
+from dit_kernels.families.family import Family, Named, Op, Shaped
+from dit_kernels.families.rows import processors
+from dit_kernels.rounding import ACTIVATION_FORMS, activation_steps, compute_dtype
+
+_steps = lru_cache(maxsize=None)(activation_steps)
+
+GRAIN = 8  # elements of 16 bits; sizes of an operand are multiples of it
+FARTHEST = 1 << 40  # bytes between two weights that one tensor map can span
+
+
+@dataclass(frozen=True)
+class LinearTiling:
+    """How the matmul is distributed.
+
+    tile_m × tile_n: the part of the result that a CTA computes at once, before gate and up are multiplied. cluster_m ×
+    cluster_n: the CTAs that share what they load. pingpong: two warp groups work on tiles of their own; otherwise on one.
+    """
+
+    tile_m: int
+    tile_n: int
+    cluster_m: int = 1
+    cluster_n: int = 1
+    pingpong: bool = False
+
+    def __str__(self) -> str:
+        words = f"{self.tile_m}x{self.tile_n}/{self.cluster_m}x{self.cluster_n}"
+        return f"{words}/pingpong" if self.pingpong else words
+
+
+def tiling_of(configuration: str) -> LinearTiling:
+    """The tiling that str(tiling) names. Raises ValueError for other words."""
+    tile, cluster, *more = configuration.split("/")
+    return LinearTiling(*map(int, tile.split("x")), *map(int, cluster.split("x")), pingpong=more == ["pingpong"])
+
+
+# By the major number of the compute capability. The first one is the default.
+# Hopper: quack's tilings that were fastest of eight at the sizes of Z-Image and FLUX.1 on an H100.
+TILINGS: Mapping[int, tuple[LinearTiling, ...]] = {
+    8: (LinearTiling(128, 128),),
+    9: (
+        LinearTiling(128, 192, 2, 1, pingpong=True),
+        LinearTiling(192, 192, 2, 1),
+        LinearTiling(128, 256, 2, 1),
+        LinearTiling(128, 160, 2, 1, pingpong=True),
+    ),
+    10: (LinearTiling(256, 256, 2, 1),),
+    12: (LinearTiling(128, 128, pingpong=True),),
+}
+
+
+class Linear(Family):
+    """Computes a LinearChain."""
+
+    arguments = (
+        Argument("x", TOKENS),
+        Argument("w", MATRIX),
+        Argument("w_up", MATRIX, optional=True),
+        Argument("bias", BIAS, optional=True, defaulted=True),
+        Argument("bias_up", BIAS, optional=True, defaulted=True),
+        Argument("out", TOKENS, written=True, placed=True),
+    )
+
+    def check(self, op: Op, named: Named, options: Named) -> None:
+        """The weights have one shape, a bias is as long as its weight has rows, and all have x's dtype."""
+        n = named["w"].shape[0]
+        up = named.get("w_up")
+        if up is not None and not known_equal(up.shape[0], n):
+            reject(op.name, "w_up.shape", list(up.shape), f"{list(named['w'].shape)}, the shape of {op.own_name('w')}")
+        for argument in op.inputs[1:]:
+            given, name = named[argument.name], op.own_name(argument.name)
+            if given is None:
+                continue
+            if given.dtype != named["x"].dtype:
+                reject(op.name, f"{name}.dtype", given.dtype, f"{named['x'].dtype}, the dtype of x")
+            if argument.role is BIAS and not known_equal(given.shape[0], n):
+                reject(op.name, f"{name}.shape", list(given.shape), f"[{n}], the rows of {op.own_name('w')}")
+        if options.get("configuration"):
+            try:
+                tiling_of(options["configuration"])
+            except (TypeError, ValueError):
+                reject(op.name, "configuration", repr(options["configuration"]), "'' or one like '128x192/2x1'")
+
+    def chain(self, op: Op, named: Named, options: Named) -> LinearChain:
+        assert isinstance(op, ActivationOp)
+        form, dtype = options["rounding"], named["x"].dtype
+        out = options.get("out_dtype") or dtype
+        activated = options.get("silu_dtype", out)
+        steps = _steps(form, dtype, dtype if "w_up" in op.arguments else None, activated, out)
+        rounded = compute_dtype(dtype) if form == "fp32" else dtype
+        return LinearChain(op.act(options), rounded, steps, options["configuration"])
+
+    def results(self, chain: LinearChain, named: Named) -> tuple[Shaped, ...]:
+        return (((*named["x"].shape[:-1], named["w"].shape[0]), chain.steps.out),)
+
+    def definition(self, chain: LinearChain, named: Named) -> tuple[Tensor, ...]:
+        def layer(weight: str, bias: str) -> Tensor:
+            x, w, b = (None if (t := named.get(name)) is None else t.to(chain.linear) for name in ("x", weight, bias))
+            return linear(x, w, b)
+
+        up = None if named.get("w_up") is None else layer("w_up", "bias_up")
+        return (reference.activation(layer("w", "bias"), up, chain.act, chain.steps),)
+
+    def fits_kernel(self, chain: LinearChain, named: Named) -> bool:
+        """16-bit operands of one dtype, weights whose rows are contiguous, and at least two tokens."""
+        x, weights = named["x"], [named["w"], *([named["w_up"]] if named.get("w_up") is not None else [])]
+        if x.dtype not in (torch.bfloat16, torch.float16) or chain.steps.out != x.dtype:
+            return False
+        if len(weights) > 1 and any(named.get(name) is not None for name in ("bias", "bias_up")):
+            return False
+        if not all(known(size % GRAIN == 0) for size in weights[0].shape) or not known(x.shape[:-1].numel() > 1):
+            return False
+        if not all(known_equal(w.stride(1), 1) and known(w.stride(0) % GRAIN == 0) for w in weights):
+            return False
+        if not known_equal(weights[0].stride(0), weights[-1].stride(0)):
+            return False
+        return has_quack() and has_tilings(x.device)
+
+    def can_launch(self, addresses: Mapping[str, Any]) -> bool:
+        """Can one tensor map span both weights?"""
+        up = addresses["w_up"]
+        return up is None or 0 < abs(up - addresses["w"]) < FARTHEST
+
+    def kernel(self) -> Callable[..., Any]:
+        from dit_kernels.cute.linear import LinearKernel
+
+        return LinearKernel
+
+    def tiling(self, chain: LinearChain, d: int, specs: Named, arch: str) -> tuple[int, LinearTiling]:
+        major = int("".join(filter(str.isdigit, arch))) // 10
+        return major, tiling_of(chain.configuration) if chain.configuration else TILINGS[major][0]
+
+    def of_launch(self, device: int, stream: int, batches: int) -> tuple[int, ...]:
+        """The number of multiprocessors."""
+        return (processors(device),)
+
+
+@cache
+def has_quack() -> bool:
+    """Is quack installed, with all that it imports?"""
+    return all(find_spec(name) is not None for name in ("quack", "triton"))
+
+
+def has_tilings(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in TILINGS
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------
+
+_ROUNDING, _OUT = Option("rounding", "str", "model", ACTIVATION_FORMS), dtype_option("out_dtype")
+_CONFIGURATION = Option("configuration", "str", "")
+_LINEAR = Linear()
+LINEAR_SILU_MUL = ActivationOp(
+    "linear_silu_mul",
+    _LINEAR,
+    ("x", "w", "w_up", "bias", "bias_up", "out"),
+    (_ROUNDING, dtype_option("silu_dtype"), _OUT, _CONFIGURATION),
+    {"w": "w_gate", "bias": "bias_gate"},
+    activation="silu",
+)
+LINEAR_GELU = ActivationOp(
+    "linear_gelu",
+    _LINEAR,
+    ("x", "w", "bias", "out"),
+    (Option("approximate", "str", "none", ("none", "tanh")), _ROUNDING, _OUT, _CONFIGURATION),
+    activation="gelu",
+)
+OPS = (LINEAR_SILU_MUL, LINEAR_GELU)
