@@ -76,7 +76,7 @@ class Linear(Family):
     arguments = (
         Argument("x", TOKENS),
         Argument("w", MATRIX),
-        Argument("w_up", MATRIX, optional=True),
+        Argument("w_up", MATRIX),
         Argument("bias", BIAS, optional=True, defaulted=True),
         Argument("bias_up", BIAS, optional=True, defaulted=True),
         Argument("out", TOKENS, written=True, placed=True),
