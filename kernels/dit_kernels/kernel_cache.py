@@ -11,6 +11,7 @@ again.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -33,7 +34,7 @@ from dit_kernels.warn import warn_once
 Function = Callable[..., None]
 
 _ENTRY_POINT = "dit_kernel"  # the name under which every entry exports its function
-_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.o")
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.(o|json)")
 _DIGEST_BYTES = 32
 _LOCK_SECONDS = 120.0
 
@@ -95,6 +96,30 @@ def load_or_compile(arch: str, variant: Any, compile: Callable[[], Function]) ->
     except (OSError, Unusable, PackageNotFoundError, NotImplementedError) as error:
         warn_once(f"dit_kernels: kernels are not kept on disk: {error}", RuntimeWarning, subject="kernels on disk")
     return compile()
+
+
+def kept_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A JSON object from disk, or made and stored. If the cache cannot be used, warns once and makes the object.
+
+    name: 64 hexadecimal digits and ".json". An object that cannot be read back is made again. If several processes need
+    the object, one makes it, and the others wait and read it.
+    """
+    make = cache(make)
+    try:
+        entry = _open_directory(cache_directory()) / name
+        found = _load_json(entry)
+        if found is not None:
+            return found
+        # Not the lock of the kernels: a kernel may be compiled meanwhile.
+        with FileLock(entry.with_name("choices.lock"), timeout=_LOCK_SECONDS, mode=0o600):
+            found = _load_json(entry)
+            if found is None:
+                found = make()
+                _write(entry, json.dumps(found).encode())
+            return found
+    except (OSError, Unusable, NotImplementedError) as error:
+        warn_once(f"dit_kernels: choices are not kept on disk: {error}", RuntimeWarning, subject="choices on disk")
+    return make()
 
 
 def load_module(path: str, **options: bool) -> Any:
@@ -276,6 +301,29 @@ def _digest(name: str, code: bytes) -> bytes:
     return hashlib.sha256(name.encode() + code).digest()
 
 
+def _load_json(entry: Path) -> dict[str, Any] | None:
+    """The object of an entry; None if there is no entry. Deletes an entry that cannot be read back."""
+    try:
+        found = json.loads(_read(entry))
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        pass
+    entry.unlink(missing_ok=True)
+    return None
+
+
+def _write(entry: Path, content: bytes) -> None:
+    """Writes an entry whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:  # mode 0700; on the entry's file system
+        draft = Path(scratch) / entry.name
+        draft.write_bytes(content)
+        draft.chmod(0o600)
+        os.replace(draft, entry)
+
+
 def _store(entry: Path, compiled: Any) -> Function:
     with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:  # mode 0700; on the entry's file system
         draft = Path(scratch) / entry.name
@@ -284,7 +332,5 @@ def _store(entry: Path, compiled: Any) -> Function:
         except Exception as error:  # CuTeDSL may raise anything; the kernel itself is compiled
             raise Unusable(f"CuTeDSL does not export a kernel: {error}") from error
         code = draft.read_bytes()
-        draft.write_bytes(code + _digest(entry.name, code))
-        draft.chmod(0o600)
-        os.replace(draft, entry)
+    _write(entry, code + _digest(entry.name, code))
     return _load(entry) or compiled  # the loaded function costs less to call and to keep than `compiled`

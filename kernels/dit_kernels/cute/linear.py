@@ -8,7 +8,7 @@ weight at the lower address comes first, and the epilogue is told which one that
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute

@@ -1,7 +1,7 @@
 """Linear layers with their activation: silu(x @ w_gate) * (x @ w_up), and gelu(x @ w). The kernels need quack.
 
-x is [..., S, K]; the weights are [N, K], as nn.Linear stores them, and stay where they are. The kernel rounds the sum of
-a matmul and its bias as eager does, and then applies the activation.
+x is [..., S, K]; the weights are [N, K], as nn.Linear stores them, and stay where they are. The kernel rounds the sum
+of a matmul and its bias as eager does, and then applies the activation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LinearTiling:
     """How the matmul is distributed.
 
     tile_m × tile_n: the part of the result that a CTA computes at once, before gate and up are multiplied. cluster_m ×
-    cluster_n: the CTAs that share what they load. pingpong: two warp groups work on tiles of their own; otherwise on one.
+    cluster_n: the CTAs that share what they load. pingpong: two warp groups work on a tile each; otherwise on the same.
     """
 
     tile_m: int

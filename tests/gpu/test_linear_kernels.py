@@ -1,0 +1,82 @@
+"""Linear layers with their activation, on the GPU, with the bits of eager code where the order of a sum is no matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dit_kernels import ops
+from dit_kernels.families import OPS
+from dit_kernels.families.linear import TILINGS, has_quack
+
+BF16, FP16 = torch.bfloat16, torch.float16
+pytestmark = pytest.mark.skipif(not has_quack(), reason="quack-kernels is not installed")
+
+
+def integers(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
+    """Small integers: their products and sums are exact in fp32, so every order of a sum gives the same number."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randint(-2, 3, shape, device="cuda", generator=generator).to(dtype) / 4
+
+
+def call(op: str, *args: Any, **options: Any) -> Tensor:
+    assert ops.has_kernel(OPS[op].call(*args, **options))
+    result: Tensor = getattr(torch.ops.dit_kernels, op)(*args, **options)
+    return result
+
+
+def tilings() -> list[str]:
+    return [str(t) for t in TILINGS[torch.cuda.get_device_capability()[0]]] if torch.cuda.is_available() else []
+
+
+@pytest.mark.parametrize("configuration", ["", *tilings()])
+@pytest.mark.parametrize("tokens", (2, 77, 128, 1056))
+@pytest.mark.parametrize("dtype", (BF16, FP16))
+def test_silu_mul_has_the_bits_of_eager_code(dtype: torch.dtype, tokens: int, configuration: str) -> None:
+    x = integers(1, tokens, 256, dtype=dtype)
+    gate, up = integers(1360, 256, dtype=dtype, seed=1), integers(1360, 256, dtype=dtype, seed=2)
+    for w, v in ((gate, up), (up, gate)):  # either weight may lie first in memory
+        expected = F.silu(F.linear(x, w)) * F.linear(x, v)
+        assert (call("linear_silu_mul", x, w, v, configuration=configuration) == expected).float().mean() > 0.9995
+
+
+@pytest.mark.parametrize("configuration", ["", *tilings()])
+@pytest.mark.parametrize("tokens", (2, 77, 128, 1056))
+@pytest.mark.parametrize("approximate", ("none", "tanh"))
+@pytest.mark.parametrize("biased", (False, True))
+def test_gelu_has_the_bits_of_eager_code(biased: bool, approximate: str, tokens: int, configuration: str) -> None:
+    x, w = integers(1, tokens, 256), integers(1360, 256, seed=1)
+    bias = integers(1360, seed=2) if biased else None
+    expected = F.gelu(F.linear(x, w, bias), approximate=approximate)
+    result = call("linear_gelu", x, w, bias, approximate=approximate, configuration=configuration)
+    assert (result == expected).float().mean() > (0.9995 if approximate == "none" else 0.99999)
+
+
+def test_the_halves_of_one_weight_are_read_where_they_are() -> None:
+    x, w = integers(2, 100, 256), integers(2 * 512, 256, seed=1)
+    up, gate = w.chunk(2)
+    expected = F.silu(F.linear(x, gate)) * F.linear(x, up)
+    assert torch.equal(call("linear_silu_mul", x, gate, up), expected)
+
+
+def test_rows_with_a_stride_are_read_where_they_are() -> None:
+    x, w = integers(3, 100, 512)[..., :256], integers(512, 256, seed=1)
+    assert torch.equal(call("linear_gelu", x, w, approximate="tanh"), F.gelu(F.linear(x, w), approximate="tanh"))
+
+
+def test_a_result_is_written_into_its_part_of_a_larger_tensor() -> None:
+    x, w = integers(2, 100, 256), integers(512, 256, seed=1)
+    joined = torch.zeros(2, 100, 768, device="cuda", dtype=BF16)
+    ops.run_into(OPS["linear_gelu"].call(x, w, approximate="tanh"), (joined[..., 256:],))
+    assert torch.equal(joined[..., 256:], F.gelu(F.linear(x, w), approximate="tanh"))
+    assert not joined[..., :256].any()
+
+
+def test_results_do_not_change_from_run_to_run() -> None:
+    x, w = torch.randn(300, 1024, device="cuda").to(BF16), torch.randn(2048, 1024, device="cuda").to(BF16)
+    first = call("linear_gelu", x, w)
+    assert all(torch.equal(call("linear_gelu", x, w), first) for _ in range(5))
