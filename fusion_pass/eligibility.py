@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._inductor import config
 from torch.fx import Node
 
+from dit_kernels import tuning
 from dit_kernels.arguments import ROW, known_equal
 from dit_kernels.families.family import Call
 from dit_kernels.ops import checked_call, kernels_missing, prepare
 from fusion_pass.dataflow import PARTS, aten, is_call, is_pointwise, same_shape, under_views, value
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import Site
+
+
+def prepared(site: Site) -> Site:
+    """The site with the configuration of its kernel, which is compiled while Inductor compiles, too. So no forward pass
+    waits for the kernel. Raises Refused where no kernel can run, where PyTorch's own kernels are expected to be faster,
+    or where the kernel does not compile. The other sites are still fused."""
+    call = check(site)
+    chosen = _configured(site, call)
+    _compile(chosen, call if chosen is site else _call(chosen))
+    return chosen
 
 
 def check(site: Site) -> Call:
@@ -23,7 +36,10 @@ def check(site: Site) -> Call:
     missing = kernels_missing(x.device)
     if missing is not None:
         raise Refused(Reason.NO_KERNEL, site.x, missing, site.kind)
-    call = checked_call(site.target(), *(site.read(name) for name in site.roles), **site.keywords())
+    call = _call(site)
+    missing = call.op.family.missing(x.device)
+    if missing is not None:
+        raise Refused(Reason.NO_FAMILY, site.anchor, missing, site.kind)
     if not call.fits_kernel():
         raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
     for name, argument in site.roles.items():
@@ -38,11 +54,27 @@ def check(site: Site) -> Call:
     return call
 
 
-def compile_kernel(site: Site, call: Call) -> None:
-    """Compiles the kernel of a call while Inductor compiles too, so that no forward pass waits for the kernel.
+def _call(site: Site) -> Call:
+    return checked_call(site.target(), *(site.read(name) for name in site.roles), **site.keywords())
 
-    Raises Refused if the kernel does not compile. The other sites are still fused.
-    """
+
+def _configured(site: Site, call: Call) -> Site:
+    """The site with the configuration that was measured to be the fastest, if its family has several. Raises Refused
+    where PyTorch's own kernels are as fast."""
+    try:
+        problem = call.op.family.problem(call, thorough=config.max_autotune or config.max_autotune_gemm)
+        if problem is None:
+            return site
+        choice = tuning.choice(problem, call.first.device)
+    except tuning.NotMeasured as error:
+        raise Refused(Reason.NOT_FASTER, site.anchor, f"not measured: {error}", site.kind) from error
+    if choice.configuration is None:
+        raise Refused(Reason.NOT_FASTER, site.anchor, choice.why, site.kind)
+    options = {**site.options, "configuration": choice.configuration}
+    return replace(site, options=options, remark=site.remark or choice.why)
+
+
+def _compile(site: Site, call: Call) -> None:
     try:
         prepare(call)
     except Exception as error:

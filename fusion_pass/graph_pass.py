@@ -45,7 +45,7 @@ from fusion_pass.kinds import REGISTRY
 from fusion_pass.kinds.kind import Entry, Survey, Value
 from fusion_pass.prepare import drop_what_computes_nothing, merge_equal_quantisers, read_sizes_at_their_source
 from fusion_pass.proof import prove
-from fusion_pass.refusal import BY_DESIGN, Reason, Refused
+from fusion_pass.refusal import BY_DESIGN, SMALLER_FUSED, Reason, Refused
 from fusion_pass.report import FusionReport, ReportedSite, columns
 from fusion_pass.rewrite import rewrite
 from fusion_pass.site import Site
@@ -273,8 +273,8 @@ class _Rewriter:
                 prove(site, self.graph, sums=self.options.kernels == "reference")
                 chosen = site.under(self.options.policy)
                 if self.options.kernels == "auto":
-                    eligibility.compile_kernel(chosen, eligibility.check(chosen))
-                if first_refusal is not None and first_refusal.reason is Reason.QUANTISER:
+                    chosen = eligibility.prepared(chosen)
+                if first_refusal is not None and first_refusal.reason in SMALLER_FUSED:
                     return replace(chosen, remark=chosen.remark or first_refusal.why())
                 return chosen
             except Refused as refusal:
@@ -426,7 +426,7 @@ def _is_training(graph: Graph) -> bool:
 @cache
 def _fingerprint() -> str:
     """Our sources, as a hash, and the versions of the packages that they depend on."""
-    versions = (f"{name}={installed_version(name)}" for name in ("torch", "nvidia-cutlass-dsl"))
+    versions = (f"{name}={installed_version(name)}" for name in ("torch", "nvidia-cutlass-dsl", "quack-kernels"))
     return ":".join((hash_of_sources(*_PACKAGES), *versions))
 
 

@@ -30,19 +30,22 @@ class DirectCall:
 
     def __init__(self, op: str, **options: Any) -> None:
         self.op, self.options = op, options
-        self.of_launch = OPS[op].family.of_launch
+        family = OPS[op].family
+        self.of_launch, self.can_launch = family.of_launch, family.can_launch
         self.function: Any = None  # the kernel for aligned operands
         self.device = -1
         self.tensors: Any = None  # picks the tensors among the kernel's arguments
 
     def __call__(self, given: tuple[Any, ...], numbers: tuple[int, ...]) -> bool:
         """Launches the kernel, which writes the results, and returns True. Returns False, without a launch, if
-        there is no kernel yet, no row, or an address that is not aligned.
+        there is no kernel yet, no row, or an address that is not aligned or that the kernel does not take.
 
         numbers: the family's launch numbers, where every stride is a multiple of 16 bytes. The device of the operands
         is the current device.
         """
         if self.function is None or not numbers[0] * numbers[1] or reduce(or_, self.tensors(given)) % ALIGNMENT:
+            return False
+        if not self.can_launch(given):
             return False
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         self.function(*given, *numbers, *self.of_launch(self.device, stream, numbers[0]), stream)

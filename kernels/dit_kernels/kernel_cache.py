@@ -101,8 +101,8 @@ def load_or_compile(arch: str, variant: Any, compile: Callable[[], Function]) ->
 def kept_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A JSON object from disk, or made and stored. If the cache cannot be used, warns once and makes the object.
 
-    name: 64 hexadecimal digits and ".json". An object that cannot be read back is made again. If several processes need
-    the object, one makes it, and the others wait and read it.
+    name: 64 hexadecimal digits and ".json". As with kernels, an object that cannot be read back is made again, and if
+    several processes need the object, one makes it, and the others wait and read it.
     """
     make = cache(make)
     try:
@@ -244,11 +244,10 @@ def _check_trusted(path: Path, status: os.stat_result, owners: tuple[int, ...] =
 def _load(entry: Path) -> Function | None:
     """The function of an entry; None if there is no entry. Deletes an entry that cannot be read back."""
     try:
-        content = _read(entry)
+        code = _checked(entry)
     except FileNotFoundError:
         return None
-    code, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if digest == _digest(entry.name, code):
+    if code is not None:
         with _private_copy(code, entry.parent) as path:
             try:
                 function: Function = load_module(path, enable_tvm_ffi=True)[_ENTRY_POINT]
@@ -304,22 +303,28 @@ def _digest(name: str, code: bytes) -> bytes:
 def _load_json(entry: Path) -> dict[str, Any] | None:
     """The object of an entry; None if there is no entry. Deletes an entry that cannot be read back."""
     try:
-        found = json.loads(_read(entry))
-        if isinstance(found, dict):
-            return found
+        content = _checked(entry)
     except FileNotFoundError:
         return None
-    except ValueError:
-        pass
+    if content is not None:
+        found: dict[str, Any] = json.loads(content)
+        return found
     entry.unlink(missing_ok=True)
     return None
 
 
+def _checked(entry: Path) -> bytes | None:
+    """The content of an entry; None if its digest is not that of the content."""
+    content = _read(entry)
+    content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    return content if digest == _digest(entry.name, content) else None
+
+
 def _write(entry: Path, content: bytes) -> None:
-    """Writes an entry whole or not at all."""
+    """Writes an entry, with its digest, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:  # mode 0700; on the entry's file system
         draft = Path(scratch) / entry.name
-        draft.write_bytes(content)
+        draft.write_bytes(content + _digest(entry.name, content))
         draft.chmod(0o600)
         os.replace(draft, entry)
 
@@ -332,5 +337,5 @@ def _store(entry: Path, compiled: Any) -> Function:
         except Exception as error:  # CuTeDSL may raise anything; the kernel itself is compiled
             raise Unusable(f"CuTeDSL does not export a kernel: {error}") from error
         code = draft.read_bytes()
-    _write(entry, code + _digest(entry.name, code))
+    _write(entry, code)
     return _load(entry) or compiled  # the loaded function costs less to call and to keep than `compiled`

@@ -110,7 +110,7 @@ def make_launch(
     several = len(results) > 1
     empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
     current_device, stream_of = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
-    of_launch = call.op.family.of_launch
+    of_launch, can_launch = call.op.family.of_launch, call.op.family.can_launch
     arranged, floats_of = arranging(call.op, args)
 
     def launch(args: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
@@ -122,6 +122,8 @@ def make_launch(
             return None
         results = [empty(*of_one) for of_one in metadata]  # on the current device
         given = arranged((*addresses, *map(_address, results), *floats_of(args), None, 0.0))
+        if not can_launch(given):
+            return None
         stream = stream_of(device)
         function(*given, *numbers, *of_launch(device, stream, numbers[0]), stream)
         return tuple(results) if several else results[0]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,20 @@ class Choice:
 
 
 class NotMeasured(Exception):
-    """Nothing can be measured now."""
+    """Nothing can be measured now, with the reason."""
+
+
+class Problem(Protocol):
+    """What is measured. Problems with one repr have one choice, on one GPU and with the same versions."""
+
+    @property
+    def bytes(self) -> int:
+        """How much memory the candidates need."""
+        ...
+
+    def candidates(self, device: torch.device) -> Mapping[str, Run]:
+        """What is timed, by name. One of them is LIBRARY; the others are named by their configuration."""
+        ...
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------
@@ -64,41 +77,44 @@ def choose(us: Mapping[str, float]) -> Choice:
 _CHOSEN: dict[str, Choice] = {}  # of this process, by key
 
 
-def choice(key: Sequence[str], candidates: Callable[[], Mapping[str, Run]], device: torch.device) -> Choice:
-    """The choice for a key: of this process, from disk, or measured now.
-
-    key: all that the choice depends on, apart from the GPU and the versions. candidates: makes what is timed, by name;
-    one of them is LIBRARY. Raises NotMeasured if nothing can be measured now.
-    """
-    name = _name(key, device)
+def choice(problem: Problem, device: torch.device) -> Choice:
+    """The choice for a problem: of this process, from disk, or measured now. Raises NotMeasured."""
+    name = _name(problem, device)
     if name not in _CHOSEN:
-        measured = kernel_cache.kept_json(name, lambda: asdict(choose(measure(candidates, device))))
+        measured = kernel_cache.kept_json(name, lambda: asdict(choose(measure(problem, device))))
         _CHOSEN[name] = Choice(**measured)
     return _CHOSEN[name]
 
 
-def _name(key: Sequence[str], device: torch.device) -> str:
-    """The name of a choice on disk. It holds the versions of the libraries whose kernels are compared."""
+def _name(problem: Problem, device: torch.device) -> str:
+    """The name of a choice on disk. It depends on the versions of the libraries whose kernels are compared."""
     packages = [f"{name} {installed_version(name)}" for name in ("torch", "nvidia-cutlass-dsl", "quack-kernels")]
-    parts = (*packages, kernel_cache.source_hash(), torch.cuda.get_device_name(device), str(torch.version.cuda), *key)
+    gpu = torch.cuda.get_device_name(device)
+    parts = (*packages, kernel_cache.source_hash(), gpu, str(torch.version.cuda), repr(problem))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() + ".json"
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(candidates: Callable[[], Mapping[str, Run]], device: torch.device) -> dict[str, float]:
+def measure(problem: Problem, device: torch.device) -> dict[str, float]:
     """The time of each candidate in microseconds: medians of CUDA graphs that are replayed in turn.
 
-    A candidate that raises is left out; LIBRARY may not. Raises NotMeasured while a CUDA graph is captured.
+    A candidate that raises is left out; LIBRARY may not raise. Raises NotMeasured while a CUDA graph is captured, or
+    where the memory is short.
     """
     if torch.cuda.is_current_stream_capturing():
         raise NotMeasured("a CUDA graph is being captured")
     with _disable_current_modes(), torch.no_grad(), torch.cuda.device(device):
+        free, _ = torch.cuda.mem_get_info()
+        if problem.bytes > FREE_SHARE * free:
+            raise NotMeasured("the GPU's memory is short")
         try:
-            return _timed(candidates())
+            return _timed(problem.candidates(device))
         except torch.cuda.OutOfMemoryError as error:
             raise NotMeasured("the GPU's memory is short") from error
+        finally:
+            torch.cuda.empty_cache()  # the model gets the memory back
 
 
 def _timed(candidates: Mapping[str, Run]) -> dict[str, float]:
@@ -130,7 +146,7 @@ def _graph_of(run: Run) -> tuple[torch.cuda.CUDAGraph, int]:
     end.synchronize()
     calls = max(1, min(MOST_CALLS, int(ROUND_US / max(1.0, start.elapsed_time(end) * 1e3))))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(calls):
             run()
     return graph, calls

@@ -1,4 +1,4 @@
-"""Linear layers with their activation, on the GPU, with the bits of eager code where the order of a sum is no matter."""
+"""Linear layers with their activation, on the GPU: the bits of eager code, where the order of a sum does not matter."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ weight at the lower address comes first, and the epilogue is told which one that
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -16,7 +16,6 @@ from cutlass import Float32, Int32, Int64, const_expr
 from quack.cute_dsl_utils import mlir_namedtuple
 from quack.epilogue.mixin import ComposableEpiMixin
 from quack.epilogue.ops import RowVecLoad, Scalar, TileStore
-from quack.gemm_sm80 import GemmSm80
 from quack.gemm_sm90 import GemmSm90
 from quack.gemm_sm100 import GemmSm100
 from quack.gemm_sm120 import GemmSm120
@@ -27,15 +26,15 @@ from dit_kernels.cute.activation import activation
 from dit_kernels.cute.arith import CUTE_DTYPES, rounded, widen, words_of
 from dit_kernels.cute.kernel import Kernel
 
-GEMMS = {8: GemmSm80, 9: GemmSm90, 10: GemmSm100, 11: GemmSm100, 12: GemmSm120}
+GEMMS = {9: GemmSm90, 10: GemmSm100, 12: GemmSm120}
 
 
 class _Epilogue(ComposableEpiMixin):
     """What the two epilogues share. chain: a LinearChain."""
 
     _extra_param_fields = (
-        ("split_k_semaphore", Optional[cute.Tensor], None),
-        ("split_k_workspace", Optional[cute.Tensor], None),
+        ("split_k_semaphore", cute.Tensor | None, None),
+        ("split_k_workspace", cute.Tensor | None, None),
     )
 
     def epi_to_underlying_arguments(self, args, *, loc=None, ip=None):

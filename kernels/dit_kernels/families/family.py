@@ -92,6 +92,22 @@ class Family:
         """How a kernel distributes its work over threads. specs: by name, the TensorSpec of each tensor, or None."""
         raise NotImplementedError
 
+    def missing(self, device: torch.device) -> str | None:
+        """Why this family has no kernel on a GPU that other kernels run on; None if it has one."""
+        return None
+
+    def problem(self, call: Call, thorough: bool) -> Any:
+        """What decides whether the kernel of a call is used, and in which configuration: a tuning.Problem.
+
+        None if the kernel is used wherever it fits. thorough: try more configurations. The sizes of the call may be
+        symbols. Raises tuning.NotMeasured.
+        """
+        return None
+
+    def can_launch(self, given: Sequence[Any]) -> bool:
+        """Does the kernel take these addresses? given: its arguments, with the address of each tensor."""
+        return True
+
     def of_launch(self, device: int, stream: int, batches: int) -> tuple[int, ...]:
         """Numbers that are determined again for each launch."""
         return ()

@@ -6,9 +6,10 @@ of a matmul and its bias as eager does, and then applies the activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, lru_cache
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,13 +21,15 @@ from dit_kernels import reference
 from dit_kernels.arguments import BIAS, MATRIX, TOKENS, Argument, Option, dtype_option, known, known_equal, reject
 from dit_kernels.chain import LinearChain
 from dit_kernels.families.activation import ActivationOp
-from dit_kernels.families.family import Family, Named, Op, Shaped
+from dit_kernels.families.family import Call, Family, Named, Op, Shaped
 from dit_kernels.families.rows import processors
 from dit_kernels.rounding import ACTIVATION_FORMS, activation_steps, compute_dtype
+from dit_kernels.tuning import LIBRARY, NotMeasured
 
 _steps = lru_cache(maxsize=None)(activation_steps)
 
 GRAIN = 8  # elements of 16 bits; sizes of an operand are multiples of it
+TRIED = 2  # tilings, unless the user asks for more
 FARTHEST = 1 << 40  # bytes between two weights that one tensor map can span
 
 
@@ -52,13 +55,13 @@ class LinearTiling:
 def tiling_of(configuration: str) -> LinearTiling:
     """The tiling that str(tiling) names. Raises ValueError for other words."""
     tile, cluster, *more = configuration.split("/")
-    return LinearTiling(*map(int, tile.split("x")), *map(int, cluster.split("x")), pingpong=more == ["pingpong"])
+    tile_m, tile_n, cluster_m, cluster_n = (int(size) for part in (tile, cluster) for size in part.split("x"))
+    return LinearTiling(tile_m, tile_n, cluster_m, cluster_n, pingpong=more == ["pingpong"])
 
 
 # By the major number of the compute capability. The first one is the default.
 # Hopper: quack's tilings that were fastest of eight at the sizes of Z-Image and FLUX.1 on an H100.
 TILINGS: Mapping[int, tuple[LinearTiling, ...]] = {
-    8: (LinearTiling(128, 128),),
     9: (
         LinearTiling(128, 192, 2, 1, pingpong=True),
         LinearTiling(192, 192, 2, 1),
@@ -116,8 +119,9 @@ class Linear(Family):
 
     def definition(self, chain: LinearChain, named: Named) -> tuple[Tensor, ...]:
         def layer(weight: str, bias: str) -> Tensor:
-            x, w, b = (None if (t := named.get(name)) is None else t.to(chain.linear) for name in ("x", weight, bias))
-            return linear(x, w, b)
+            b = named.get(bias)
+            x, w = named["x"].to(chain.linear), named[weight].to(chain.linear)
+            return linear(x, w, None if b is None else b.to(chain.linear))
 
         up = None if named.get("w_up") is None else layer("w_up", "bias_up")
         return (reference.activation(layer("w", "bias"), up, chain.act, chain.steps),)
@@ -135,12 +139,34 @@ class Linear(Family):
             return False
         if not known_equal(weights[0].stride(0), weights[-1].stride(0)):
             return False
-        return has_quack() and has_tilings(x.device)
+        return self.missing(x.device) is None
 
-    def can_launch(self, addresses: Mapping[str, Any]) -> bool:
+    def missing(self, device: torch.device) -> str | None:
+        major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+        if major not in TILINGS:
+            return f"there is no such kernel for compute capability {major}.x"
+        return None if has_quack() else "quack-kernels is not installed: pip install fusion-pass[gemm]"
+
+    def problem(self, call: Call, thorough: bool) -> LinearProblem:
+        x, w, up, bias = (call.named.get(name) for name in ("x", "w", "w_up", "bias"))
+        assert x is not None and w is not None
+        tilings = TILINGS[torch.cuda.get_device_capability(x.device)[0]]
+        return LinearProblem(
+            call.op,
+            call.chain,
+            math.prod(map(hint, x.shape[:-1])),
+            k=int(x.shape[-1]),
+            n=int(w.shape[0]),
+            dtype=x.dtype,
+            biased=bias is not None,
+            halves=up is not None and up.untyped_storage()._cdata == w.untyped_storage()._cdata,
+            configurations=tuple(map(str, tilings if thorough else tilings[:TRIED])),
+        )
+
+    def can_launch(self, given: Sequence[Any]) -> bool:
         """Can one tensor map span both weights?"""
-        up = addresses["w_up"]
-        return up is None or 0 < abs(up - addresses["w"]) < FARTHEST
+        _, gate, up, *_ = given
+        return up is None or 0 < abs(up - gate) < FARTHEST
 
     def kernel(self) -> Callable[..., Any]:
         from dit_kernels.cute.linear import LinearKernel
@@ -162,8 +188,67 @@ def has_quack() -> bool:
     return all(find_spec(name) is not None for name in ("quack", "triton"))
 
 
-def has_tilings(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in TILINGS
+def hint(size: Any) -> int:
+    """The size that a symbol has in the call that is compiled. Raises NotMeasured if that is not known."""
+    if isinstance(size, int):
+        return size
+    if not size.node.has_hint():
+        raise NotMeasured("the number of tokens is not known")
+    return int(size.node.hint)
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """A linear layer with its activation, against PyTorch's matmuls with the activation behind them.
+
+    halves: both weights are parts of one tensor, so that PyTorch multiplies by both at once.
+    """
+
+    op: Op = field(repr=False)
+    chain: LinearChain
+    tokens: int
+    k: int
+    n: int
+    dtype: torch.dtype
+    biased: bool
+    halves: bool
+    configurations: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        return 2 if self.chain.act == "silu" else 1
+
+    @property
+    def bytes(self) -> int:
+        """Of the operands, of the results of the matmuls, and of two results."""
+        numbers = self.tokens * self.k + self.weights * self.n * (self.k + self.tokens) + 2 * self.tokens * self.n
+        return numbers * self.dtype.itemsize
+
+    def candidates(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+        from dit_kernels import ops  # imports this module
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=self.dtype)
+
+        x, weights = random(self.tokens, self.k), random(self.weights * self.n, self.k).div_(self.k**0.5)
+        bias = random(self.n) if self.biased else None
+        parts = weights.chunk(self.weights)
+
+        def library() -> Tensor:
+            if self.weights == 1:
+                return reference.activation(linear(x, weights, bias), None, self.chain.act, self.chain.steps)
+            a, b = linear(x, weights).chunk(2, -1) if self.halves else (linear(x, part) for part in parts)
+            result: Tensor = torch.ops.dit_kernels.silu_mul(a, b)
+            return result
+
+        def fused(configuration: str) -> Tensor:
+            named = {"x": x, "w": parts[0], "w_up": parts[1] if self.weights == 2 else None, "bias": bias}
+            call = Call(self.op, replace(self.chain, configuration=configuration), named)
+            (result,) = call.empty_results()
+            ops.run_into(call, (result,))
+            return result
+
+        return {LIBRARY: library} | {name: partial(fused, name) for name in self.configurations}
 
 
 # --- the ops --------------------------------------------------------------------------------------------------------
