@@ -12,7 +12,7 @@ from torch.fx import Node
 from dit_kernels import tuning
 from dit_kernels.arguments import ROW, known_equal
 from dit_kernels.families.family import Call
-from dit_kernels.ops import checked_call, kernels_missing, prepare
+from dit_kernels.ops import checked_call, kernels_missing, prepare, run
 from fusion_pass.dataflow import PARTS, aten, is_call, is_pointwise, same_shape, under_views, value
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import Site
@@ -65,7 +65,7 @@ def _configured(site: Site, call: Call) -> Site:
         problem = call.op.family.problem(call, thorough=config.max_autotune or config.max_autotune_gemm)
         if problem is None:
             return site
-        choice = tuning.choice(problem, call.first.device)
+        choice = tuning.choice(problem, call.first.device, run)
     except tuning.NotMeasured as error:
         raise Refused(Reason.NOT_FASTER, site.anchor, f"not measured: {error}", site.kind) from error
     if choice.configuration is None:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_kernels import kernel_cache, tuning
+from dit_kernels import kernel_cache, ops, tuning
 from dit_kernels.families import OPS
 from dit_kernels.families.linear import TILINGS, TRIED, tiling_of
 from dit_kernels.tuning import GAIN, LIBRARY, Choice, NotMeasured
@@ -31,7 +31,7 @@ class Problem:
     results: tuple[tuple[str, Any], ...] = ((LIBRARY, 1.0), ("fused", 1.0))
     bytes: int = 0
 
-    def candidates(self, device: torch.device) -> Mapping[str, Callable[[], Any]]:
+    def candidates(self, device: torch.device, run: Any) -> Mapping[str, Callable[[], Any]]:
         def run(result: Any) -> Any:
             if isinstance(result, Exception):
                 raise result
@@ -68,6 +68,10 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     return clock
 
 
+def choice(name: str = "a") -> Choice:
+    return tuning.choice(Problem(name), CPU, ops.run)
+
+
 def kept() -> list[Path]:
     return sorted(kernel_cache.cache_directory().glob("*.json"))
 
@@ -81,43 +85,43 @@ times = st.floats(1.0, 1e6)
 def test_the_fastest_kernel_is_chosen_if_it_gains_and_the_library_otherwise(
     library: float, fused: dict[str, float]
 ) -> None:
-    choice = tuning.choose({**fused, LIBRARY: library})
+    chosen = tuning.choose({**fused, LIBRARY: library})
     best = min(fused.values(), default=float("inf"))
     if best < GAIN * library:
-        assert choice.configuration is not None
-        assert fused[choice.configuration] == best
+        assert chosen.configuration is not None
+        assert fused[chosen.configuration] == best
     else:
-        assert choice.configuration is None
-    assert choice.us == {**fused, LIBRARY: library}
+        assert chosen.configuration is None
+    assert chosen.us == {**fused, LIBRARY: library}
 
 
 def test_the_reason_has_the_numbers(clock: Clock) -> None:
-    assert "80 µs" in tuning.choice(Problem(), CPU).why
-    assert "100 µs" in tuning.choice(Problem(), CPU).why
+    assert "80 µs" in choice().why
+    assert "100 µs" in choice().why
     clock.us["fused"] = 99.5
-    assert tuning.choice(Problem("b"), CPU) == Choice(None, clock.us, "it is as fast: 100 µs, and fused 100 µs")
+    assert choice("b") == Choice(None, clock.us, "it is as fast: 100 µs, and fused 100 µs")
 
 
 @pytest.mark.parametrize("result", (1.1, float("nan"), RuntimeError("no such kernel")), ids=str)
 def test_a_kernel_that_raises_or_is_wrong_is_not_chosen(clock: Clock, result: Any) -> None:
-    choice = tuning.choice(Problem(results=((LIBRARY, 1.0), ("fused", result))), CPU)
-    assert choice.configuration is None
-    assert choice.us == {LIBRARY: 100.0}
+    chosen = tuning.choice(Problem(results=((LIBRARY, 1.0), ("fused", result))), CPU, ops.run)
+    assert chosen.configuration is None
+    assert chosen.us == {LIBRARY: 100.0}
 
 
 def test_another_order_of_sums_is_not_wrong(clock: Clock) -> None:
-    assert tuning.choice(Problem(results=((LIBRARY, 1.0), ("fused", 1.001))), CPU).configuration == "fused"
+    assert tuning.choice(Problem(results=((LIBRARY, 1.0), ("fused", 1.001))), CPU, ops.run).configuration == "fused"
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
 def test_a_problem_is_measured_once_and_read_from_disk_by_the_next_process(clock: Clock) -> None:
-    first = tuning.choice(Problem(), CPU)
-    assert tuning.choice(Problem(), CPU) is first
+    first = choice()
+    assert choice() is first
     tuning._CHOSEN.clear()  # as in a new process
     clock.us["fused"] = 200.0
-    assert tuning.choice(Problem(), CPU) == first
+    assert choice() == first
     assert (clock.measured, len(kept())) == (1, 1)
 
 
@@ -125,29 +129,29 @@ def test_a_problem_is_measured_once_and_read_from_disk_by_the_next_process(clock
 def test_another_gpu_version_source_or_problem_is_measured_again(
     clock: Clock, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuning.choice(Problem(), CPU)
+    choice()
     if what == "gpu":
         clock.name = "H200"
     elif what == "version":
         monkeypatch.setattr(tuning, "installed_version", lambda name: "9.9")
     elif what == "source":
         monkeypatch.setattr(kernel_cache, "source_hash", lambda: "another")
-    tuning.choice(Problem("b" if what == "problem" else "a"), CPU)
+    choice("b" if what == "problem" else "a")
     assert (clock.measured, len(kept())) == (2, 2)
 
 
 @pytest.mark.parametrize("content", (b"", b"{", b"[]", b"\xff", b'{"configuration": "fused"}'), ids=repr)
 def test_a_choice_that_cannot_be_read_back_is_made_again(clock: Clock, content: bytes) -> None:
-    first = tuning.choice(Problem(), CPU)
+    first = choice()
     (entry,) = kept()
     entry.write_bytes(content)
     tuning._CHOSEN.clear()
-    assert tuning.choice(Problem(), CPU) == first
+    assert choice() == first
     assert entry.read_bytes().startswith(b'{"configuration": "fused"')
 
 
 def test_a_choice_belongs_to_its_owner_and_is_cleared_with_the_kernels(clock: Clock) -> None:
-    tuning.choice(Problem(), CPU)
+    choice()
     (entry,) = kept()
     assert entry.stat().st_mode & 0o777 == 0o600
     assert kernel_cache.clear().files == 1
@@ -158,7 +162,7 @@ def test_a_directory_that_others_can_write_to_is_not_used(clock: Clock) -> None:
     kernel_cache.cache_directory().mkdir(parents=True)
     kernel_cache.cache_directory().chmod(0o777)
     with pytest.warns(RuntimeWarning, match="choices are not kept on disk"):
-        assert tuning.choice(Problem(), CPU).configuration == "fused"
+        assert choice().configuration == "fused"
     assert not kept()
 
 
@@ -168,15 +172,15 @@ def test_a_directory_that_others_can_write_to_is_not_used(clock: Clock) -> None:
 def test_nothing_is_measured_while_a_graph_is_captured_and_the_choice_is_made_later(clock: Clock) -> None:
     clock.capturing = True
     with pytest.raises(NotMeasured, match="captured"):
-        tuning.choice(Problem(), CPU)
+        choice()
     clock.capturing = False
-    assert tuning.choice(Problem(), CPU).configuration == "fused"
+    assert choice().configuration == "fused"
 
 
 @pytest.mark.parametrize("problem", (Problem(bytes=501), Problem(results=((LIBRARY, torch.cuda.OutOfMemoryError()),))))
 def test_nothing_is_measured_where_the_memory_is_short(clock: Clock, problem: Problem) -> None:
     with pytest.raises(NotMeasured, match="short"):
-        tuning.choice(problem, CPU)
+        tuning.choice(problem, CPU, ops.run)
     assert not kept()
     assert clock.measured == 0
 
@@ -202,7 +206,7 @@ def operands(tokens: int = 5) -> tuple[torch.Tensor, ...]:
 def test_the_candidates_of_a_linear_layer_compute_the_same() -> None:
     x, gate, up = operands()
     for found in (problem("linear_silu_mul", x, gate, up), problem("linear_gelu", x, gate, approximate="tanh")):
-        candidates = found.candidates(CPU)
+        candidates = found.candidates(CPU, ops.run)
         expected = candidates.pop(LIBRARY)()
         assert expected.shape == (10, 48)
         assert len(candidates) == TRIED

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_kernels
 import torch
 from bench_kernels import environment, graph_of, interleaved, op_of, random
 from rich.console import Console
@@ -25,6 +29,8 @@ from torch.nn.functional import gelu, linear, silu
 from dit_kernels.families.linear import TILINGS
 
 SETS = 3  # of operands, in turn: each set is larger than L2
+# A call takes a millisecond, not microseconds.
+bench_kernels.CALLS, bench_kernels.ROUNDS = 6, 15
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class LinearCase:
     def gated(self) -> bool:
         return self.activation == "silu_mul"
 
+    @property
+    def approximate(self) -> str:
+        return "tanh" if self.activation == "gelu_tanh" else "none"
+
     def operand_sets(self) -> list[tuple[Tensor, ...]]:
         def weights() -> tuple[Tensor, ...]:
             if self.halves:
@@ -63,7 +73,7 @@ class LinearCase:
     def eager(self, x: Tensor, w: Tensor, other: Tensor) -> Tensor:
         if self.gated:
             return silu(linear(x, w)) * linear(x, other)
-        return gelu(linear(x, w, other), approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return gelu(linear(x, w, other), approximate=self.approximate)
 
     def behind(self, x: Tensor, w: Tensor, other: Tensor) -> Tensor:
         result: Tensor = op_of("silu_mul")(linear(x, w), linear(x, other))
@@ -72,7 +82,7 @@ class LinearCase:
     def fused(self, configuration: str, x: Tensor, w: Tensor, other: Tensor) -> Tensor:
         options = {"configuration": configuration}
         if not self.gated:
-            options["approximate"] = "tanh" if self.activation == "gelu_tanh" else "none"
+            options["approximate"] = self.approximate
         result: Tensor = op_of("linear_silu_mul" if self.gated else "linear_gelu")(x, w, other, **options)
         return result
 
@@ -126,6 +136,23 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return result
 
 
+def compile_ahead(cases: list[LinearCase], tilings: list[str]) -> None:
+    """Compiles all kernels in several processes, for the cache on disk: one after the other takes minutes."""
+    program = Path(__file__).with_name("compile_linear.py")
+    lines = {
+        f"linear_silu_mul {case.k} {case.n} configuration={tiling}"
+        if case.gated
+        else f"linear_gelu {case.k} {case.n} configuration={tiling},approximate={case.approximate}"
+        for case in cases
+        for tiling in tilings
+    }
+    jobs = sorted(lines)
+    count = max(1, min(len(jobs), (os.cpu_count() or 2) - 2))
+    running = [subprocess.Popen([sys.executable, program, *jobs[i::count]]) for i in range(count)]
+    for process in running:
+        process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name holds this")
@@ -137,7 +164,9 @@ def main() -> None:
     tilings = arguments.tilings.split(",") if arguments.tilings else known
     console, rows = Console(width=200), []
     results: dict[str, Any] = {**environment(), "rows": rows}
-    for case in (case for case in CASES if arguments.only in case.name):
+    cases = [case for case in CASES if arguments.only in case.name]
+    compile_ahead(cases, tilings)
+    for case in cases:
         us = measure(case, tilings, arguments.modes.split(","))
         others = [us[name] for name in us if name != "matmuls" and name not in tilings]
         ratio = min(us[tiling] for tiling in tilings) / min(others)

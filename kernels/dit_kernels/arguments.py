@@ -262,7 +262,7 @@ TOKENS = Role(
 # The weight of a linear layer: [N, K], as nn.Linear stores it.
 MATRIX = Role("matrix", "[N, K]", "[N, {width}], with the last dimension of {first}", _fits_matrix, _lay_matrix, 1)
 # The bias of a linear layer: [N].
-BIAS = Role("bias", "[N]", "[N]", _fits_bias, _lay_column)
+BIAS = Role("layer bias", "[N]", "[N]", _fits_bias, _lay_column)
 # A number that is not negative, or one floating-point element on the CPU.
 EPS = Role("eps", "", "a number >= 0, or one floating-point element on the CPU", _no_tensor, _no_tensor)
 

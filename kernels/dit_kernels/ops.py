@@ -125,6 +125,13 @@ def _compiler() -> Any:
 # --- running a call -------------------------------------------------------------------------------------------------
 
 
+def run(call: Call) -> Results:
+    """Runs a call and returns its results."""
+    results = call.empty_results()
+    run_into(call, results)
+    return results
+
+
 def run_into(call: Call, results: Sequence[Tensor]) -> tuple[Callable[..., None], tuple[int, ...]] | None:
     """Runs a call and writes into existing results, which may be parts of larger tensors.
 
@@ -132,8 +139,7 @@ def run_into(call: Call, results: Sequence[Tensor]) -> tuple[Callable[..., None]
     nothing ran because the results are empty.
     """
     if not has_kernel(call):
-        for result, value in zip(results, _definition(call), strict=True):
-            result.copy_(value)
+        _copy(_definition(call), results)
         return None
     if not any(result.numel() for result in results):
         return None
@@ -141,17 +147,20 @@ def run_into(call: Call, results: Sequence[Tensor]) -> tuple[Callable[..., None]
     if not all(argument.is_written_to(result, call.first.shape) for argument, result in pairs):
         new = call.empty_results()
         run_into(call, new)
-        for result, value in zip(results, new, strict=True):
-            result.copy_(value)
+        _copy(new, results)
         return None
     operands = call.operands(results)
     if not call.op.family.can_launch(operands.addresses()):
-        for result, value in zip(results, call.definition(), strict=True):
-            result.copy_(value)
+        _copy(call.definition(), results)
         return None
     ran: tuple[Callable[..., None], tuple[int, ...]]
     ran = _compiler().run(call.op.family, call.chain, operands)
     return ran
+
+
+def _copy(values: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    for result, value in zip(results, values, strict=True):
+        result.copy_(value)
 
 
 def prepare(call: Call) -> None:

@@ -27,6 +27,7 @@ MOST_CALLS = 20
 FREE_SHARE = 0.5  # of the GPU's free memory that operands may take
 
 Run = Callable[[], Any]
+RunCall = Callable[[Any], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class Problem(Protocol):
         """How much memory the candidates need."""
         ...
 
-    def candidates(self, device: torch.device) -> Mapping[str, Run]:
-        """What is timed, by name. One of them is LIBRARY; the others are named by their configuration."""
+    def candidates(self, device: torch.device, run: RunCall) -> Mapping[str, Run]:
+        """What is timed, by name. One of them is LIBRARY; the others are named by their configuration.
+
+        run: runs a call of an op.
+        """
         ...
 
 
@@ -77,11 +81,11 @@ def choose(us: Mapping[str, float]) -> Choice:
 _CHOSEN: dict[str, Choice] = {}  # of this process, by key
 
 
-def choice(problem: Problem, device: torch.device) -> Choice:
-    """The choice for a problem: of this process, from disk, or measured now. Raises NotMeasured."""
+def choice(problem: Problem, device: torch.device, run: RunCall) -> Choice:
+    """The choice for a problem: of this process, from disk, or measured now. run: runs a call. Raises NotMeasured."""
     name = _name(problem, device)
     if name not in _CHOSEN:
-        measured = kernel_cache.kept_json(name, lambda: asdict(choose(measure(problem, device))))
+        measured = kernel_cache.kept_json(name, lambda: asdict(choose(measure(problem, device, run))))
         _CHOSEN[name] = Choice(**measured)
     return _CHOSEN[name]
 
@@ -97,7 +101,7 @@ def _name(problem: Problem, device: torch.device) -> str:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(problem: Problem, device: torch.device) -> dict[str, float]:
+def measure(problem: Problem, device: torch.device, run: RunCall) -> dict[str, float]:
     """The time of each candidate in microseconds: medians of CUDA graphs that are replayed in turn.
 
     A candidate that raises is left out; LIBRARY may not raise. Raises NotMeasured while a CUDA graph is captured, or
@@ -110,7 +114,7 @@ def measure(problem: Problem, device: torch.device) -> dict[str, float]:
         if problem.bytes > FREE_SHARE * free:
             raise NotMeasured("the GPU's memory is short")
         try:
-            return _timed(problem.candidates(device))
+            return _timed(problem.candidates(device, run))
         except torch.cuda.OutOfMemoryError as error:
             raise NotMeasured("the GPU's memory is short") from error
         finally:

@@ -224,9 +224,9 @@ class LinearProblem:
         numbers = self.tokens * self.k + self.weights * self.n * (self.k + self.tokens) + 2 * self.tokens * self.n
         return numbers * self.dtype.itemsize
 
-    def candidates(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-        from dit_kernels import ops  # imports this module
-
+    def candidates(
+        self, device: torch.device, run: Callable[[Call], tuple[Tensor, ...]]
+    ) -> dict[str, Callable[[], Tensor]]:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=self.dtype)
 
@@ -243,9 +243,7 @@ class LinearProblem:
 
         def fused(configuration: str) -> Tensor:
             named = {"x": x, "w": parts[0], "w_up": parts[1] if self.weights == 2 else None, "bias": bias}
-            call = Call(self.op, replace(self.chain, configuration=configuration), named)
-            (result,) = call.empty_results()
-            ops.run_into(call, (result,))
+            (result,) = run(Call(self.op, replace(self.chain, configuration=configuration), named))
             return result
 
         return {LIBRARY: library} | {name: partial(fused, name) for name in self.configurations}
