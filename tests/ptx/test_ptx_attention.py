@@ -290,10 +290,10 @@ def _gate_for_value(original, a, b, chain):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("wrong", (_silu_rounded_late, _gate_for_value), ids=lambda wrong: wrong.__name__.strip("_"))
 def test_a_mistake_in_silu_mul_is_found(wrong: Any) -> None:
-    original = activation._activation
+    original = activation.activation
     with (
         gpu("sm_90a", 1, compiled.__wrapped__),
-        mock.patch.object(activation, "_activation", lambda *a: wrong(original, *a)),
+        mock.patch.object(activation, "activation", lambda *a: wrong(original, *a)),
         pytest.raises(AssertionError, match=r"off by|differ"),
     ):
         check_silu(random(1, 5, 1000), random(1, 5, 1000, seed=1))

@@ -57,8 +57,8 @@ class ProductEpilogue(_Epilogue):
     def epi_visit_subtile(self, params, epi_loop_tensors, tRS_rD, tRS_rC=None):
         up_first = epi_loop_tensors["up_first"]
         pairs = cute.flat_divide(tRS_rD, cute.make_layout(2))
-        even, odd = (_linear(pairs[i, ...], self.chain) for i in (0, 1))
-        gate, up = _chosen(up_first, odd, even), _chosen(up_first, even, odd)
+        even, odd = (rounded_sums(pairs[i, ...], self.chain) for i in (0, 1))
+        gate, up = chosen(up_first, odd, even), chosen(up_first, even, odd)
         out = cute.make_rmem_tensor(cute.recast_layout(2, 1, tRS_rD.layout).shape, self.acc_dtype)
         result = widen(activation(gate, up, self.chain))
         flat = cute.make_tensor(out.iterator, cute.make_layout(cute.size(out)))
@@ -83,11 +83,11 @@ class PlainEpilogue(_Epilogue):
             for i in cutlass.range(cute.size(tRS_rD), unroll_full=True):
                 tRS_rD[i] = tRS_rD[i] + bias[i]
         flat = cute.make_tensor(tRS_rD.iterator, cute.make_layout(cute.size(tRS_rD)))
-        flat.store(widen(activation(_linear(flat, self.chain), None, self.chain)))
+        flat.store(widen(activation(rounded_sums(flat, self.chain), None, self.chain)))
         return ()
 
 
-def _linear(sums, chain):
+def rounded_sums(sums, chain):
     """R(sums), as a vector. sums: registers in fp32."""
     flat = cute.make_rmem_tensor(cute.size(sums), Float32)
     for i in range(cute.size(sums)):
@@ -95,7 +95,7 @@ def _linear(sums, chain):
     return rounded(flat.load(), chain.linear)
 
 
-def _chosen(condition: Int32, a, b):
+def chosen(condition: Int32, a, b):
     """The vector a if the condition is 1, and b if it is 0."""
     left, right = words_of(a), words_of(b)
     result = cute.make_rmem_tensor(a.shape, a.dtype)
