@@ -1,4 +1,4 @@
-"""The epilogues of linear layers, run from their PTX. The interpreter runs no matmul of Hopper, so they run in silu_mul.
+"""The epilogues of linear layers, run from their PTX in the kernel of silu_mul. The interpreter runs no wgmma.
 
 The kernel of silu_mul then reads sums in fp32, as an epilogue finds them, and computes what the epilogue computes.
 """
