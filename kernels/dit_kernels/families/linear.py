@@ -115,9 +115,13 @@ class Linear(Family):
         return (((*named["x"].shape[:-1], named["w"].shape[0]), chain.steps.out),)
 
     def definition(self, chain: LinearChain, named: Named) -> tuple[Tensor, ...]:
+        x = named["x"].to(chain.linear)
+
         def layer(weight: str, bias: str) -> Tensor:
-            x, w, b = (None if (t := named.get(name)) is None else t.to(chain.linear) for name in ("x", weight, bias))
-            return linear(x, w, b)
+            w, b = named[weight].to(chain.linear), named.get(bias)
+            # One matmul. Of an x that is not contiguous, F.linear makes several, and rounds before it adds the bias.
+            rows = linear(x.flatten(0, -2), w, None if b is None else b.to(chain.linear))
+            return rows.reshape(*x.shape[:-1], w.shape[0])
 
         up = None if named.get("w_up") is None else layer("w_up", "bias_up")
         return (reference.activation(layer("w", "bias"), up, chain.act, chain.steps),)
