@@ -39,6 +39,7 @@ class Reason(str, Enum):
     ROTATION = "a rotation in a spelling that no kernel computes"
     ADDED = "what is added to the residual is not a norm, and the add is not fused with a norm that reads the sum"
     QUANTISER = "a quantiser to FP8 follows that no op computes"
+    MATMUL = "the matmul in front of the activation is left as it is"
     INLINE = "Inductor computes the value in the kernel that reads it, or writes it into the result of a concatenation"
     SILU = "a silu that is not written as F.silu and that rounds differently"
     PER_TOKEN = "Inductor computes a per-token operand inside its own kernel"
@@ -65,6 +66,7 @@ BY_DESIGN = frozenset(
         Reason.ROTATION,
         Reason.ADDED,
         Reason.QUANTISER,
+        Reason.MATMUL,
         Reason.INLINE,
         Reason.SILU,
         Reason.UNFIT,
