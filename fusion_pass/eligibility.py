@@ -39,7 +39,7 @@ def check(site: Site) -> Call:
     call = _call(site)
     missing = call.op.family.missing(x.device)
     if missing is not None:
-        raise Refused(Reason.NO_FAMILY, site.anchor, missing, site.kind)
+        raise Refused(Reason.MATMUL, site.anchor, missing, site.kind)
     if not call.fits_kernel():
         raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
     for name, argument in site.roles.items():
@@ -66,10 +66,10 @@ def _configured(site: Site, call: Call) -> Site:
         if problem is None:
             return site
         choice = tuning.choice(problem, call.first.device, run)
-    except tuning.NotMeasured as error:
-        raise Refused(Reason.NOT_FASTER, site.anchor, f"not measured: {error}", site.kind) from error
+    except Exception as error:  # tuning.NotMeasured, or whatever a GPU may raise: PyTorch's own kernels still run
+        raise Refused(Reason.MATMUL, site.anchor, f"not measured: {error}", site.kind) from error
     if choice.configuration is None:
-        raise Refused(Reason.NOT_FASTER, site.anchor, choice.why, site.kind)
+        raise Refused(Reason.MATMUL, site.anchor, choice.why, site.kind)
     options = {**site.options, "configuration": choice.configuration}
     return replace(site, options=options, remark=site.remark or choice.why)
 

@@ -39,12 +39,10 @@ class Reason(str, Enum):
     ROTATION = "a rotation in a spelling that no kernel computes"
     ADDED = "what is added to the residual is not a norm, and the add is not fused with a norm that reads the sum"
     QUANTISER = "a quantiser to FP8 follows that no op computes"
+    MATMUL = "the matmul in front of the activation is left as it is"
     INLINE = "Inductor computes the value in the kernel that reads it, or writes it into the result of a concatenation"
     SILU = "a silu that is not written as F.silu and that rounds differently"
     PER_TOKEN = "Inductor computes a per-token operand inside its own kernel"
-    MATMUL = "the matmul in front of the activation is left as it is"
-    NOT_FASTER = "PyTorch's own kernels are as fast, or nothing could be measured"
-    NO_FAMILY = "this op has no kernel here"
     NO_KERNEL = "no kernel can run here"
     UNFIT = "no kernel takes these dtypes and sizes"
     ERROR = "an internal error of the pass; nothing was changed"
@@ -68,18 +66,12 @@ BY_DESIGN = frozenset(
         Reason.ROTATION,
         Reason.ADDED,
         Reason.QUANTISER,
+        Reason.MATMUL,
         Reason.INLINE,
         Reason.SILU,
-        Reason.MATMUL,
-        Reason.NOT_FASTER,
-        Reason.NO_FAMILY,
         Reason.UNFIT,
     }
 )
-
-
-# Where a smaller site is fused in the place of one that is refused, the report says why only for these reasons.
-SMALLER_FUSED = frozenset({Reason.QUANTISER, Reason.MATMUL, Reason.NOT_FASTER, Reason.NO_FAMILY})
 
 
 class Refused(Exception):

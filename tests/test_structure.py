@@ -198,9 +198,9 @@ GENERIC = (
     "dit_kernels.plans",
     "dit_kernels.tickets",
 )
-# A role is called eps; "a" ends the name of an architecture.
+# Roles are called eps and bias; "a" ends the name of an architecture.
 ALLOWED = {
-    "dit_kernels.arguments": {"eps"},
+    "dit_kernels.arguments": {"bias", "eps"},
     "dit_kernels.compile": {"a"},
 }
 
