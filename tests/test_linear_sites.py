@@ -20,9 +20,13 @@ from test_lowering import is_direct
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
+from dit_kernels import tuning
+from dit_kernels.families.linear import Linear
+from dit_kernels.tuning import Choice, NotMeasured
 from fusion_pass import Backend, eligibility
 from fusion_pass.dataflow import aten
 from fusion_pass.refusal import Reason, Refused
+from fusion_pass.site import Site
 
 ops = torch.ops.dit_kernels
 FP16 = torch.float16
@@ -526,13 +530,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A machine that is said to have a kernel for each op, or where one is refused for a reason."""
 
     def said_to(reason: Reason | None = None, detail: str = "") -> None:
-        def check(site: Any) -> Any:
+        def prepared(site: Site) -> Site:
             if reason is not None and site.kind in (SILU, GELU):
                 raise Refused(reason, site.anchor, detail, site.kind)
-            return None
+            return site
 
-        monkeypatch.setattr(eligibility, "check", check)
-        monkeypatch.setattr(eligibility, "compile_kernel", lambda site, call: None)
+        monkeypatch.setattr(eligibility, "prepared", prepared)
 
     return said_to
 
@@ -574,6 +577,59 @@ def test_what_no_kernel_takes_is_as_without_the_op(act: str, gpu: Callable[..., 
     backend, *_ = feed_forward(Spec(act=act), kernels="auto", strict=True)
     assert backend.report.counts() == ({"silu_mul": 1} if act == "silu" else {}) and backend.report.missed == []
     assert [site.remark for site in backend.report.fused] == [""] * (act == "silu")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A machine on which kernels run, and on which every measurement gives one choice, or an error."""
+
+    def as_told(result: Any) -> None:
+        def choice(*_: Any) -> Any:
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(tuning, "choice", choice)
+        monkeypatch.setattr(eligibility, "kernels_missing", lambda device: None)
+        monkeypatch.setattr(eligibility, "prepare", lambda call: None)
+        monkeypatch.setattr(Linear, "missing", lambda family, device: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    return as_told
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+@pytest.mark.parametrize("act", ACTS)
+def test_the_call_has_the_measured_configuration_and_the_report_the_numbers(
+    act: str, dynamic: bool, measured: Callable[..., None]
+) -> None:
+    measured(Choice("128x160/2x1/pingpong", {}, "80 µs, and 100 µs"))
+    backend, *_ = feed_forward(Spec(act=act), kernels="auto", strict=True, dynamic=dynamic)
+    (site,) = backend.report.fused
+    assert (site.kind, site.remark) == (ACTS[act], "80 µs, and 100 µs")
+    (call,) = (node for gm in backend.graphs for node in gm.graph.nodes if "linear_" in str(node.target))
+    assert call.kwargs["configuration"] == "128x160/2x1/pingpong"
+
+
+@pytest.mark.parametrize(
+    ("result", "why"),
+    (
+        (Choice(None, {}, "it is as fast: 9 µs, and fused 9 µs"), "it is as fast: 9 µs, and fused 9 µs"),
+        (NotMeasured("the GPU's memory is short"), "not measured: the GPU's memory is short"),
+        (RuntimeError("CUDA error"), "not measured: CUDA error"),
+    ),
+    ids=lambda value: type(value).__name__,
+)
+def test_where_nothing_is_gained_or_measured_the_matmul_is_left_as_it_is(
+    result: Any, why: str, measured: Callable[..., None]
+) -> None:
+    measured(result)
+    backend, *_ = feed_forward(Spec(), kernels="auto", strict=True)
+    (site,) = backend.report.fused
+    assert (site.kind, site.remark) == ("silu_mul", f"{Reason.MATMUL.value} ({why})")
+    backend, *_ = feed_forward(Spec(act="none"), kernels="auto", strict=True)
+    assert backend.report.fused == []
+    assert [why in site.reason for site in backend.report.missed] == [True]
 
 
 @pytest.mark.parametrize("act", ACTS)
