@@ -35,7 +35,9 @@ from torch.fx import Graph, Node
 
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  registers how Inductor calls the ops
+from dit_kernels.arguments import MATRIX
 from dit_kernels.families import OPS
+from dit_kernels.families.family import Op
 from dit_kernels.versions import hash_of_sources, installed_version
 from dit_kernels.warn import warn_once
 from fusion_pass import eligibility
@@ -262,25 +264,33 @@ class _Rewriter:
 
     def _prove(self, found: Any, entry: Entry) -> Site | None:
         """The largest provable site around a value. If there is none, raises Refused with the reason for the largest
-        site."""
-        first_refusal = None
+        site.
+
+        A matmul in front of an activation is only one way to compute it. So that it cannot be a part of the site is a
+        remark of the smaller site that is fused, and is not reported by itself. That it would not pay is reported.
+        """
+        first_refusal, remark = None, ""
         for kind in entry.kinds:
-            site = None
+            site, proven = None, False
             try:
                 site = kind.find(found, self.survey)
                 if site is None:
                     continue
                 prove(site, self.graph, sums=self.options.kernels == "reference")
+                proven = True
                 chosen = site.under(self.options.policy)
                 if self.options.kernels == "auto":
                     chosen = eligibility.prepared(chosen)
-                if first_refusal is not None and first_refusal.reason in SMALLER_FUSED:
-                    return replace(chosen, remark=chosen.remark or first_refusal.why())
-                return chosen
+                return replace(chosen, remark=chosen.remark or remark)
             except Refused as refusal:
                 refusal.site = site
-                if refusal.reason is Reason.UNFIT and OPS[kind.name].quantises:
-                    continue  # the report is that of the site without the quantiser
+                op = OPS[kind.name]
+                if refusal.reason is Reason.UNFIT and (op.quantises or has_matrix(op)):
+                    continue  # the report is that of the site without the quantiser or the matmul
+                if first_refusal is None:
+                    remark = remark or _remark(refusal, op)
+                if has_matrix(op) and not proven:
+                    continue
                 first_refusal = first_refusal or refusal
                 if refusal.reason is Reason.NO_KERNEL:  # a smaller site must not hide this reason
                     break
@@ -314,6 +324,18 @@ class _Rewriter:
         self.report.fused.append(_fused(site))
         if reads_too_early(rewrite(site, self.graph)):
             stable_topological_sort(self.graph)
+
+
+def has_matrix(op: Op) -> bool:
+    """Does an op compute a matmul, too?"""
+    return any(argument.role is MATRIX for argument in op.inputs)
+
+
+def _remark(refusal: Refused, op: Op) -> str:
+    """What the report says about a smaller site that is fused in place of a refused one; "" if nothing."""
+    if refusal.reason in (Reason.QUANTISER, Reason.MATMUL):
+        return refusal.why()
+    return Refused(Reason.MATMUL, detail=refusal.reason.value).why() if has_matrix(op) else ""
 
 
 _OF_RESULTS = (operator.getitem, aten.reshape.default, aten.permute.default)

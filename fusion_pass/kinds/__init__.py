@@ -5,6 +5,8 @@ from __future__ import annotations
 from fusion_pass.kinds.gelu import GELU
 from fusion_pass.kinds.gelu_quant import GeluQuant
 from fusion_pass.kinds.kind import Entry, Registry
+from fusion_pass.kinds.linear_gelu import LinearGelu
+from fusion_pass.kinds.linear_silu_mul import LinearSiluMul
 from fusion_pass.kinds.modulated_norm import (
     MulAddNormScale,
     MulAddNormScaleQuant,
@@ -43,8 +45,8 @@ REGISTRY = Registry(
             NormScale(),
         ],
     ),
-    Entry(SILU, [SiluMulQuant(), SiluMul()]),
-    Entry(GELU, [GeluQuant()]),
+    Entry(SILU, [SiluMulQuant(), LinearSiluMul(), SiluMul()]),
+    Entry(GELU, [GeluQuant(), LinearGelu()]),
     Entry(STORED_ROWS, [Quant()]),
     Entry(ROTATION),
     Entry(UNREAD_ROTATION),

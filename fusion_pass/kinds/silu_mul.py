@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -52,19 +55,34 @@ class SiluMulQuant(SiluMul):
     name = "silu_mul_quant"
 
 
-def _site(silu: Silu, kind: str) -> Site | None:
+@dataclass(frozen=True)
+class Gated:
+    """silu(a) * b. out: the nodes of the result: the product, or its casts. inside: the nodes that lead to them."""
+
+    a: Node
+    b: Node
+    out: tuple[Node, ...]
+    steps: ActivationSteps
+    inside: tuple[Node, ...]
+
+    def options(self) -> dict[str, Any]:
+        """The options of the op."""
+        return {"silu_dtype": self.steps.activated, "out_dtype": self.steps.out}
+
+
+def product_of(silu: Silu) -> Node | None:
+    """The product of a silu and a tensor of its shape; None if the silu is a gate that broadcasts, or a factor."""
+    term = past_views(silu.out)[-1]
+    return next((user for user in term.users if _is_product(user, term)), None)
+
+
+def gated(silu: Silu, product: Node, out: tuple[Node, ...], kind: str) -> Gated:
+    """What an op computes that takes the place of a product. Raises Refused if no op computes it as the model does.
+
+    out: the nodes of the result. kind: the kind of the site, for the report.
+    """
     terms = past_views(silu.out)
     term = terms[-1]
-    product = next((user for user in term.users if _is_product(user, term)), None)
-    if product is None:
-        return None  # the silu is a gate that broadcasts, or a factor
-    quantises = OPS[kind].quantises
-    out = stored_casts(product, is_narrowing if quantises else is_cast)
-    row = quantiser.row_with(out, kind) if quantises else None
-    if quantises and row is None:
-        return None
-    if not quantises and not any(map(is_read_from_memory, out)):
-        raise Refused(Reason.INLINE, product, kind=kind)
     if silu.by_hand:
         raise Refused(Reason.SILU, silu.anchor, kind=kind)
     if sole_user(term) is None:
@@ -76,18 +94,33 @@ def _site(silu: Silu, kind: str) -> Site | None:
     b = next((node for node in (before_widening(b), b) if _fits(steps, silu.x, node)), None)
     if b is None:
         raise Refused(Reason.ROUNDING, product, kind=kind)
-    operands: Operands = {"a": silu.x, "b": b}
+    inside = (*silu.interior, *terms, *(() if out == (product,) else (product,)))
+    return Gated(silu.x, b, out, steps, tuple(dict.fromkeys(inside)))
+
+
+def _site(silu: Silu, kind: str) -> Site | None:
+    product = product_of(silu)
+    if product is None:
+        return None
+    quantises = OPS[kind].quantises
+    out = stored_casts(product, is_narrowing if quantises else is_cast)
+    row = quantiser.row_with(out, kind) if quantises else None
+    if quantises and row is None:
+        return None
+    if not quantises and not any(map(is_read_from_memory, out)):
+        raise Refused(Reason.INLINE, product, kind=kind)
+    value = gated(silu, product, out, kind)
+    operands: Operands = {"a": value.a, "b": value.b}
     check_operands(operands | ({} if row is None else {"before": row.before}), kind)
     found = None if row is None else row.quantisers(kind)
-    inside = (*silu.interior, *terms, *(() if out == (product,) else (product,)))
     return Site(
         kind=kind,
         overload="" if found is None else found.overload,
         operands=operands if row is None or found is None else operands | row.operands(found),
-        options={"silu_dtype": steps.activated, "out_dtype": steps.out} | ({} if found is None else found.options()),
+        options=value.options() | ({} if found is None else found.options()),
         form=Form("model", {}),
         outputs=tuple(map(Output, (out,) if found is None else found.results(out))),
-        interior=tuple(dict.fromkeys(inside if row is None or found is None else (*inside, *row.inside(found)))),
+        interior=value.inside if row is None or found is None else (*value.inside, *row.inside(found)),
         anchor=product,
         like=None if found is None else product,
         origin=product,

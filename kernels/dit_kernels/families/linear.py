@@ -121,7 +121,9 @@ class Linear(Family):
         def layer(weight: str, bias: str) -> Tensor:
             b = named.get(bias)
             x, w = named["x"].to(chain.linear), named[weight].to(chain.linear)
-            return linear(x, w, None if b is None else b.to(chain.linear))
+            # In one matmul. Of an x that is not contiguous, F.linear makes several, and rounds before it adds the bias.
+            result = linear(x.flatten(0, -2), w, None if b is None else b.to(chain.linear))
+            return result.reshape(*x.shape[:-1], w.shape[0])
 
         up = None if named.get("w_up") is None else layer("w_up", "bias_up")
         return (reference.activation(layer("w", "bias"), up, chain.act, chain.steps),)
