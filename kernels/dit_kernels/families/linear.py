@@ -29,7 +29,7 @@ from dit_kernels.tuning import LIBRARY, NotMeasured
 _steps = lru_cache(maxsize=None)(activation_steps)
 
 GRAIN = 8  # elements of 16 bits; sizes of an operand are multiples of it
-TRIED = 2  # tilings, unless the user asks for more
+TRIED = 3  # tilings, unless the user asks for more
 FARTHEST = 1 << 40  # bytes between two weights that one tensor map can span
 
 
