@@ -13,7 +13,16 @@ from dit_kernels import kernel_cache
 from dit_kernels.ops import kernels_missing
 from dit_kernels.versions import installed_version
 
-PACKAGES = ("fusion-pass", "torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "triton", "diffusers", "torchao")
+PACKAGES = (
+    "fusion-pass",
+    "torch",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+    "quack-kernels",
+    "triton",
+    "diffusers",
+    "torchao",
+)
 
 
 def why_no_kernels() -> str | None:
