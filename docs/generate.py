@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -97,7 +98,7 @@ def zoo_label(row: Row) -> str:
 def zoo_source(link: Link) -> str:
     header = results("h100_zoo.json")
     facts = (f"One {header['gpu']}", header["date"][:10], f"torch {header['versions']['torch']}")
-    precisions = "bf16 or FP8 (torchao, row-wise), random weights"
+    precisions = "bf16, FP8 or INT8 (torchao, row-wise), random weights"
     return source(link, "h100_zoo.json", *facts, f"diffusers {header['versions']['diffusers']}", precisions)
 
 
@@ -116,6 +117,17 @@ def in_words(fused: Mapping[str, int]) -> str:
 
 def distances(row: Row) -> str:
     return f"{row[PLAIN]['distance']:.4f} → {row[FUSED]['distance']:.4f}"
+
+
+def quantised_distance(link: Link) -> str:
+    """The rows that bench_zoo.py measured with --from-fp32."""
+    head = ("model", "bf16, eager", "quantised, eager", "`torch.compile`", "fusion_pass")
+    rows = []
+    for row in zoo_rows():
+        if row.get("from_fp32"):
+            means = (statistics.mean(row["from_fp32"][name]) for name in ("bf16", "eager", PLAIN, FUSED))
+            rows.append((zoo_label(row), *(f"{mean:.4f}" for mean in means)))
+    return table(head, rows) + zoo_source(link)
 
 
 def usual_rows() -> list[Row]:
@@ -240,6 +252,16 @@ def beside_inductor(link: Link, name_of_file: str, facts: str) -> str:
         us = row["us"]
         rows.append((op, " + ".join(reversed(widths)), tokens, *beside_copy(us), f"{us['default']:.1f}"))
     return table(head, rows) + kernels_source(link, name_of_file, facts)
+
+
+def head_norms(link: Link) -> str:
+    head = ("norm", "heads", "tokens", "copy", "Inductor", "over the copy")
+    rows = []
+    for row in results("h100_head_norms.json")["rows"]:
+        copy, inductor = row["us"]["copy"], row["us"]["inductor"]
+        sizes = f"{row['heads']} of {row['d']}", row["tokens"]
+        rows.append((row["case"], *sizes, f"{copy:.1f}", f"{inductor:.1f}", f"{inductor / copy:.2f}"))
+    return table(head, rows) + kernels_source(link, "h100_head_norms.json", "bf16, microseconds")
 
 
 def measured_cases() -> Iterator[tuple[str, Mapping[str, float], str]]:
@@ -437,11 +459,13 @@ def tried_versions(link: Link) -> str:
 BLOCKS: dict[str, Callable[[Link], str]] = {
     "zoo": zoo,
     "zoo-details": zoo_details,
+    "quantised-distance": quantised_distance,
     "zimage": zimage,
     "zimage-line": zimage_line,
     "kernels": kernels,
     "quant-kernels": quant_kernels,
     "adaln-kernels": adaln_kernels,
+    "head-norms": head_norms,
     "slower": slower,
     "host": host,
     "cold-start": cold_start,

@@ -20,6 +20,7 @@ the GPU waits that long. In a denoising run the host is ahead of the GPU, as it 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import importlib.util
 import json
@@ -42,6 +43,7 @@ from timing import alternate, console, environment, first_look, progress, run_st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.graph import GraphLowering
+from torch.utils._pytree import tree_map_only
 from zoo_models import MODELS, Arguments, ZooModel
 
 import fusion_pass
@@ -62,6 +64,7 @@ MEASURED = (
     PLAIN,
     FUSED,
     "speedup",
+    "from_fp32",
     "fused",
     "missed",
     "graphs",
@@ -128,6 +131,11 @@ def layers_of_few_rows(model: nn.Module, arguments: Arguments) -> set[nn.Module]
     for hook in hooks:
         hook.remove()
     return found
+
+
+def widened(arguments: Arguments) -> Arguments:
+    """The same inputs, those of floating point in fp32."""
+    return tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, arguments)
 
 
 @contextmanager
@@ -212,6 +220,7 @@ def measure(
     options: Mapping[str, Any],
     precision: str,
     pairs: int,
+    from_fp32: bool,
     tell: Tell,
 ) -> Row:
     """One model: what MEASURED names."""
@@ -221,22 +230,28 @@ def measure(
     model = spec.build(layers, small, device)
     row: Row = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     arguments = spec.inputs(model, sizes, options["batch"], device)
+    inputs: Any = ([], torch.zeros((), device=device), [])
+
+    def outputs(call: Callable[..., Any], change: Callable[[Arguments], Arguments] = lambda same: same) -> list[Tensor]:
+        """One for each seed."""
+        drawn = (spec.inputs(model, sizes, options["batch"], device, seed) for seed in SEEDS)
+        return [run_step(Step(call, change(arguments)), inputs).float() for arguments in drawn]
+
+    if from_fp32:
+        tell("fp32")
+        exact = outputs(copy.deepcopy(model).float(), widened)
+        row["from_fp32"] = {"bf16": [distance(*pair) for pair in zip(outputs(model), exact, strict=True)]}
     if precision != "bf16":
         quantize(model, precision, options["coordinate_descent"], arguments)
-    inputs: Any = ([], torch.zeros((), device=device), [])
     # First eager: some models build their tables of rotations in their first pass, which would break the graph.
     tell("eager")
     eager = Step(model, arguments)
     result, _ = first_look(eager, inputs, "default")
-
-    def outputs(call: Callable[..., Any]) -> list[Tensor]:
-        """One for each seed."""
-        drawn = (spec.inputs(model, sizes, options["batch"], device, seed) for seed in SEEDS)
-        return [run_step(Step(call, arguments), inputs).float() for arguments in drawn]
-
     references = outputs(model)
     if not all(bool(reference.isfinite().all()) for reference in references):
         raise ArithmeticError("eager's output is not finite")
+    if from_fp32:
+        row["from_fp32"]["eager"] = [distance(*pair) for pair in zip(references, exact, strict=True)]
     eager_ms = [time_step(eager, inputs, not small) for _ in range(5)]
     row |= {"eager_ms": statistics.median(eager_ms), "eager_peak_bytes": result.peak_bytes}
     codes: dict[str, list[str]] = {PLAIN: [], FUSED: []}
@@ -250,6 +265,9 @@ def measure(
             result, _ = first_look(steps[name], inputs, mode)
         compared = [*zip(outputs(steps[name].call), references, strict=True)]
         distances = [distance(*pair) for pair in compared]
+        if from_fp32:
+            pairs_of_outputs = zip((output for output, _ in compared), exact, strict=True)
+            row["from_fp32"][name] = [distance(*pair) for pair in pairs_of_outputs]
         kernels = {} if small else kernel_ms(steps[name], inputs)
         row[name] = {
             "first_call_s": result.first_call_s,
@@ -304,7 +322,7 @@ def run_model(name: str, header: Results, args: argparse.Namespace, tell: Tell) 
         row["layers"] = spec.with_layers(args.layers or ("1" if args.small else None))
         with inductor_settings(args.coordinate_descent), torch.no_grad():
             given = (row[name] for name in ("layers", "sizes", "options", "precision", "pairs"))
-            row |= measure(spec, *given, tell)
+            row |= measure(spec, *given, args.from_fp32, tell)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}".strip()[:2000]
     release()
@@ -518,6 +536,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     precision.add_argument("--fp8", action="store_true", help="linear layers in FP8, by torchao; else bf16")
     precision.add_argument("--int8", action="store_true", help="linear layers in int8, by torchao; else bf16")
     parser.add_argument("--coordinate-descent", action="store_true", help="Inductor's coordinate descent tuning (slow)")
+    parser.add_argument("--from-fp32", action="store_true", help="record how far all are from the model in fp32, too")
     parser.add_argument("--dynamic", action="store_true", help="compile for any shapes")
     parser.add_argument("--per-block", action="store_true", help="compile the repeated blocks, not the whole model")
     parser.add_argument("--mode", default="default", choices=MODES, help="torch.compile's, for both variants")

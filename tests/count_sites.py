@@ -1,10 +1,11 @@
 """Counts what is fused in each model of the tests, compiled in every way, and compares each result with eager's.
 
-    python tests/count_sites.py --json out/site_counts.json [--models "FLUX.1,Wan 2.1"]
+    python tests/count_sites.py --json out/site_counts.json [--models "FLUX.1,Wan 2.1"] [--ways dynamic]
 
 `make test` runs a sample of these; all of them take an hour of one core. kernels/benchmarks/results/site_counts.json
-has rows of an earlier run. A row: the model and its layers, how it was compiled, how often each op stands in the
-graphs, and whether the output is bit-equal to eager's, or else to that of the same graphs without the pass.
+has rows of earlier runs. Rows that a file has of other models and ways stay. A row: the model and its layers, how it
+was compiled, how often each op stands in the graphs, and whether the output is bit-equal to eager's, or else to that of
+the same graphs without the pass.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ MODELS: dict[str, Make] = {
     **{name: make for name, (make, _) in test_models.FUSED.items()},
     **{name: make for name, (make, _) in test_adaln_models.MODELS.items()},
     "Bria FIBO": lambda layers: bria_fibo(layers, 1),
-    "LTX-2, split": lambda layers: ltx2(layers, "split"),
-    "LTX-2, interleaved": lambda layers: ltx2(layers, "interleaved"),
+    "LTX-2 split": lambda layers: ltx2(layers, "split"),
+    "LTX-2 interleaved": lambda layers: ltx2(layers, "interleaved"),
 }
+BLOCKS = {"Lumina2Transformer2DModel": ["Lumina2TransformerBlock"]}  # where diffusers names none
 # The layers; is the model compiled block by block; for dynamic sizes; with torch's complex wrapper?
 WAYS = {
     "whole": (1, False, None, False),
@@ -64,6 +66,7 @@ def output(
         return compiled(model, arguments, dynamic=dynamic, fuse=fuse)
     torch._dynamo.reset()
     backend = GraphBackend(fuse=fuse)
+    model._repeated_blocks = model._repeated_blocks or BLOCKS[type(model).__name__]
     model.compile_repeated_blocks(backend=backend, dynamic=dynamic)
     return run(model, arguments), backend
 
@@ -83,14 +86,18 @@ def count(make: Make, layers: int, blocks: bool, dynamic: bool | None, wrapped: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", help="separated by commas (all)")
+    parser.add_argument("--ways", default="", help="those whose name holds this")
     parser.add_argument("--json", type=Path, required=True, help="write the rows there, after each one")
     args = parser.parse_args()
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    names = args.models.split(",") if args.models else list(MODELS)
+    ways = {way: how for way, how in WAYS.items() if args.ways in way}
+    rows: list[dict[str, Any]] = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+    rows = [row for row in rows if row["model"] not in names or row["compiled"] not in ways]
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     header = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions}
-    for name in args.models.split(",") if args.models else MODELS:
-        for way, how in WAYS.items():
+    for name in names:
+        for way, how in ways.items():
             start = time.perf_counter()
             try:
                 found: dict[str, Any] = count(MODELS[name], *how)

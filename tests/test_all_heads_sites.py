@@ -229,6 +229,25 @@ def test_heads_that_stay_before_tokens_are_not_fused(rotate: Callable[..., Tenso
     assert [(site.kind, site.reason_name) for site in backend.report.missed] == [("norm_all_heads_rope", "HEADS")]
 
 
+@needs_casts
+def test_a_number_of_heads_that_is_read_off_dynamic_tables_is_reported() -> None:
+    """A block of LTX-2 that is compiled alone with dynamic=True."""
+    torch.manual_seed(0)
+    args = torch.randn(B, S, D).to(BF16), torch.randn(D).to(BF16), *(torch.randn(B, H, S, DH // 2) for _ in range(2))
+    for t in args[:2]:
+        torch._dynamo.mark_static(t, t.ndim - 1)
+
+    def model(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = torch_norm(x, weight).reshape(*x.shape[:2], cos.shape[1], -1).transpose(1, 2)
+        return attend(completed_half_rope(heads, cos, sin).transpose(1, 2).reshape(x.shape).unflatten(2, (H, -1)))
+
+    got, backend = run(model, *args, dynamic=True)
+    assert torch.equal(got, model(*args))
+    (site,) = backend.report.missed
+    assert (site.kind, site.reason_name) == ("norm_all_heads_rope", "WIDTH")
+    assert "the number of heads is not a constant" in (site.reason or "")
+
+
 def addcmul_of(first: int, second: int, sign: float, value: float = 1) -> Callable[..., Tensor]:
     """completed_half_rope with other halves, sign or factor."""
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("bench_zoo")
 HEADER = {"date", "gpu", "commit", "versions", "options", "rows"}
 OPTIONS = {"batch", "dynamic", "per_block", "mode", "coordinate_descent", "steps", "small"}
 IDENTITY = {"model", "title", "precision", "layers", "sizes", "options", "pairs", "date", "gpu", "commit", "versions"}
-TIMES = {"eager_ms", "eager_peak_bytes", "torch.compile", "fusion_pass", "speedup"}
+TIMES = {"eager_ms", "eager_peak_bytes", "torch.compile", "fusion_pass", "speedup", "from_fp32"}
 ROW = IDENTITY | TIMES | {"parameters", "fused", "missed", "graphs", "same_code", "error", "seconds"}
 VARIANT = {"ms", "step_ms", "first_call_s", "peak_bytes", "distance", "distances", "equal", "kernels_ms", "kernels"}
 PAIRS = 4
@@ -54,7 +54,7 @@ sd3 = bench_zoo.MODELS["sd3.5"]
 bench_zoo.MODELS["sd3.5"] = replace(sd3, class_name="Plain", small={{}}, make_inputs=of_plain)
 bench_zoo.MODELS["flux1"] = replace(bench_zoo.MODELS["flux1"], make_inputs=fail)
 try:
-    bench_zoo.main("--small --models z-image,flux1,sd3.5 --pairs {PAIRS} --json zoo.json".split())
+    bench_zoo.main("--small --models z-image,flux1,sd3.5 --pairs {PAIRS} --from-fp32 --json zoo.json".split())
 except SystemExit as stop:
     Path("stop.txt").write_text(str(stop))
 
@@ -117,6 +117,14 @@ def test_the_results_and_each_row_have_every_field(results: dict[str, Any]) -> N
             assert 0 < variant["distance"] < 0.05
             assert len(set(variant["distances"])) == 5  # one for each seed
             assert set(variant["kernels_ms"]) == {"matmul", "attention", "ours", "rest"}
+
+
+def test_the_distances_from_fp32_are_recorded_for_each_seed(results: dict[str, Any]) -> None:
+    for model in ("z-image", "sd3.5"):
+        distances = row(results, model)["from_fp32"]
+        assert set(distances) == {"bf16", "eager", "torch.compile", "fusion_pass"}
+        assert all(len(set(each)) == 5 and 0 < min(each) <= max(each) < 0.05 for each in distances.values())
+        assert distances["eager"] == distances["bf16"]  # nothing is quantised
 
 
 def test_layers_of_few_rows_and_of_fp32_are_not_quantised_to_int8(folder: Path) -> None:

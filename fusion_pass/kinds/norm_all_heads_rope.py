@@ -71,7 +71,7 @@ class NormAllHeadsRope(Kind[Norm]):
 
 
 def _heads(norm: Norm, turn: Rotation) -> _Heads | None:
-    """The heads of a norm that runs over all of them; None if the norm is one of each head."""
+    """The heads of a norm that runs over all of them; None if the norm is one of each head. Raises Refused."""
     rows, turned = value(norm.x), value(turn.x)
     if rows is None or turned is None or rows.ndim != 3:
         return None
@@ -84,7 +84,11 @@ def _heads(norm: Norm, turn: Rotation) -> _Heads | None:
             tokens, count = turned.shape[1:3][:: -1 if swapped else 1]
             before = past_views(norm.out)[1:]
             same_rows = known_equal(turned.shape[0], rows.shape[0]) and known_equal(tokens, rows.shape[1])
-            return _Heads(count, swapped, (*before, view, *inside)) if same_rows and isinstance(count, int) else None
+            if not same_rows:
+                return None
+            if not isinstance(count, int):
+                raise Refused(Reason.WIDTH, turn.x, "the number of heads is not a constant", KIND)
+            return _Heads(count, swapped, (*before, view, *inside))
     return None
 
 
