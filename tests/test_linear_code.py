@@ -35,8 +35,9 @@ def test_every_architecture_of_quack_is_compiled_for() -> None:
     assert sorted(TILINGS) == [int(arch.strip("sm_a")) // 10 for arch in ARCHS]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("op", ("linear_silu_mul", "linear_gelu"))
+@pytest.mark.parametrize(
+    ("op", "arch"), (("linear_silu_mul", "sm_90a"), ("linear_gelu", "sm_100a"), ("linear_silu_mul", "sm_120a"))
+)
 def test_the_activation_is_in_the_matmul_and_sums_are_rounded_before_it(op: str, arch: str) -> None:
     code = ptx(op, arch, **({"approximate": "tanh"} if op == "linear_gelu" else {}))
     assert MATMULS[arch] in code

@@ -24,30 +24,29 @@ from dit_kernels.chain import LinearChain
 from dit_kernels.cute import activation, linear
 from dit_kernels.cute.arith import elements_of
 from dit_kernels.rounding import activation_steps
-from ptx.device import ARCHS, compiled, gpu
+from ptx.device import compiled, gpu
 from ptx.judging import Interpreter
 
 INTERPRETER = Interpreter()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def run(epilogue: Any, arch: str, gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
+def run(epilogue: Any, gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
     """What an epilogue makes of sums, rounded to dtype."""
-    with gpu(arch, 132, compiled.__wrapped__), mock.patch.object(activation, "activation", epilogue):
+    with gpu("sm_90a", 132, compiled.__wrapped__), mock.patch.object(activation, "activation", epilogue):
         (result,) = INTERPRETER.run("silu_mul", gate, up, silu_dtype=dtype, out_dtype=dtype)
     return result
 
 
 def sums() -> tuple[Tensor, Tensor]:
     """Two tensors in fp32, a third of whose elements lie between two 16-bit numbers."""
-    gate, up = random(1, 3, 1024, dtype=FP32) * 4, random(1, 3, 1024, dtype=FP32, seed=1) * 4
+    gate, up = random(1, 2, 1024, dtype=FP32) * 4, random(1, 2, 1024, dtype=FP32, seed=1) * 4
     gate[..., ::3] = (gate[..., ::3].bfloat16().float().view(torch.int32) | 0x8000).view(FP32)
     return gate, up
 
 
-@pytest.mark.parametrize("up_first", (0, 1))
-@pytest.mark.parametrize(("arch", "dtype"), [(arch, BF16) for arch in ARCHS if arch != "sm_80"] + [("sm_90a", FP16)])
-def test_gate_and_up_are_rounded_before_the_activation(arch: str, dtype: torch.dtype, up_first: int) -> None:
+@pytest.mark.parametrize(("dtype", "up_first"), ((BF16, 0), (BF16, 1), (FP16, 1)))
+def test_gate_and_up_are_rounded_before_the_activation(dtype: torch.dtype, up_first: int) -> None:
     original, chain = activation.activation, LinearChain("silu", dtype, activation_steps("model", dtype, dtype))
 
     def epilogue(even: Any, odd: Any, _: Any) -> Any:
@@ -56,7 +55,7 @@ def test_gate_and_up_are_rounded_before_the_activation(arch: str, dtype: torch.d
         return original(linear.chosen(first, b, a), linear.chosen(first, a, b), chain)
 
     gate, up = sums()
-    result = run(epilogue, arch, *((up, gate) if up_first else (gate, up)), dtype)
+    result = run(epilogue, *((up, gate) if up_first else (gate, up)), dtype)
     expected = F.silu(gate.to(dtype)) * up.to(dtype)
     assert (result == expected).float().mean() > (0.999 if dtype == BF16 else 0.997)
     late = (F.silu(gate) * up).to(dtype)
@@ -71,7 +70,7 @@ def test_a_sum_is_rounded_before_gelu(act: str) -> None:
         return original(linear.rounded_sums(elements_of(value), chain), None, chain)
 
     gate, up = sums()
-    result = run(epilogue, "sm_90a", gate, up, BF16)
+    result = run(epilogue, gate, up, BF16)
     with INTERPRETER.eager():
         expected = F.gelu(gate.bfloat16(), approximate="tanh" if act == "gelu_tanh" else "none")
     assert (result == expected)[gate > -3].float().mean() > 0.999  # below, the erf of a CPU has few digits
