@@ -38,6 +38,8 @@ WORDS = {
     "qk_norm_cat_rope": "QK-norm + RoPE",
     "norm_all_heads_rope": "QK-norm + RoPE",
     "silu_mul": "SwiGLU",
+    "linear_silu_mul": "SwiGLU in its matmul",
+    "linear_gelu": "GELU in its matmul",
     "norm_scale_quant": "norms to FP8",
     "norm_tanh_mul_add_norm_scale_quant": "norms to FP8",
     "mul_add_norm_scale_quant": "norms to FP8",
@@ -341,6 +343,9 @@ ROLES = {
     "joined table": "`[S' + S, n]`, `[1 or B, S' + S, n]`, `[S' + S, 1, n]` or `[1 or B, S' + S, 1, n]`",
     "table": "`[S, n]`, `[1 or B, S, n]`, `[S, 1, n]` or `[1 or B, S, 1, n]`",
     "scalar": "one element",
+    "tokens": "`[..., S, K]`: S tokens of K features",
+    "matrix": "`[N, K]`, as `nn.Linear` stores it",
+    "bias": "`[N]`",
     "eps": "a number ≥ 0. The overload `.eps_tensor` takes a CPU tensor of one element",
 }
 MORE = {  # what the role of an argument does not say
@@ -380,6 +385,7 @@ OPTIONS = {
     "clamp": "Clamp to ±448 before the cast to FP8",
     "scaling": "How q is computed: z / static_scale, z · (1 / static_scale), or z · static_scale",
     "factor_dtype": "The dtype that static_scale, or its reciprocal, is rounded to before it scales",
+    "configuration": "The kernel's tile, cluster and schedule, as in `128x192/2x1/pingpong`. `''`: the default",
     "scaled_dtype": "The dtype that the quotient or the product is rounded to before the cast to FP8",
 }
 UNSET = {  # what None means, for an option that has no default by type promotion
@@ -401,6 +407,8 @@ MEANS = {
     ),
     "norm_all_heads_rope": "rotate(norm(x)), with one norm over all heads of a token",
     "silu_mul": "silu(a) · b",
+    "linear_silu_mul": "silu(x · w_gateᵀ + bias_gate) · (x · w_upᵀ + bias_up)",
+    "linear_gelu": "gelu(x · wᵀ + bias)",
     "norm_tanh_mul_add_norm_scale_quant": (
         "y = residual + tanh(gate) · norm(x), and q, s = quantised(norm(y) · (1 + scale) + shift)"
     ),

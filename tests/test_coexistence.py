@@ -307,7 +307,7 @@ def test_a_lora_that_is_added_switched_off_and_merged_keeps_every_site_of_a_bloc
     transformer.eval()
     backend = GraphBackend()
     compiled = torch.compile(block, backend=backend)
-    sites = ("norm_scale", "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "qk_norm_rope", "silu_mul")
+    sites = ("norm_scale", "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "qk_norm_rope", "linear_silu_mul")
 
     def check(graphs: int) -> Tensor:
         with torch.no_grad():

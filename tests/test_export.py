@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 # One package is compiled, and the headers of AOTInductor take longer to precompile than to read once.
 NO_HEADERS = {"aot_inductor.precompile_headers": False}
-COUNTS = {"norm_scale": 1, "norm_tanh_mul_add": 1, "qk_norm_rope": 1, "silu_mul": 1}
+COUNTS = {"norm_scale": 1, "norm_tanh_mul_add": 1, "qk_norm_rope": 1, "linear_silu_mul": 1}
 
 
 @pytest.fixture

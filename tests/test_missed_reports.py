@@ -115,6 +115,7 @@ ELSEWHERE = {
     Reason.APART: "tests/test_reported_faults.py",
     Reason.SILU: "tests/test_attention_sites.py",
     Reason.QUANTISER: "tests/test_quantisers.py",
+    Reason.MATMUL: "tests/test_linear_sites.py",
     Reason.UNFIT: "tests/test_attention_sites.py",
 }
 

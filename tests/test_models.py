@@ -13,7 +13,7 @@ import torch._functorch.config as functorch_config
 import zimage
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from graph_backend import BackendOfBoth, GraphBackend
-from graph_checks import but_adaln
+from graph_checks import but_adaln, but_matmuls
 from long import only_long
 from torch import nn
 
@@ -297,13 +297,13 @@ def model_counts(gated: int, count: int = 1) -> dict[str, int]:
 
 def blocks(count: int) -> dict[str, int]:
     """An attention and a SwiGLU in each."""
-    return {"qk_norm_rope": count, "silu_mul": count}
+    return {"qk_norm_rope": count, "linear_silu_mul": count}
 
 
 def fibo2_counts(layers: int) -> dict[str, int]:
     """A refiner layer, one gate more, and the perceiver, with a SwiGLU and two adds of what is no norm. Its cross
     attention has no rotation."""
-    perceiver = {"mul_add_norm_scale": 2, "qk_norm_rope": layers + 1, "silu_mul": layers + 2}
+    perceiver = {"mul_add_norm_scale": 2, "qk_norm_rope": layers + 1, "linear_silu_mul": layers + 2}
     return {**model_counts(2 * (layers + 1) + 1, count=2), **perceiver}
 
 
@@ -312,20 +312,21 @@ def mochi_counts(layers: int) -> dict[str, int]:
     rotation of its heads is another one for each head."""
     image, text = 2 * layers, 2 * (layers - 1)
     gated = {"norm_scale": 2, "norm_tanh_mul_add": 1, "norm_tanh_mul_add_norm_scale": image - 1 + text}
-    return {**gated, "silu_mul": 2 * layers - 1}
+    return {**gated, "linear_silu_mul": 2 * layers - 1}
 
 
 def nucleus_counts(layers: int) -> dict[str, int]:
     """Its gates are on what is no norm: two adds a layer, each with the norm behind it. The text has keys and no
-    queries. From the second layer on, a SwiGLU for each of two experts, and one for all."""
-    attention = {"norm_rope": layers, "qk_norm_rope": layers}
-    return {**attention, "mul_add_norm_scale": 2 * layers, "norm_scale": 1, "silu_mul": 3 * layers - 2}
+    queries. From the second layer on, a SwiGLU for each of two experts, whose weights are [K, N], and one for all."""
+    attention = {"norm_rope": layers, "qk_norm_rope": layers, "mul_add_norm_scale": 2 * layers, "norm_scale": 1}
+    experts = {"silu_mul": 2 * (layers - 1)} if layers > 1 else {}
+    return {**attention, "linear_silu_mul": layers, **experts}
 
 
 FUSED: dict[str, tuple[Make, Callable[[int], dict[str, int]]]] = {
     "Lumina 2": (lumina2, lambda layers: zimage.expected_counts(layers, refiners=1)),
     # Its q- and k-norms run over all heads.
-    "Lumina-Next": (lumina_next, lambda layers: {**model_counts(2 * layers), "silu_mul": layers}),
+    "Lumina-Next": (lumina_next, lambda layers: {**model_counts(2 * layers), "linear_silu_mul": layers}),
     "Mochi": (mochi, mochi_counts),
     "Ideogram 4": (ideogram4, lambda layers: {**model_counts(2 * layers), **blocks(layers)}),
     "FIBO 2": (fibo2, fibo2_counts),
@@ -370,7 +371,7 @@ def test_in_fp32_every_site_is_fused_and_the_result_is_as_near_to_eager_as_the_u
     got, plain, backend = compiled_with_and_without_the_pass(model, arguments)
     assert (got - eager).norm() <= 1.5 * (plain - eager).norm()
     assert backend.report.counts() == counts(1)
-    assert {site.rounding for site in backend.report.fused if site.kind != "silu_mul"} == {"cast_then_weight"}
+    assert {site.rounding for site in backend.report.fused if site.kind != "linear_silu_mul"} == {"cast_then_weight"}
 
 
 @pytest.mark.parametrize("name", (pytest.param("Mochi", marks=only_long), "FIBO 2"))
@@ -396,7 +397,7 @@ def test_a_gate_for_each_token_and_a_gate_of_one_element_are_told_apart() -> Non
 
 
 BLOCK = {**stacks(2), **blocks(1)}
-MOCHI_BLOCK = {**{kind: 2 * count for kind, count in stacks(2).items()}, "silu_mul": 2}
+MOCHI_BLOCK = {**{kind: 2 * count for kind, count in stacks(2).items()}, "linear_silu_mul": 2}
 BLOCKS: dict[str, tuple[Make, dict[str, dict[str, int]]]] = {
     "Lumina 2": (
         lumina2,
@@ -407,7 +408,10 @@ BLOCKS: dict[str, tuple[Make, dict[str, dict[str, int]]]] = {
     ),
     "Mochi": (
         mochi,
-        {"transformer_blocks.0": MOCHI_BLOCK, "transformer_blocks.1": {**stacks(2), "norm_scale": 2, "silu_mul": 1}},
+        {
+            "transformer_blocks.0": MOCHI_BLOCK,
+            "transformer_blocks.1": {**stacks(2), "norm_scale": 2, "linear_silu_mul": 1},
+        },
     ),
 }
 
@@ -434,7 +438,7 @@ def test_of_qwen_image_only_the_norm_of_the_prompt_is_not_fused_and_has_a_reason
     assert backend.report.graphs == 1
     # Two adds of each stream, in each layer, but no norm reads the last two of the text. The first norm of each stream
     # has no add in front. Heads of the image and of the text, in each layer.
-    assert backend.report.counts() == {"mul_add_norm_scale": 4 * 2 - 2, "norm_scale": 2, "qk_norm_rope": 2 * 2}
+    assert but_matmuls(backend.report) == {"mul_add_norm_scale": 4 * 2 - 2, "norm_scale": 2, "qk_norm_rope": 2 * 2}
     assert {site.module: site.reason_name for site in backend.report.missed} == {"txt_norm": "ALONE"}
     assert all(site.reason and site.source for site in backend.report.missed)
 
@@ -445,7 +449,8 @@ def test_flux_2_is_fused_in_its_attention_and_feed_forwards_and_computes_what_it
     model, arguments = flux2(2)
     got, plain, backend = compiled_with_and_without_the_pass(model, arguments)
     assert torch.equal(got, plain)
-    assert but_adaln(backend.report) == {"qk_norm_cat_rope": 2, "qk_norm_rope": 2, "silu_mul": 2 * 2}
+    assert but_adaln(backend.report) == {"qk_norm_cat_rope": 2, "qk_norm_rope": 2}
+    assert backend.report.counts()["linear_silu_mul"] == 2 * 2
 
 
 def test_controlnet_samples_between_y_and_the_next_norm_part_the_two_output_sites() -> None:

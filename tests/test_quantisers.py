@@ -414,7 +414,8 @@ def of_layers(name: str) -> bool:
 def expected_counts(layers: int = zimage.LAYERS, refiners: int = zimage.REFINERS) -> dict[str, int]:
     """Every norm but the last one of the model, and every SwiGLU, has quantisers behind it."""
     counts = zimage.expected_counts(layers, refiners)
-    quantised = {f"{kind}_quant": counts.pop(kind) for kind in ("norm_tanh_mul_add_norm_scale", "silu_mul")}
+    quantised = {"norm_tanh_mul_add_norm_scale_quant": counts.pop("norm_tanh_mul_add_norm_scale")}
+    quantised["silu_mul_quant"] = counts.pop("linear_silu_mul")
     return counts | quantised | {"norm_scale_quant": counts["norm_scale"] - 1, "norm_scale": 1}
 
 
@@ -450,9 +451,9 @@ def test_a_zimage_whose_feed_forward_alone_is_in_fp8_is_fused_in_both_ways() -> 
     model = zimage.model(layers=layers, refiners=refiners)
     backend = fused_zimage(quantized.quantize_(model, chosen=lambda name: of_layers(name) and "feed_forward" in name))
     counts = zimage.expected_counts(layers, refiners)
-    blocks = counts["silu_mul"]
+    blocks = counts["linear_silu_mul"]
     dual = counts.pop("norm_tanh_mul_add_norm_scale")
-    expected = counts | {"silu_mul_quant": counts.pop("silu_mul"), "norm_tanh_mul_add_norm_scale_quant": blocks}
+    expected = counts | {"silu_mul_quant": counts.pop("linear_silu_mul"), "norm_tanh_mul_add_norm_scale_quant": blocks}
     assert backend.report.counts() == expected | {"norm_tanh_mul_add_norm_scale": dual - blocks}
 
 

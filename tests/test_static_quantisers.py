@@ -444,7 +444,7 @@ def test_zimage_whose_first_layers_stay_in_bf16_returns_z_and_q() -> None:
     names = called(backend)
     assert names.count(f"{DUAL}.keep_z") == counts["norm_tanh_mul_add_norm_scale"]
     assert names.count(f"{SCALED}.keep_z") == counts["norm_scale"] - 1
-    assert names.count(SILU) == counts["silu_mul"]
+    assert names.count(SILU) == counts["linear_silu_mul"]
     assert {site.remark for site in backend.report.fused} == {""}
 
 
@@ -463,7 +463,7 @@ def test_zimage_quantised_by_torchao_with_static_scales(monkeypatch: pytest.Monk
     quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and of_layers(name))
     backend = fused_zimage(model)
     counts = zimage.expected_counts(layers=1, refiners=0)
-    assert called(backend).count(f"{SILU}.static") == counts["silu_mul"]
+    assert called(backend).count(f"{SILU}.static") == counts["linear_silu_mul"]
     # Each layer has a tensor of its own for its scale, and several layers read what a norm returns.
     own = [site for site in backend.report.missed if "static scales of their own" in site.reason]
     assert len(own) == counts["norm_tanh_mul_add_norm_scale"] + counts["norm_scale"] - 1

@@ -31,7 +31,7 @@ def test_the_whole_model_is_bit_equal_to_eager_and_every_site_is_fused(captions,
     assert torch.equal(got, zimage.run(transformer, args))
     assert backend.report.counts() == zimage.expected_counts(layers, refiners)
     assert all(site.gate in ("tanh", None) and site.scale in ("one_plus", None) for site in backend.report.fused)
-    assert all(site.rounding == "cast_then_weight" for site in backend.report.fused if site.kind != "silu_mul")
+    assert all(site.rounding == "cast_then_weight" for site in backend.report.fused if site.kind != "linear_silu_mul")
 
 
 def test_an_fp32_model_is_fused_and_differs_from_its_own_unfused_graph_by_the_noise_of_one_layer_norm() -> None:
@@ -84,7 +84,7 @@ def test_a_block_compiled_alone_has_its_sites_and_as_many_graphs_for_other_sizes
     graphs = len(backends[True].graphs)
     assert graphs == len(backends[False].graphs) == 2  # static, then dynamic
     assert not backends[False].report.fused
-    of_a_block = ("norm_scale", "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "qk_norm_rope", "silu_mul")
+    of_a_block = ("norm_scale", "norm_tanh_mul_add", "norm_tanh_mul_add_norm_scale", "qk_norm_rope", "linear_silu_mul")
     assert backends[True].report.counts() == dict.fromkeys(of_a_block, graphs)
 
 
@@ -103,7 +103,7 @@ def test_explain_tells_what_was_missed_and_where() -> None:
     assert (caption.kind, caption.gate, caption.scale) == ("norm_tanh_mul_add_norm_scale", None, None)
     missed = {site.module: site for site in report.missed}
     assert fused["layers.0.attention.norm_q"].kind == "qk_norm_rope"
-    assert fused["layers.0.feed_forward"].kind == "silu_mul"
+    assert fused["layers.0.feed_forward"].kind == "linear_silu_mul"
     assert "layers.0.attention.norm_k" not in missed
     assert missed["context_refiner.0.attention_norm1"].reason_name == "ALONE"
     final = fused["all_final_layer.2-1.norm_final"]  # a LayerNorm

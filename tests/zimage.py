@@ -51,5 +51,5 @@ def expected_counts(layers: int = LAYERS, refiners: int = REFINERS) -> dict[str,
         "norm_tanh_mul_add": stacks,
         "norm_tanh_mul_add_norm_scale": 2 * blocks - stacks,
         "qk_norm_rope": blocks,
-        "silu_mul": blocks,
+        "linear_silu_mul": blocks,
     }
