@@ -266,6 +266,30 @@ def head_norms(link: Link) -> str:
     return table(head, rows) + kernels_source(link, "h100_head_norms.json", "bf16, microseconds")
 
 
+def linear_kernels(link: Link) -> str:
+    """Cases as "silu_mul 4096 6144 18432 halves (FLUX.2)". A tiling that gives wrong results is never chosen."""
+    head = (
+        "op",
+        "sizes of",
+        "tokens",
+        "K",
+        "N",
+        "cuBLAS alone",
+        "and a kernel behind it",
+        "fused",
+        "chosen, over behind",
+    )
+    rows = []
+    for row in results("h100_linear.json")["rows"]:
+        (name, tokens, k, n, *words), model = row["case"].split(" (")[0].split(), row["case"].split(" (")[1].strip(")")
+        op = ("`linear_silu_mul`" if name == "silu_mul" else "`linear_gelu`") + ", one weight" * ("halves" in words)
+        behind = min(us for variant, us in row["us"].items() if "/" not in variant and variant != "matmuls")
+        fused = min(us for variant, us in row["us"].items() if "/" in variant and variant not in row["wrong"])
+        times = (f"{us:.0f}" for us in (row["us"]["matmuls"], behind, fused))
+        rows.append((op, model, tokens, k, n, *times, f"{min(1.0, fused / behind):.2f}"))
+    return table(head, rows) + kernels_source(link, "h100_linear.json", "bf16, microseconds")
+
+
 def measured_cases() -> Iterator[tuple[str, Mapping[str, float], str]]:
     """Each case, its microseconds, and the file that has it."""
     for row in results("h200.json")["rows"]:
@@ -345,7 +369,7 @@ ROLES = {
     "scalar": "one element",
     "tokens": "`[..., S, K]`: S tokens of K features",
     "matrix": "`[N, K]`, as `nn.Linear` stores it",
-    "bias": "`[N]`",
+    "layer bias": "`[N]`",
     "eps": "a number ≥ 0. The overload `.eps_tensor` takes a CPU tensor of one element",
 }
 MORE = {  # what the role of an argument does not say
@@ -474,6 +498,7 @@ BLOCKS: dict[str, Callable[[Link], str]] = {
     "quant-kernels": quant_kernels,
     "adaln-kernels": adaln_kernels,
     "head-norms": head_norms,
+    "linear-kernels": linear_kernels,
     "slower": slower,
     "host": host,
     "cold-start": cold_start,
