@@ -10,10 +10,10 @@ from torch._inductor import config
 from torch.fx import Node
 
 from dit_kernels import tuning
-from dit_kernels.arguments import ROW, known_equal
+from dit_kernels.arguments import ROW, known, known_equal
 from dit_kernels.families.family import Call
 from dit_kernels.ops import checked_call, kernels_missing, prepare, run
-from fusion_pass.dataflow import PARTS, aten, is_call, is_pointwise, same_shape, under_views, value
+from fusion_pass.dataflow import PARTS, aten, is_call, is_joined, is_pointwise, same_shape, under_views, value
 from fusion_pass.refusal import Reason, Refused
 from fusion_pass.site import Site
 
@@ -24,7 +24,11 @@ def prepared(site: Site) -> Site:
     or where the kernel does not compile. The other sites are still fused."""
     call = check(site)
     chosen = _configured(site, call)
-    _compile(chosen, call if chosen is site else _call(chosen))
+    try:
+        prepare(call if chosen is site else _call(chosen))
+    except Exception as error:
+        reason = Reason.NO_KERNEL if chosen is site else Reason.MATMUL  # then a smaller site may have a kernel
+        raise Refused(reason, site.anchor, f"{type(error).__name__}: {error}", site.kind) from error
     return chosen
 
 
@@ -40,7 +44,7 @@ def check(site: Site) -> Call:
     missing = call.op.family.missing(x.device)
     if missing is not None:
         raise Refused(Reason.MATMUL, site.anchor, missing, site.kind)
-    if not call.fits_kernel():
+    if not call.fits_kernel() or not _fits_its_place(site, call.op.family.grain):
         raise Refused(Reason.UNFIT, site.anchor, kind=site.kind)
     for name, argument in site.roles.items():
         source = site.source(name)
@@ -71,14 +75,14 @@ def _configured(site: Site, call: Call) -> Site:
     if choice.configuration is None:
         raise Refused(Reason.MATMUL, site.anchor, choice.why, site.kind)
     options = {**site.options, "configuration": choice.configuration}
-    return replace(site, options=options, remark=site.remark or choice.why)
+    return replace(site, options=options, remark=site.remark or f"{choice.configuration}, {choice.why}")
 
 
-def _compile(site: Site, call: Call) -> None:
-    try:
-        prepare(call)
-    except Exception as error:
-        raise Refused(Reason.NO_KERNEL, site.anchor, f"{type(error).__name__}: {error}", site.kind) from error
+def _fits_its_place(site: Site, grain: int) -> bool:
+    """Does every row of a result that is a part of a joined tensor start at a multiple of `grain` elements?"""
+    joined = (next(iter(node.users)) for node in site.results() if grain > 1 and is_joined(node))
+    parts = [value(part) for cat in joined for part in cat.args[0]]
+    return all(part is not None and known(part.shape[-1] % grain == 0) for part in parts)
 
 
 def _is_computed_per_token(source: Node, x: torch.Tensor) -> bool:

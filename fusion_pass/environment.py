@@ -65,7 +65,7 @@ def as_text(found: dict[str, Any]) -> str:
     if not found["gpus"]:
         rows.append(("kernels", _can_run(found["kernels_missing"])))
     rows.append(("kernel cache", cache["directory"] or "none"))
-    rows.append(("", f"{cache['files']} kernels, {size_text(cache['bytes'])}"))
+    rows.append(("", f"{cache['files']} files, {size_text(cache['bytes'])}"))
     rows.append(("", "can be used" if cache["problem"] is None else f"cannot be used: {cache['problem']}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows)

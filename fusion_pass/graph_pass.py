@@ -35,6 +35,7 @@ from torch.fx import Graph, Node
 
 import dit_kernels.ops
 import fusion_pass.lowering  # noqa: F401  registers how Inductor calls the ops
+from dit_kernels import tuning
 from dit_kernels.arguments import MATRIX
 from dit_kernels.families import OPS
 from dit_kernels.families.family import Op
@@ -138,14 +139,14 @@ class FusionPass(OurPass):
                 self._publish(FusionReport(graphs=1, missed=[_failure(error)]))
 
     def uuid(self) -> Any | None:
-        """Everything that the output of this pass depends on, except the graph: its sources, its options and the
-        versions."""
+        """Everything that the output of this pass depends on, except the graph: its sources, its options, the versions,
+        and what could not be measured. A measured choice is kept on disk, and a cached graph holds it."""
         if self.collector is not None:
             return None
         if self.watches_caches:
             _WATCH.start(self)
         try:
-            return f"fusion_pass:{_fingerprint()}:{_registered()}:{self.options()}"
+            return f"fusion_pass:{_fingerprint()}:{_registered()}:{self.options()}:{tuning.not_measured()}"
         except Exception as error:  # the sources cannot be read: nothing is cached
             if self.strict:
                 raise

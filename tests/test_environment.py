@@ -44,7 +44,7 @@ def test_the_command_names_the_versions_the_cache_and_why_no_kernel_runs(cache: 
     assert f"torch {torch.__version__}" in lines
     assert f"kernels the kernels cannot run: {NO_GPU}" in lines
     assert f"kernel cache {cache}" in lines
-    assert lines[-2:] == ["2 kernels, 30 bytes", "can be used"]
+    assert lines[-2:] == ["2 files, 30 bytes", "can be used"]
 
 
 def test_json_holds_the_same(cache: Path, capsys, monkeypatch) -> None:

@@ -22,7 +22,7 @@ from torch._inductor.utils import run_and_get_code
 
 from dit_kernels import tuning
 from dit_kernels.families.linear import Linear
-from dit_kernels.tuning import Choice, NotMeasured
+from dit_kernels.tuning import LIBRARY, Choice, NotMeasured
 from fusion_pass import Backend, eligibility
 from fusion_pass.dataflow import aten
 from fusion_pass.refusal import Reason, Refused
@@ -598,15 +598,19 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return as_told
 
 
+CHOSEN = Choice("128x160/2x1/pingpong", {LIBRARY: 100.0, "128x160/2x1/pingpong": 80.0})
+LEFT = Choice(None, {LIBRARY: 100.0, "128x160/2x1/pingpong": 100.0})
+
+
 @pytest.mark.parametrize("dynamic", (False, True))
 @pytest.mark.parametrize("act", ACTS)
 def test_the_call_has_the_measured_configuration_and_the_report_the_numbers(
     act: str, dynamic: bool, measured: Callable[..., None]
 ) -> None:
-    measured(Choice("128x160/2x1/pingpong", {}, "80 µs, and 100 µs"))
+    measured(CHOSEN)
     backend, *_ = feed_forward(Spec(act=act), kernels="auto", strict=True, dynamic=dynamic)
     (site,) = backend.report.fused
-    assert (site.kind, site.remark) == (ACTS[act], "80 µs, and 100 µs")
+    assert (site.kind, site.remark) == (ACTS[act], f"{CHOSEN.configuration}, {CHOSEN.why}")
     (call,) = (node for gm in backend.graphs for node in gm.graph.nodes if "linear_" in str(node.target))
     assert call.kwargs["configuration"] == "128x160/2x1/pingpong"
 
@@ -614,7 +618,7 @@ def test_the_call_has_the_measured_configuration_and_the_report_the_numbers(
 @pytest.mark.parametrize(
     ("result", "why"),
     (
-        (Choice(None, {}, "it is as fast: 9 µs, and fused 9 µs"), "it is as fast: 9 µs, and fused 9 µs"),
+        (LEFT, LEFT.why),
         (NotMeasured("the GPU's memory is short"), "not measured: the GPU's memory is short"),
         (RuntimeError("CUDA error"), "not measured: CUDA error"),
     ),
@@ -630,6 +634,45 @@ def test_where_nothing_is_gained_or_measured_the_matmul_is_left_as_it_is(
     backend, *_ = feed_forward(Spec(act="none"), kernels="auto", strict=True)
     assert backend.report.fused == []
     assert [why in site.reason for site in backend.report.missed] == [True]
+
+
+def test_where_the_fused_kernel_does_not_compile_the_smaller_site_is_fused(
+    measured: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(call: Any) -> None:
+        if call.op.name == SILU:
+            raise RuntimeError("ptxas")
+
+    measured(CHOSEN)
+    monkeypatch.setattr(eligibility, "prepare", prepare)
+    backend, *_ = feed_forward(Spec(), kernels="auto", strict=True)
+    (site,) = backend.report.fused
+    assert (site.kind, site.remark) == ("silu_mul", f"{Reason.MATMUL.value} (RuntimeError: ptxas)")
+
+
+@pytest.mark.parametrize("columns", (6, 8, 12))
+def test_a_result_that_a_tensor_map_cannot_place_in_a_joined_tensor_is_left_to_inductor(
+    columns: int, measured: Callable[..., None]
+) -> None:
+    measured(CHOSEN)
+    x, w, other = exact(4, 16), exact(24, 16, seed=1), exact(4, columns, seed=2)
+
+    def joined(x: Tensor, w: Tensor, other: Tensor) -> Tensor:
+        return torch.cat((other * 2, F.gelu(F.linear(x, w))), -1)
+
+    got, backend = run(joined, x, w, other, kernels="auto", strict=True)
+    assert_equal(got, joined(x, w, other))
+    assert backend.report.counts() == ({GELU: 1} if columns % 8 == 0 else {})
+
+
+def test_a_slice_that_starts_before_the_first_column_is_that_from_the_first() -> None:
+    x, w = exact(4, 16), exact(24, 16, seed=1)
+
+    def sliced(x: Tensor, w: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, w)[..., -100:8]) + 0
+
+    got, _ = run(sliced, x, w, strict=True)
+    assert_equal(got, sliced(x, w))
 
 
 @pytest.mark.parametrize("act", ACTS)

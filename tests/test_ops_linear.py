@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import cycle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dit_kernels.families import OPS
-from dit_kernels.families.linear import TILINGS, tiling_of
+from dit_kernels import ops as kernel_ops
+from dit_kernels.families import OPS, linear
+from dit_kernels.families.linear import FARTHEST, TILINGS, Linear, tiling_of
 from dit_kernels.rounding import ACTIVATION_FORMS
 
 ops = torch.ops.dit_kernels
@@ -163,3 +166,91 @@ def test_a_configuration_is_written_as_it_is_read() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_kernel_takes_operands_on_a_cpu(name: str) -> None:
     assert not OPS[name].call(*arguments(name, BF16)).fits_kernel()
+
+
+# --- what a tensor map takes ------------------------------------------------------------------------------------------
+
+
+def shifted(t: Tensor, by: int) -> Tensor:
+    """The tensor, `by` elements behind an aligned address."""
+    memory = torch.empty(t.numel() + by, dtype=t.dtype)
+    return memory[by:].view(t.shape).copy_(t)
+
+
+def wider(t: Tensor, by: int) -> Tensor:
+    """The tensor as a part of rows that are `by` elements wider."""
+    return torch.cat((t, torch.zeros(*t.shape[:-1], by, dtype=t.dtype)), -1)[..., : t.shape[-1]]
+
+
+def launched(name: str, args: list[Any], out: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Is a kernel launched for these operands? If not, `out` has the definition's result."""
+
+    class Launched(Exception):
+        pass
+
+    def run(*_: Any) -> Any:
+        raise Launched
+
+    monkeypatch.setattr(kernel_ops, "has_kernel", lambda call: True)
+    monkeypatch.setattr(kernel_ops, "_compiler", lambda: mock.Mock(run=run))
+    call = OPS[name].call(*args)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kernel_ops.run_into(call, (out,))
+    except Launched:
+        return True
+    assert torch.equal(out, call.definition()[0])
+    return False
+
+
+@pytest.mark.parametrize("by", (1, 4, 8))
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("name", NAMES)
+def test_only_aligned_addresses_reach_the_kernel(
+    name: str, place: int, by: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, out = arguments(name, BF16, biases=name == "linear_gelu"), torch.empty(B, S, N, dtype=BF16)
+    args = [given for given in args if given is not None]
+    tensors = [shifted(t, by if place == i else 0) for i, t in enumerate((*args, out))]
+    assert launched(name, tensors[:-1], tensors[-1], monkeypatch) == (by == 8)
+
+
+@pytest.mark.parametrize("by", (1, 4, 8))
+def test_only_aligned_strides_reach_the_kernel(by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, bias = arguments("linear_gelu", BF16)
+    out = torch.empty(B, S, N + by, dtype=BF16)[..., by:]
+    assert launched("linear_gelu", [x, w, bias], out, monkeypatch) == (by == 8)
+
+
+@pytest.mark.parametrize("by", (1, 4, 8))
+@pytest.mark.parametrize("place", (0, 1))
+def test_a_kernel_fits_only_aligned_strides(place: int, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linear, "missing", lambda family, device: None)
+    args = arguments("linear_gelu", BF16)
+    args[place] = wider(args[place], by)
+    assert OPS["linear_gelu"].call(*args).fits_kernel() == (by == 8)
+
+
+def test_one_tensor_map_spans_two_weights_that_are_not_one_and_not_too_far_apart() -> None:
+    family = OPS["linear_silu_mul"].family
+    assert family.can_launch((0, 4096, 8192, None, None, 0))
+    assert family.can_launch((0, 8192, 4096, None, None, 0))
+    assert not family.can_launch((0, 4096, 4096, None, None, 0))
+    assert not family.can_launch((0, 4096, 4096 + FARTHEST, None, None, 0))
+
+
+def test_another_version_of_quack_has_other_kernels_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for version in ("0.6.5", "0.6.6"):
+        monkeypatch.setattr(linear, "installed_version", lambda name, version=version: version)
+        names.append(repr(OPS["linear_gelu"].family))
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize(
+    "configuration", ("128x192/2x1/fast", "128x192/2x1/pingpong/x", "0x64/1x1", "128x192", "0128x192/2x1")
+)
+def test_other_words_name_no_configuration(configuration: str) -> None:
+    with pytest.raises(ValueError, match="configuration"):
+        OPS["linear_gelu"].call(*arguments("linear_gelu"), configuration=configuration)

@@ -126,7 +126,7 @@ def _part(node: Any) -> _Part | None:
     if not all(type(size) is int for size in (*before, whole.shape[-1], val.shape[-1])):
         return None
     first = sum(before)
-    first += whole.shape[-1] if first < 0 else 0  # a slice may count from the end
+    first = max(0, first + whole.shape[-1]) if first < 0 else first  # a slice may count from the end, or from before 0
     return _Part((first, first + val.shape[-1]), nodes)
 
 

@@ -34,7 +34,7 @@ from dit_kernels.warn import warn_once
 Function = Callable[..., None]
 
 _ENTRY_POINT = "dit_kernel"  # the name under which every entry exports its function
-_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.(o|json)")
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.(o|json|note)")
 _DIGEST_BYTES = 32
 _LOCK_SECONDS = 120.0
 
@@ -102,24 +102,48 @@ def kept_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A JSON object from disk, or made and stored. If the cache cannot be used, warns once and makes the object.
 
     name: 64 hexadecimal digits and ".json". As with kernels, an object that cannot be read back is made again, and if
-    several processes need the object, one makes it, and the others wait and read it.
+    several processes need the object, one makes it, and the others wait and read it. What `make` raises is raised.
     """
-    make = cache(make)
-    try:
-        entry = _open_directory(cache_directory()) / name
-        found = _load_json(entry)
-        if found is not None:
-            return found
-        # Not the lock of the kernels: a kernel may be compiled meanwhile.
-        with FileLock(entry.with_name("choices.lock"), timeout=_LOCK_SECONDS, mode=0o600):
+    entry, found = None, None
+    with ExitStack() as stack:
+        try:
+            entry = _open_directory(cache_directory()) / name
             found = _load_json(entry)
             if found is None:
-                found = make()
-                _write(entry, json.dumps(found).encode())
-            return found
-    except (OSError, Unusable, NotImplementedError) as error:
-        warn_once(f"dit_kernels: choices are not kept on disk: {error}", RuntimeWarning, subject="choices on disk")
-    return make()
+                # Not the lock of the kernels: a kernel may be compiled meanwhile.
+                lock = FileLock(entry.with_name("choices.lock"), timeout=_LOCK_SECONDS, mode=0o600)
+                stack.enter_context(lock)
+                found = _load_json(entry)
+        except (OSError, Unusable, NotImplementedError) as error:
+            _warn_of_choices(error)
+            entry = None
+        if found is None:
+            found = make()
+            if entry is not None:
+                try:
+                    _write(entry, json.dumps(found).encode())
+                except OSError as error:
+                    _warn_of_choices(error)
+    return found
+
+
+def note(name: str) -> None:
+    """Keeps a note on disk, if that is possible. name: 64 hexadecimal digits and ".note"."""
+    with suppress(OSError, Unusable):
+        _write(_open_directory(cache_directory()) / name, b"")
+
+
+def notes() -> list[str]:
+    """The names of all notes on disk."""
+    with suppress(OSError, Unusable):
+        directory = cache_directory()
+        _check_usable(directory)
+        return [path.name for path, _ in _entries(directory) if path.suffix == ".note"]
+    return []
+
+
+def _warn_of_choices(error: Exception) -> None:
+    warn_once(f"dit_kernels: choices are not kept on disk: {error}", RuntimeWarning, subject="choices on disk")
 
 
 def load_module(path: str, **options: bool) -> Any:

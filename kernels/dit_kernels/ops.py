@@ -9,6 +9,8 @@
     qk_norm_cat_rope              rotate(cat(norm(q_before), norm(q))), and the same for k
     norm_all_heads_rope           rotate(norm(x)), with one norm over all heads of a token
     silu_mul                      silu(a) * b
+    linear_silu_mul               silu(linear(x, w_gate)) * linear(x, w_up)
+    linear_gelu                   gelu(linear(x, w))
 
     norm_scale_quant, norm_tanh_mul_add_norm_scale_quant, mul_add_norm_scale_quant, silu_mul_quant
                                   the same, with q and s in place of the last result: q, s = quantised(z)
@@ -38,6 +40,9 @@ norm_all_heads_rope: x is [B, S, D], `heads` heads one after the other; weight i
 silu_mul and gelu_quant: a and b are [..., S, D]. `approximate` is that of F.gelu. silu_mul_quant and gelu_quant may be
 given `before`, [..., S, E] in the dtype of the result. They then quantise the joined row [before, result], and q is
 [..., S, E + D].
+
+linear_silu_mul and linear_gelu: x is [..., S, K], weights are [N, K], biases are [N] or None, and all have one dtype.
+`configuration` names a tiling of the kernel, as "128x192/2x1/pingpong". The kernels need quack and two tokens or more.
 
 quant: x is [..., S, D].
 
@@ -150,7 +155,10 @@ def run_into(call: Call, results: Sequence[Tensor]) -> tuple[Callable[..., None]
         _copy(new, results)
         return None
     operands = call.operands(results)
-    if not call.op.family.can_launch(operands.addresses()):
+    if not call.op.family.can_run(operands):
+        warn_once(
+            f"dit_kernels: {call.op.name} runs as plain PyTorch: its kernel does not take these addresses or strides"
+        )
         _copy(call.definition(), results)
         return None
     ran: tuple[Callable[..., None], tuple[int, ...]]

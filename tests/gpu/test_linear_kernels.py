@@ -9,18 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dit_kernels import ops
+from dit_kernels import ops, tuning
 from dit_kernels.families import OPS
-from dit_kernels.families.linear import TILINGS, has_quack
+from dit_kernels.families.linear import TILINGS, TRIED, has_quack
 
 BF16, FP16 = torch.bfloat16, torch.float16
 pytestmark = pytest.mark.skipif(not has_quack(), reason="quack-kernels is not installed")
 
 
 def integers(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
-    """Small integers: their products and sums are exact in fp32, so every order of a sum gives the same number."""
+    """Eighths of integers: products and sums are exact in fp32, so every order of a sum gives one number."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randint(-2, 3, shape, device="cuda", generator=generator).to(dtype) / 4
+    return torch.randint(-8, 9, shape, device="cuda", generator=generator).to(dtype) / 8
+
+
+def test_most_sums_of_these_numbers_need_the_rounding_in_front_of_the_activation() -> None:
+    sums = F.linear(integers(1, 77, 256).float(), integers(1360, 256, seed=1).float())
+    assert (sums != sums.bfloat16()).float().mean() > 0.5
+    wide = call("linear_gelu", integers(1, 77, 256), integers(1360, 256, seed=1), rounding="fp32")
+    assert (wide != call("linear_gelu", integers(1, 77, 256), integers(1360, 256, seed=1))).any()
 
 
 def call(op: str, *args: Any, **options: Any) -> Tensor:
@@ -36,7 +43,7 @@ def tilings() -> list[str]:
 @pytest.mark.parametrize("configuration", ["", *tilings()])
 @pytest.mark.parametrize("tokens", (2, 77, 128, 1056))
 @pytest.mark.parametrize("dtype", (BF16, FP16))
-def test_silu_mul_has_the_bits_of_eager_code(dtype: torch.dtype, tokens: int, configuration: str) -> None:
+def test_silu_mul_follows_eager_code(dtype: torch.dtype, tokens: int, configuration: str) -> None:
     x = integers(1, tokens, 256, dtype=dtype)
     gate, up = integers(1360, 256, dtype=dtype, seed=1), integers(1360, 256, dtype=dtype, seed=2)
     for w, v in ((gate, up), (up, gate)):  # either weight may lie first in memory
@@ -101,6 +108,30 @@ def test_a_result_is_written_into_its_part_of_a_larger_tensor() -> None:
     ops.run_into(OPS["linear_gelu"].call(x, w, approximate="tanh"), (joined[..., 256:],))
     assert torch.equal(joined[..., 256:], F.gelu(F.linear(x, w), approximate="tanh"))
     assert not joined[..., :256].any()
+
+
+@pytest.mark.parametrize("shifted", ("x", "w", "bias", "out"))
+def test_operands_that_are_not_aligned_give_the_definitions_result(shifted: str) -> None:
+    def placed(name: str, t: Tensor) -> Tensor:
+        if name != shifted:
+            return t
+        memory = torch.empty(t.numel() + 4, device="cuda", dtype=BF16)
+        return memory[4:].view(t.shape).copy_(t)
+
+    x, w, bias = integers(2, 100, 256), integers(512, 256, seed=1), integers(512, seed=2)
+    out = placed("out", torch.zeros(2, 100, 512, device="cuda", dtype=BF16))
+    given = OPS["linear_gelu"].call(placed("x", x), placed("w", w), placed("bias", bias), approximate="tanh")
+    ops.run_into(given, (out,))
+    assert torch.equal(out, F.gelu(F.linear(x, w, bias), approximate="tanh"))
+
+
+def test_a_choice_is_measured_and_its_kernel_is_faster_or_the_library_runs() -> None:
+    x, w = torch.randn(1, 4096, 3072, device="cuda").to(BF16), torch.randn(12288, 3072, device="cuda").to(BF16)
+    given = OPS["linear_gelu"].call(x, w, approximate="tanh")
+    us, failed = tuning.measure(given.op.family.problem(given, False), x.device, ops.run)
+    assert failed == {}
+    assert len(us) == 1 + TRIED
+    assert all(100 < time < 10_000 for time in us.values())
 
 
 def test_results_do_not_change_from_run_to_run() -> None:

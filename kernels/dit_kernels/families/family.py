@@ -40,10 +40,11 @@ class Family:
     """Ops that share one kernel template. A subclass adds what is specific; the roles of `arguments` give the rest.
 
     arguments: the kernel's arguments in order, operands first, then results. Device, width and sizes are those of the
-    first one.
+    first one. grain: the rows of a result that is a part of a larger tensor start at multiples of so many elements.
     """
 
     arguments: tuple[Argument, ...]
+    grain = 1
 
     def __repr__(self) -> str:
         return type(self).__name__  # part of the name of a kernel on disk
@@ -105,8 +106,13 @@ class Family:
         return None
 
     def can_launch(self, given: Sequence[Any]) -> bool:
-        """Does the kernel take these addresses? given: its arguments, with the address of each tensor."""
+        """Does the kernel take these addresses? given: its arguments, with the address of each tensor, which is aligned
+        to 16 bytes."""
         return True
+
+    def can_run(self, operands: KernelArguments) -> bool:
+        """Does the kernel take these operands and results, wherever they are in memory?"""
+        return self.can_launch(operands.addresses())
 
     def of_launch(self, device: int, stream: int, batches: int) -> tuple[int, ...]:
         """Numbers that are determined again for each launch."""

@@ -15,21 +15,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear
 
 from dit_kernels import reference
-from dit_kernels.arguments import BIAS, MATRIX, TOKENS, Argument, Option, dtype_option, known, known_equal, reject
+from dit_kernels.arguments import (
+    BIAS,
+    MATRIX,
+    TOKENS,
+    Argument,
+    Layout,
+    Option,
+    dtype_option,
+    known,
+    known_equal,
+    reject,
+)
 from dit_kernels.chain import LinearChain
 from dit_kernels.families.activation import ActivationOp
-from dit_kernels.families.family import Call, Family, Named, Op, Shaped
+from dit_kernels.families.family import Call, Family, KernelArguments, Named, Op, Shaped
 from dit_kernels.families.rows import processors
 from dit_kernels.rounding import ACTIVATION_FORMS, activation_steps, compute_dtype
 from dit_kernels.tuning import LIBRARY, NotMeasured
+from dit_kernels.versions import installed_version
 
 _steps = lru_cache(maxsize=None)(activation_steps)
 
-GRAIN = 8  # elements of 16 bits; sizes of an operand are multiples of it
+GRAIN = 8  # elements of 16 bits: sizes and strides are multiples of it, since a tensor map takes multiples of 16 bytes
 TRIED = 3  # tilings, unless the user asks for more
+ALIGNMENT = 16  # bytes
 FARTHEST = 1 << 40  # bytes between two weights that one tensor map can span
 
 
@@ -56,11 +69,14 @@ def tiling_of(configuration: str) -> LinearTiling:
     """The tiling that str(tiling) names. Raises ValueError for other words."""
     tile, cluster, *more = configuration.split("/")
     tile_m, tile_n, cluster_m, cluster_n = (int(size) for part in (tile, cluster) for size in part.split("x"))
-    return LinearTiling(tile_m, tile_n, cluster_m, cluster_n, pingpong=more == ["pingpong"])
+    tiling = LinearTiling(tile_m, tile_n, cluster_m, cluster_n, pingpong=more == ["pingpong"])
+    if str(tiling) != configuration or min(tile_m, tile_n, cluster_m, cluster_n) < 1:
+        raise ValueError(f"{configuration} names no tiling")
+    return tiling
 
 
 # By the major number of the compute capability. The first one is the default.
-# Hopper: the fastest of twelve at the sizes of kernels/benchmarks/results/h100_linear.json.
+# Hopper: the fastest of eight at the sizes of kernels/benchmarks/results/h100_linear.json.
 TILINGS: Mapping[int, tuple[LinearTiling, ...]] = {
     9: (
         LinearTiling(128, 192, 2, 1, pingpong=True),
@@ -73,9 +89,13 @@ TILINGS: Mapping[int, tuple[LinearTiling, ...]] = {
 }
 
 
+RUN_ON = (9,)  # the major numbers whose kernels have run on a GPU; the others are only compiled, in the tests
+
+
 class Linear(Family):
     """Computes a LinearChain."""
 
+    grain = GRAIN
     arguments = (
         Argument("x", TOKENS),
         Argument("w", MATRIX),
@@ -84,6 +104,9 @@ class Linear(Family):
         Argument("bias_up", BIAS, optional=True, defaulted=True),
         Argument("out", TOKENS, written=True, placed=True),
     )
+
+    def __repr__(self) -> str:
+        return f"Linear, quack {installed_version('quack-kernels')}"  # a part of the name of a kernel on disk
 
     def check(self, op: Op, named: Named, options: Named) -> None:
         """The weights have one shape, a bias is as long as its weight has rows, and all have x's dtype."""
@@ -129,7 +152,7 @@ class Linear(Family):
         return (reference.activation(layer("w", "bias"), up, chain.act, chain.steps),)
 
     def fits_kernel(self, chain: LinearChain, named: Named) -> bool:
-        """16-bit operands of one dtype, weights whose rows are contiguous, and at least two tokens."""
+        """16-bit operands of one dtype, aligned strides, weights whose rows are contiguous, and two tokens or more."""
         x, weights = named["x"], [named["w"], *([named["w_up"]] if named.get("w_up") is not None else [])]
         if x.dtype not in (torch.bfloat16, torch.float16) or chain.steps.out != x.dtype:
             return False
@@ -141,12 +164,15 @@ class Linear(Family):
             return False
         if not known_equal(weights[0].stride(0), weights[-1].stride(0)):
             return False
+        found = TOKENS.laid(x.shape, x.stride(), x.shape, known_equal)  # None: the kernel reads a copy
+        if found is not None and not known(found[1][1] % GRAIN == 0):
+            return False
         return self.missing(x.device) is None
 
     def missing(self, device: torch.device) -> str | None:
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-        if major not in TILINGS:
-            return f"there is no such kernel for compute capability {major}.x"
+        if major not in RUN_ON:
+            return f"its kernel has not run on compute capability {major}.x yet"
         return None if has_quack() else "quack-kernels is not installed: pip install fusion-pass[gemm]"
 
     def problem(self, call: Call, thorough: bool) -> LinearProblem:
@@ -169,6 +195,13 @@ class Linear(Family):
         """Can one tensor map span both weights?"""
         _, gate, up, *_ = given
         return up is None or 0 < abs(up - gate) < FARTHEST
+
+    def can_run(self, operands: KernelArguments) -> bool:
+        """A tensor map takes addresses and strides that are multiples of 16 bytes."""
+        layouts = [layout for layout in operands.values.values() if isinstance(layout, Layout)]
+        strides = [by for layout in layouts for by in layout.strides[:-1]]
+        aligned = not any(layout.address % ALIGNMENT for layout in layouts) and not any(by % GRAIN for by in strides)
+        return aligned and super().can_run(operands)
 
     def kernel(self) -> Callable[..., Any]:
         from dit_kernels.cute.linear import LinearKernel
@@ -222,23 +255,26 @@ class LinearProblem:
 
     @property
     def bytes(self) -> int:
-        """Of the operands, of the results of the matmuls, and of two results."""
-        numbers = self.tokens * self.k + self.weights * self.n * (self.k + self.tokens) + 2 * self.tokens * self.n
+        """Of the operands, of what each CUDA graph holds, and of two results that are compared."""
+        results = 1 + self.weights + len(self.configurations) + 2
+        numbers = self.tokens * self.k + self.weights * self.n * self.k + results * self.tokens * self.n
         return numbers * self.dtype.itemsize
 
     def candidates(
         self, device: torch.device, run: Callable[[Call], tuple[Tensor, ...]]
     ) -> dict[str, Callable[[], Tensor]]:
+        generator = torch.Generator(device).manual_seed(0)  # of our own, so that the model draws the same numbers
+
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, device=device, dtype=self.dtype)
+            return torch.randn(shape, device=device, dtype=self.dtype, generator=generator)
 
         x, weights = random(self.tokens, self.k), random(self.weights * self.n, self.k).div_(self.k**0.5)
         bias = random(self.n) if self.biased else None
         parts = weights.chunk(self.weights)
 
         def library() -> Tensor:
-            if self.weights == 1:
-                return reference.activation(linear(x, weights, bias), None, self.chain.act, self.chain.steps)
+            if self.weights == 1:  # in one kernel, as Inductor's, whatever the rounding
+                return gelu(linear(x, weights, bias), approximate="tanh" if self.chain.act == "gelu_tanh" else "none")
             a, b = linear(x, weights).chunk(2, -1) if self.halves else (linear(x, part) for part in parts)
             result: Tensor = torch.ops.dit_kernels.silu_mul(a, b)
             return result
