@@ -23,9 +23,9 @@ def integers(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
     return torch.randint(-8, 9, shape, device="cuda", generator=generator).to(dtype) / 8
 
 
-def test_most_sums_of_these_numbers_need_the_rounding_in_front_of_the_activation() -> None:
+def test_many_sums_of_these_numbers_need_the_rounding_in_front_of_the_activation() -> None:
     sums = F.linear(integers(1, 77, 256).float(), integers(1360, 256, seed=1).float())
-    assert (sums != sums.bfloat16()).float().mean() > 0.5
+    assert (sums != sums.bfloat16()).float().mean() > 0.2
     wide = call("linear_gelu", integers(1, 77, 256), integers(1360, 256, seed=1), rounding="fp32")
     assert (wide != call("linear_gelu", integers(1, 77, 256), integers(1360, 256, seed=1))).any()
 
