@@ -89,6 +89,11 @@ TILINGS: Mapping[int, tuple[LinearTiling, ...]] = {
 }
 
 
+# The share is that of kernels/benchmarks/results/h100_linear.json, where the fused kernel is chosen.
+WITHOUT_QUACK = (
+    "quack-kernels is not installed: pip install fusion-pass[gemm]. On an H100, the fused kernel takes 0.69 to 0.96 of "
+    "the time"
+)
 RUN_ON = (9,)  # the major numbers whose kernels have run on a GPU; the others are only compiled, in the tests
 
 
@@ -173,7 +178,7 @@ class Linear(Family):
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
         if major not in RUN_ON:
             return f"its kernel has not run on compute capability {major}.x yet"
-        return None if has_quack() else "quack-kernels is not installed: pip install fusion-pass[gemm]"
+        return None if has_quack() else WITHOUT_QUACK
 
     def problem(self, call: Call, thorough: bool) -> LinearProblem:
         x, w, up, bias = (call.named.get(name) for name in ("x", "w", "w_up", "bias"))
