@@ -92,6 +92,7 @@ def stage(
 def rotated(
     x: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     rotation: Tensor,
     sin: Tensor | None,
     eps: float | Tensor,
@@ -99,7 +100,7 @@ def rotated(
     chain: RotatedChain,
 ) -> Tensor:
     """rotate(norm(x)), with the norm over the last dimension. x: [B, S, H, Dh]; the rest is as for `rotate`."""
-    n = norm(x, weight, None, eps, "rms", steps.norm)
+    n = norm(x, weight, bias, eps, chain.norm, steps.norm)
     return rotate(n, rotation, sin, steps, chain, compute_dtype(x.dtype))
 
 
