@@ -104,6 +104,23 @@ def rotated(
     return rotate(n, rotation, sin, steps, chain, compute_dtype(x.dtype))
 
 
+def partly_rotated(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rotation: Tensor,
+    sin: Tensor | None,
+    eps: float | Tensor,
+    steps: RotatedSteps,
+    chain: RotatedChain,
+) -> Tensor:
+    """norm(x), of which the last tokens are rotated: as many as the rotation has rows. Arguments: as for `rotated`."""
+    n = norm(x, weight, bias, eps, chain.norm, steps.norm)
+    first = n.shape[1] - rotation.shape[1]
+    turned = rotate(n[:, first:], rotation, sin, steps, chain, compute_dtype(x.dtype))
+    return torch.cat((n[:, :first].to(steps.out), turned), 1)
+
+
 def rotate(
     n: Tensor, rotation: Tensor, sin: Tensor | None, steps: RotatedSteps, chain: RotatedChain, wide: torch.dtype
 ) -> Tensor:
