@@ -120,6 +120,7 @@ def accesses(ptx: str) -> tuple[list[str], list[str]]:
         *((arch, "Z-Image", 6 + 2 + 2, 6) for arch in UNLIKE),  # heads, rotation, weights
         ("sm_90a", "Lumina 2", 4 + 4 + 2, 4),
         ("sm_90a", "Flux, two streams", 6 + 2 * 2 + 2, 6),
+        ("sm_90a", "CogVideoX", 6 + 2 * 2 + 2 * 2, 6),  # heads, cosines and sines, weights and biases
         ("sm_90a", "Ideogram 4", 2 * 2 + 2 * 2 + 2 * 2, 2 * 2),  # both halves of each
         ("sm_90a", "silu", 4, 2),
     ],
@@ -132,7 +133,7 @@ def test_every_head_and_row_is_read_and_written_once_in_pieces_of_16_bytes(
     assert all(access.endswith(WIDE) for access in reads + writes)
 
 
-@pytest.mark.parametrize("name", ["Z-Image", "Lumina 2", "Ideogram 4"])
+@pytest.mark.parametrize("name", ["Z-Image", "Lumina 2", "Ideogram 4", "CogVideoX"])
 def test_every_load_is_issued_before_the_first_sum_and_no_cta_waits(name: str) -> None:
     ptx = compiled("sm_90a", VARIANTS[name]).ptx
     before, _ = ptx.split("bar.warp.sync")
