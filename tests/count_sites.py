@@ -45,7 +45,7 @@ MODELS: dict[str, Make] = {
     "Z-Image": z_image,
     **{name: make for name, (make, _) in test_models.FUSED.items()},
     **{name: make for name, (make, _) in test_adaln_models.MODELS.items()},
-    "CogVideoX, rotated": rotated_cogvideox,
+    "CogVideoX 5B": rotated_cogvideox,
     "HunyuanDiT": hunyuan_dit,
     "Bria FIBO": lambda layers: bria_fibo(layers, 1),
     "LTX-2 split": lambda layers: ltx2(layers, "split"),

@@ -115,6 +115,32 @@ def check_fused(model: Model, dtype: torch.dtype = BF16, dynamic: bool | None = 
     assert not backend.report.missed
 
 
+def spelled(
+    qk: tuple[Tensor, Tensor], columns: Tensor, cos: Tensor, sin: Tensor, heads_first: bool = True, end: Any = None
+) -> Tensor:
+    """The same, with the tables as they are given, an end of the slice, and perhaps fewer heads of k."""
+    both = []
+    for x, of in zip(qk, (columns[:2], columns[2:]), strict=True):
+        n = layer_norm(x.transpose(1, 2) if heads_first else x, *of)
+        part = (slice(None), slice(None), slice(TEXT, end)) if heads_first else (slice(None), slice(TEXT, end))
+        n[part] = neighbours_rope(n[part], cos, sin)
+        both.append(n if heads_first else n.transpose(1, 2))
+    return F.scaled_dot_product_attention(both[0], both[1], both[1], enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads_first"),
+    [((S - TEXT, D), True), ((1, S - TEXT, D), True), ((B, 1, S - TEXT, D), True)]
+    + [((S - TEXT, 1, D), False), ((B, S - TEXT, 1, D), False)],
+)
+def test_tables_of_any_shape_are_read_for_the_last_tokens(shape: tuple[int, ...], heads_first: bool) -> None:
+    q, k, columns, *_ = inputs(Model())
+    args = (q, k[:, :, :1]), columns, *torch.randn(2, *shape), heads_first, S
+    got, backend = run(spelled, *args)
+    assert torch.equal(got, spelled(*args))
+    assert backend.report.counts() == {KIND: 1}, backend.report
+
+
 def test_one_tensor_is_normed_and_rotated_by_norm_rope() -> None:
     model = Model(part=False)
     q, _, columns, *tables = inputs(model)
@@ -164,6 +190,11 @@ def into_another_tensor(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return other + 0 * x
 
 
+def not_rounded_before_it_is_written(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x[:, :, TEXT:] = neighbours_rope(x[:, :, TEXT:].float(), cos, sin)
+    return x
+
+
 def scaled_after_the_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x[:, :, TEXT:] = neighbours_rope(x[:, :, TEXT:], cos, sin) * 2
     return x
@@ -190,6 +221,7 @@ NEAR = (
     tokens_in_the_middle,
     other_tokens_than_those_written,
     into_another_tensor,
+    not_rounded_before_it_is_written,
     scaled_after_the_rotation,
     every_second_token,
     the_norm_is_read_before,
