@@ -36,6 +36,7 @@ WORDS = {
     "norm_rope": "QK-norm + RoPE",
     "qk_norm_rope": "QK-norm + RoPE",
     "qk_norm_cat_rope": "QK-norm + RoPE",
+    "qk_norm_part_rope": "QK-norm + RoPE",
     "norm_all_heads_rope": "QK-norm + RoPE",
     "silu_mul": "SwiGLU",
     "linear_silu_mul": "SwiGLU in its matmul",
@@ -365,6 +366,7 @@ ROLES = {
     "heads": "`[B, S, H, Dh]`: H heads of Dh features; k may have another H than q",
     "heads before": "`[B, S', H, Dh]`: the heads of S' tokens that come before those of q and k",
     "joined table": "`[S' + S, n]`, `[1 or B, S' + S, n]`, `[S' + S, 1, n]` or `[1 or B, S' + S, 1, n]`",
+    "later table": "`[S', n]`, `[1 or B, S', n]` or `[1 or B, S', 1, n]`, for the last S' of the S tokens",
     "table": "`[S, n]`, `[1 or B, S, n]`, `[S, 1, n]` or `[1 or B, S, 1, n]`",
     "scalar": "one element",
     "tokens": "`[..., S, K]`: S tokens of K features",
@@ -382,6 +384,7 @@ MORE = {  # what the role of an argument does not say
     "static_scale": "Without it, nothing is scaled",
     "shift": "What is added to z",
     "before": "What the quantised row starts with, in the dtype of the result",
+    **dict.fromkeys(("q_bias", "k_bias"), "An RMSNorm has none"),
 }
 OPTIONS = {
     "norm": "The norm: RMSNorm or LayerNorm",
@@ -428,6 +431,9 @@ MEANS = {
     "qk_norm_rope": "rotate(norm(q)) and rotate(norm(k)), with one rotation",
     "qk_norm_cat_rope": (
         "rotate(cat(norm(q_before), norm(q))) and the same for k, with one rotation. The tokens of both are joined"
+    ),
+    "qk_norm_part_rope": (
+        "norm(q) and norm(k), whose last tokens are rotated with one rotation: as many tokens as the rotation has rows"
     ),
     "norm_all_heads_rope": "rotate(norm(x)), with one norm over all heads of a token",
     "silu_mul": "silu(a) · b",

@@ -34,7 +34,7 @@ class Reason(str, Enum):
         "a training graph: its backward reads the values inside the site. Where no gradient is wanted, run the model "
         "under torch.no_grad() or torch.inference_mode()"
     )
-    UNNORMED = "the rotated tensor is not an RMSNorm of each head"
+    UNNORMED = "the rotated tensor is not an RMSNorm or LayerNorm of each head"
     HEADS = "the rotated tensor is not [B, S, H, Dh], or the rotation is not one row for each token and all heads"
     ROTATION = "a rotation in a spelling that no kernel computes"
     ADDED = "what is added to the residual is not a norm, and the add is not fused with a norm that reads the sum"

@@ -146,6 +146,20 @@ def check_heads(on: Device, o: Heads, alone: bool = True, **options: Any) -> tup
     return results
 
 
+def check_with_bias(
+    on: Device, op: str, o: Heads, q_bias: Tensor | None, k_bias: Tensor | None, **options: Any
+) -> tuple[Tensor, ...]:
+    """Runs qk_norm_rope or qk_norm_part_rope and judges the results. Rotation: of the last tokens, in the latter."""
+    options = {"rounding": "cast_then_weight", "interleaved": True, **options}
+    given = (*o.arguments(), q_bias, k_bias)
+    results = on.run(op, *given, **options)
+    wide = [a.double() if isinstance(a, Tensor) and not a.is_complex() else a for a in given]
+    exact = OPS[op].call(*wide, rounding="fp32", **{name: options[name] for name in ("interleaved", "norm")})
+    definition = OPS[op].call(*given, **options)
+    judge_heads(on, results, definition, exact, options["interleaved"], options["rounding"] == "native")
+    return results
+
+
 def check_joined(on: Device, before: Heads, later: Heads, **options: Any) -> tuple[Tensor, ...]:
     """Runs qk_norm_cat_rope on two streams and judges the results. Rotation: that of `later`, for all tokens."""
     options = {"rounding": "cast_then_weight", "interleaved": True, **options}

@@ -29,6 +29,8 @@ from graph_backend import GraphBackend
 from test_all_heads_sites import ltx2
 from test_models import WRAPPER, Arguments, compiled, run
 from test_models_like_flux import bria_fibo
+from test_part_sites import hunyuan_dit
+from test_partly_rotated import rotated_cogvideox
 from torch import Tensor, nn
 
 Make = Callable[[int], tuple[nn.Module, Arguments]]
@@ -43,6 +45,8 @@ MODELS: dict[str, Make] = {
     "Z-Image": z_image,
     **{name: make for name, (make, _) in test_models.FUSED.items()},
     **{name: make for name, (make, _) in test_adaln_models.MODELS.items()},
+    "CogVideoX 5B": rotated_cogvideox,
+    "HunyuanDiT": hunyuan_dit,
     "Bria FIBO": lambda layers: bria_fibo(layers, 1),
     "LTX-2 split": lambda layers: ltx2(layers, "split"),
     "LTX-2 interleaved": lambda layers: ltx2(layers, "interleaved"),

@@ -19,7 +19,7 @@ from dit_kernels.chain import ActivationChain, RotatedChain
 from dit_kernels.compile import Variant
 from dit_kernels.cute.heads import head_tiling
 from dit_kernels.cute.spec import TensorSpec
-from dit_kernels.families import OPS, norm_cat_rope, norm_rope
+from dit_kernels.families import OPS, norm_cat_rope, norm_part_rope, norm_rope
 from dit_kernels.rounding import activation_steps, rotated_steps
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -57,9 +57,18 @@ def rope(
 def joined(h: int, d: int) -> Variant:
     """FLUX's double blocks: h heads of q and of k, of both streams."""
     of_one = rope(d, h, h, rotation=FP32, rope_dtype=FP32, out_dtype=BF16)
-    specs = of_one.named
+    specs = {name: spec for name, spec in of_one.named.items() if name in norm_cat_rope.FAMILY.named}
     before = {f"{x}_before{end}": specs[f"{x}{end}"] for x in "qk" for end in ("", "_weight")}
     return variant(norm_cat_rope.FAMILY, of_one.chain, d, **specs, **before)
+
+
+def layer_normed(d: int, h: int, interleaved: bool = True, affine: bool = True) -> Variant:
+    """CogVideoX and CogView4: h heads of q and of k, of which the last tokens are rotated."""
+    weight = BF16 if affine else None
+    steps = rotated_steps("cast_then_weight", BF16, weight, FP32, None, FP32, BF16, kind="layer", bias=weight)
+    specs: dict[str, Any] = rope(d, h, h, rotation=FP32, rope_dtype=FP32, out_dtype=BF16).named
+    specs |= {f"{x}_{name}": specs["q_weight"] if affine else None for name in ("weight", "bias") for x in "qk"}
+    return variant(norm_part_rope.FAMILY, RotatedChain(interleaved, False, steps, steps, norm="layer"), d, **specs)
 
 
 def silu(d: int, dtype: torch.dtype = BF16, form: str = "model") -> Variant:
@@ -75,6 +84,8 @@ VARIANTS = {
     "Ideogram 4": rope(256, 18, 18, rotation=BF16, interleaved=False),
     "Flux": rope(128, 24, 24, rotation=FP32, rope_dtype=FP32, out_dtype=BF16),
     "Flux, two streams": joined(24, 128),
+    "CogVideoX": layer_normed(64, 48),
+    "CogView4": layer_normed(128, 32, interleaved=False, affine=False),
     "halves in fp32": rope(128, 24, 8, FP32, FP32, interleaved=False),
     "many heads": rope(128, 128, 8),
     "wide heads": rope(512, 16, 16, FP32),
@@ -109,6 +120,7 @@ def accesses(ptx: str) -> tuple[list[str], list[str]]:
         *((arch, "Z-Image", 6 + 2 + 2, 6) for arch in UNLIKE),  # heads, rotation, weights
         ("sm_90a", "Lumina 2", 4 + 4 + 2, 4),
         ("sm_90a", "Flux, two streams", 6 + 2 * 2 + 2, 6),
+        ("sm_90a", "CogVideoX", 6 + 2 * 2 + 2 * 2, 6),  # heads, cosines and sines, weights and biases
         ("sm_90a", "Ideogram 4", 2 * 2 + 2 * 2 + 2 * 2, 2 * 2),  # both halves of each
         ("sm_90a", "silu", 4, 2),
     ],
@@ -121,7 +133,7 @@ def test_every_head_and_row_is_read_and_written_once_in_pieces_of_16_bytes(
     assert all(access.endswith(WIDE) for access in reads + writes)
 
 
-@pytest.mark.parametrize("name", ["Z-Image", "Lumina 2", "Ideogram 4"])
+@pytest.mark.parametrize("name", ["Z-Image", "Lumina 2", "Ideogram 4", "CogVideoX"])
 def test_every_load_is_issued_before_the_first_sum_and_no_cta_waits(name: str) -> None:
     ptx = compiled("sm_90a", VARIANTS[name]).ptx
     before, _ = ptx.split("bar.warp.sync")

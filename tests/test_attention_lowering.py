@@ -111,11 +111,11 @@ def test_a_direct_call_launches_with_the_addresses_and_numbers_of_its_operands()
     q, k, w, rotation = random(B, S, H, D), random(B, S, HK, D), random(D), freqs(1, S)
     results = random(B, S, H, D), random(B, S, HK, D)
     cases = {
-        "qk_norm_rope": (q, k, w, None, rotation, None, EPS, EPS, *results),
-        "norm_rope": (q, w, rotation, None, EPS, results[0]),
+        "qk_norm_rope": (q, k, w, None, rotation, None, EPS, EPS, None, None, *results),
+        "norm_rope": (q, w, rotation, None, EPS, None, results[0]),
         "silu_mul": (q[0], q[1], results[0][0]),
     }
-    alone = (q, None, w, None, rotation, None, EPS, 0.0, results[0], None)
+    alone = (q, None, w, None, rotation, None, EPS, 0.0, None, None, results[0], None)
     for name, given in cases.items():
         numbers = launch_numbers(OPS[name], given)
         arguments = alone if name == "norm_rope" else given

@@ -20,6 +20,7 @@ from fusion_pass.kinds.norm import NORM
 from fusion_pass.kinds.norm_all_heads_rope import NormAllHeadsRope
 from fusion_pass.kinds.norm_rope import NormRope
 from fusion_pass.kinds.qk_norm_cat_rope import QKNormCatRope
+from fusion_pass.kinds.qk_norm_part_rope import QKNormPartRope
 from fusion_pass.kinds.qk_norm_rope import QKNormRope
 from fusion_pass.kinds.quant import STORED_ROWS, Quant
 from fusion_pass.kinds.residual_add import RESIDUAL_ADD
@@ -34,6 +35,7 @@ REGISTRY = Registry(
         [
             NormAllHeadsRope(),
             QKNormCatRope(),
+            QKNormPartRope(),
             QKNormRope(),
             NormRope(),
             NormTanhMulAddNormScaleQuant(),

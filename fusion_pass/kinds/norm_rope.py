@@ -1,4 +1,4 @@
-"""out = rotate(norm(x)): an RMSNorm of each head, then RoPE."""
+"""out = rotate(norm(x)): an RMSNorm or a LayerNorm of each head, then RoPE."""
 
 from __future__ import annotations
 
@@ -44,7 +44,19 @@ from fusion_pass.site import (
 
 KIND = rotation.ROTATED_NORMS
 SWAP = View(aten.permute.default, ([0, 2, 1, 3],))  # from [B, S, H, Dh] to [B, H, S, Dh], and back
+ONE_FOR_ALL = View(aten.unsqueeze.default, (0,))  # from [S', 1, n] to [1, S', 1, n]
 VECTOR = 16  # real numbers: a CPU's vectors cover a head of a multiple of this size without a remainder
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tokens that are written into a slice of a tensor, up to its last token.
+
+    into: the node that writes. interior: the nodes that it needs: the slices, and a copy.
+    """
+
+    into: Node
+    interior: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,8 @@ class Rotated:
 
     part: the tensor that is rotated or, if it is joined from two streams by `cat`, the part of this norm. swapped: the
     rotated tensor is [B, H, S, Dh]; the op takes [B, S, H, Dh]. heads: the view that reshapes the norm's input to one
-    of these shapes, if the norm is computed on another shape.
+    of these shapes, if the norm is computed on another shape. written: how the rotation of the last tokens is written
+    into `part`, of which only these are rotated; None if all tokens are rotated.
     """
 
     norm: Norm
@@ -63,15 +76,22 @@ class Rotated:
     swapped: bool
     heads: View | None
     steps: RotatedSteps
+    written: Written | None = None
+
+    @property
+    def outs(self) -> tuple[Node, ...]:
+        """Nodes of one value: the result."""
+        return self.rotation.outs if self.written is None else (self.written.into,)
 
     def fits(self, form: str, norm_dtype: torch.dtype | None) -> bool:
         """Are the steps of this form the steps of the graph?"""
         x, by = operand_dtype(self.norm.x), dtype(self.rotation.by)
         assert x is not None and by is not None
         by = by.to_complex() if self.rotation.is_complex else by
-        weight = operand_dtype(self.norm.weight)
+        weight, bias = operand_dtype(self.norm.weight), operand_dtype(self.norm.bias)
         rotated, out, root = self.steps.rotated, self.steps.out, self.norm.steps.root
-        return self.steps == rotated_steps(form, x, weight, by, norm_dtype, rotated, out, root)
+        kind = self.norm.kind
+        return self.steps == rotated_steps(form, x, weight, by, norm_dtype, rotated, out, root, kind, bias)
 
     @property
     def swapped_results(self) -> bool:
@@ -101,6 +121,8 @@ class Rotated:
     @property
     def interior(self) -> tuple[Node, ...]:
         nodes = (*self.norm.interior, *(rotation.between(self.norm.out, self.part) or ()), *self.rotation.interior)
+        if self.written is not None:
+            return (*nodes, *self.rotation.outs, *self.written.interior)
         if self.cat is None:
             return nodes
         return (*nodes, self.cat, *(rotation.between(self.cat, self.rotation.x) or ()))
@@ -127,6 +149,8 @@ class Rotated:
     def _swapped(self, table: Operand) -> Operand:
         val = table.value()
         four = val is not None and val.ndim == 4
+        if self.written is not None and val is not None and val.ndim == 3 and not self.swapped:
+            return replace(table, views=(*table.views, ONE_FOR_ALL))
         return replace(table, views=(*table.views, SWAP)) if four and self.swapped else table
 
     def size(self) -> tuple[int | torch.SymInt, ...]:
@@ -145,7 +169,7 @@ class NormRope(Kind[Norm]):
 
     def note(self, value: Norm, survey: Survey) -> None:
         """Notes which norms are rotated, so that q and k can find each other, and a rotation can find its norm."""
-        found = rotation_of(value) or rotation.of_a_part(value.out)
+        found = rotation_of(value) or rotation_of_a_part(value)
         if found is not None:
             survey.notes(self.name)[found[1].x] = value.anchor
 
@@ -170,16 +194,18 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
     heads: the rotated norms, by the names of the op's arguments; first those that the op returns.
     """
     first = next(iter(heads.values()))
-    alone = len(heads) == 1
+    alone, op = len(heads) == 1, OPS[kind]
     operands: Operands = {}
     for name, rotated in heads.items():
         prefix = "" if alone else f"{name}_"
         norm = rotated.norm
         operands |= {name: rotated.x(), f"{prefix}weight": norm.weight, f"{prefix}eps": eps_operand(norm.eps)}
+        if f"{prefix}bias" in op.roles:
+            operands[f"{prefix}bias"] = norm.bias
     operands |= first.tables()
     check_operands(operands, kind)
     others = list(heads.values())[1:]
-    returned = list(heads.values())[: len(OPS[kind].results)]
+    returned = list(heads.values())[: len(op.results)]
 
     def check_sums(site: Site) -> None:
         for name, rotated in heads.items():
@@ -189,13 +215,14 @@ def site_of(kind: str, refused_at: Node, heads: dict[str, Rotated]) -> Site:
         kind=kind,
         operands=operands,
         options={
+            **({"norm": first.norm.kind} if first.norm.kind != "rms" else {}),
             "interleaved": first.rotation.interleaved,
             "addcmul": first.rotation.addcmul,
             "rope_dtype": first.steps.rotated,
             "out_dtype": first.steps.out,
         },
         form=form_of(kind, refused_at, list(heads.values())),
-        outputs=tuple(Output(rotated.rotation.outs, SWAP if rotated.swapped_results else None) for rotated in returned),
+        outputs=tuple(Output(rotated.outs, SWAP if rotated.swapped_results else None) for rotated in returned),
         interior=tuple(node for rotated in heads.values() for node in rotated.interior),
         anchor=first.norm.anchor,
         twins=tuple(t for other in others for t in (other.rotation.by, other.rotation.sin) if t is not None),
@@ -226,6 +253,15 @@ def rotation_of(norm: Norm) -> tuple[Norm, Rotation] | None:
     return None
 
 
+def rotation_of_a_part(norm: Norm) -> tuple[Norm, Rotation, str] | None:
+    """A rotation that reads a part of a norm, that norm, as in `rotation_of`, and what is rotated of it, in words."""
+    for read in filter(None, (norm, norm.with_computed_weight)):
+        found = rotation.of_a_part(read.out)
+        if found is not None:
+            return read, found[1], found[0]
+    return None
+
+
 def heads_of(out: Node) -> Iterator[Node]:
     """The views of a norm over all heads that split the last dimension into heads."""
     for user in past_views(out)[-1].users:
@@ -240,26 +276,32 @@ def grow(norm: Norm) -> Rotated | None:
     """A norm and the rotation that reads it, or None if there is no rotation. Raises Refused."""
     pair = rotation_of(norm)
     if pair is None:
-        partly = rotation.of_a_part(norm.out)
+        partly = rotation_of_a_part(norm)
         if partly is not None:
             check_norm(norm)
-            raise Refused(Reason.HEADS, partly[1].x, partly[0], KIND)
+            raise Refused(Reason.HEADS, partly[1].x, partly[2], KIND)
         return None
     return of_part(*pair, pair[1].x)
 
 
-def check_norm(norm: Norm) -> None:
-    """Raises Refused for a norm that no op with a rotation computes."""
-    if norm.kind != "rms" or norm.bias is not None:
-        detail = "the norm is a LayerNorm" if norm.kind != "rms" else "the norm has a bias"
-        raise Refused(Reason.UNNORMED, norm.anchor, detail, KIND)
+def check_norm(norm: Norm, kinds: tuple[str, ...] = ("rms", "layer")) -> None:
+    """Raises Refused for a norm that no op with a rotation computes. kinds: those that the op at hand computes."""
+    if norm.kind not in kinds:
+        raise Refused(Reason.UNNORMED, norm.anchor, "the norm is a LayerNorm", KIND)
+    if norm.kind == "rms" and norm.bias is not None:
+        raise Refused(Reason.UNNORMED, norm.anchor, "the norm has a bias", KIND)
     if norm.steps.root != "rsqrt":
         raise Refused(Reason.UNNORMED, norm.anchor, "its root is not written as rsqrt", KIND)
 
 
-def of_part(norm: Norm, found: Rotation, part: Node, cat: Node | None = None) -> Rotated:
-    """A norm and its rotation, which reads `part`, or the part together with another one in `cat`. Raises Refused."""
-    check_norm(norm)
+def of_part(
+    norm: Norm, found: Rotation, part: Node, cat: Node | None = None, written: Written | None = None
+) -> Rotated:
+    """A norm and its rotation, which reads `part`, or the part together with another one in `cat`. Raises Refused.
+
+    written: as in Rotated; the rotation then reads a slice of `part`.
+    """
+    check_norm(norm, ("rms", "layer") if cat is None else ("rms",))
     if rotation.between(norm.out, part) is None:
         raise Refused(Reason.UNNORMED, norm.anchor, "the norm is one over all heads", KIND)
     x = value(found.x)
@@ -276,9 +318,10 @@ def of_part(norm: Norm, found: Rotation, part: Node, cat: Node | None = None) ->
             raise Refused(Reason.HEADS, table, kind=KIND)
     if found.sin is not None and dtype(found.sin) != dtype(found.by):
         raise Refused(Reason.DTYPE, found.sin, "cosines and sines have different dtypes", KIND)
-    if not found.is_complex and not any(is_read_from_memory(node) or is_joined(node) for node in found.outs):
-        raise Refused(Reason.INLINE, found.out, kind=KIND)
-    return Rotated(norm, found, part, cat, swapped, heads, steps_of(norm, found))
+    rotated = Rotated(norm, found, part, cat, swapped, heads, steps_of(norm, found), written)
+    if not found.is_complex and not any(is_read_from_memory(node) or is_joined(node) for node in rotated.outs):
+        raise Refused(Reason.INLINE, rotated.outs[0], kind=KIND)
+    return rotated
 
 
 class ComplexWith(View):

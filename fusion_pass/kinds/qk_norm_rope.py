@@ -1,6 +1,8 @@
-"""q and k: an RMSNorm of each head, then RoPE, with the same rotation for q and k."""
+"""q and k: an RMSNorm or a LayerNorm of each head, then RoPE, with the same rotation for q and k."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch.fx import Node
 
@@ -34,7 +36,7 @@ class QKNormRope(Kind[Norm]):
         The other norm is the nearest one before this norm that has the same rotation and that the same attention reads.
         """
         k = grow(value)
-        q = None if k is None else _partner(k, survey)
+        q = None if k is None else partner(k, survey, grow)
         if k is None or q is None:
             return None
         if q.size()[2] < k.size()[2]:
@@ -42,16 +44,17 @@ class QKNormRope(Kind[Norm]):
         return site_of(self.name, value.anchor, {"q": q, "k": k})
 
 
-def _partner(k: Rotated, survey: Survey) -> Rotated | None:
-    attention = set(readers(k.rotation.out))
+def partner(k: Rotated, survey: Survey, grow: Callable[[Norm], Rotated | None]) -> Rotated | None:
+    """The nearest norm before k with the same rotation, which the same attention reads. grow: finds its rotation."""
+    attention = set(readers(k.outs[0]))
     for anchor in reversed(survey.notes(NORM_ROPE).values()):
-        q = None if anchor._erased or not anchor < k.norm.anchor else _grown(anchor)
-        if q is not None and are_turned_alike(q, k) and not attention.isdisjoint(readers(q.rotation.out)):
+        q = None if anchor._erased or not anchor < k.norm.anchor else _grown(anchor, grow)
+        if q is not None and are_turned_alike(q, k) and not attention.isdisjoint(readers(q.outs[0])):
             return q
     return None
 
 
-def _grown(anchor: Node) -> Rotated | None:
+def _grown(anchor: Node, grow: Callable[[Norm], Rotated | None]) -> Rotated | None:
     try:
         found = NORM.find(anchor)
         return None if found is None else grow(found)
@@ -60,8 +63,10 @@ def _grown(anchor: Node) -> Rotated | None:
 
 
 def are_turned_alike(q: Rotated, k: Rotated) -> bool:
-    """Do q and k have the same tokens and width, the same rotation, computed once or twice, and the same dtypes of its
-    steps?"""
+    """Do q and k have the same tokens and width, the same kind of norm, the same rotation, computed once or twice, and
+    the same dtypes of its steps?"""
+    if q.norm.kind != k.norm.kind:
+        return False
     sizes = list(zip(q.size(), k.size(), strict=True))
     heads = sizes.pop(2)
     if not all(known_equal(m, n) for m, n in sizes):

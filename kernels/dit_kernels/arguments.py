@@ -128,6 +128,17 @@ def _lay_table(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Stri
     return (*(3 - len(sizes)) * (1,), *sizes), (*(3 - len(sizes)) * (0,), *strides)
 
 
+def _fits_later_table(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
+    table = _lay_later_table(sizes, len(sizes) * [1], first, equal)
+    return table is not None and (equal(table[0][0], 1) or equal(table[0][0], first[0]))
+
+
+def _lay_later_table(sizes: Sizes, strides: Sizes, first: Sizes, equal: Equal) -> Strided | None:
+    """The number of tokens is not known, so the middle of three dimensions is always that of the tokens."""
+    tokens = sizes[1 if len(sizes) > 2 else 0] if len(sizes) > 1 else None
+    return _lay_table(sizes, strides, (first[0], tokens, *first[2:]), equal)
+
+
 def _fits_scalar(sizes: Sizes, first: Sizes, equal: Equal) -> bool:
     return all(equal(size, 1) for size in sizes)
 
@@ -253,6 +264,17 @@ JOINED_TABLE = Role(
     _fits_joined_table,
     _lay_joined_table,
     2,
+    may_be_complex=True,
+)
+# The rotation of the last tokens: a table for S' of the S tokens. A kernel takes S', too.
+LATER_TABLE = Role(
+    "later table",
+    "[S', n]",
+    "[S', n], [1 or B, S', n] or [1 or B, S', 1, n], with S' up to S; {first} is {sizes}",
+    _fits_later_table,
+    _lay_later_table,
+    2,
+    own_tokens=True,
     may_be_complex=True,
 )
 # The tokens that a linear layer reads, or those that it writes: [..., S, K]. A kernel takes them as (1, tokens, K).

@@ -84,6 +84,7 @@ class RotatedChain:
     k: RotatedSteps | None
     matrices: bool = False  # each pair is multiplied by its own 2×2 matrix
     addcmul: bool = False  # the second of two real products is not rounded before the sum
+    norm: str = "rms"  # or "layer"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
     norm_scale                    z = norm(x) * (1 + scale) + shift
     norm_rope                     rotate(norm(x)) of heads
     qk_norm_rope                  rotate(norm(q)) and rotate(norm(k)), with one rotation
+    qk_norm_part_rope             norm(q) and norm(k), of which the last tokens are rotated
     qk_norm_cat_rope              rotate(cat(norm(q_before), norm(q))), and the same for k
     norm_all_heads_rope           rotate(norm(x)), with one norm over all heads of a token
     silu_mul                      silu(a) * b
@@ -23,15 +24,20 @@ broadcast to x ([D], [1,1,D], [B,1,D], [B,S,D], one element, ...), with any stri
 False by default in mul_add_norm_scale, and True in the others. shift may be left out. `y_dtype` and
 `z_dtype` default to the dtypes that PyTorch's type promotion gives the chain.
 
-norm_rope and qk_norm_rope: x and q are [B, S, H, Dh], k is [B, S, Hk, Dh], weights are [Dh] or None, and the norm is an
-rms norm. If `sin` is None, the rotation is complex: [S, Dh/2], [1|B, S, Dh/2] or [1|B, S, 1, Dh/2]. Or it is real and
-holds 2×2 matrices, with last dimension 2 * Dh: m00, m01, m10 and m11 of each pair. With `sin`, the rotation holds the
-cosines and `sin` the sines, with last dimension Dh or Dh/2. With `interleaved`, a pair is two neighbouring elements, as
-it always is without `sin`. Otherwise a pair has one element from each half of a head. With `addcmul`, the second of two
-real products is not rounded before the sum.
+norm_rope and qk_norm_rope: x and q are [B, S, H, Dh], k is [B, S, Hk, Dh], weights are [Dh] or None. `norm` is "rms" or
+"layer". Biases are [Dh] or None, may be left out, and are None with an rms norm. If `sin` is None, the rotation is
+complex: [S, Dh/2], [1|B, S, Dh/2] or [1|B, S, 1, Dh/2]. Or it is real and holds 2×2 matrices, with last dimension 2 *
+Dh: m00, m01, m10 and m11 of each pair. With `sin`, the rotation holds the cosines and `sin` the sines, with last
+dimension Dh or Dh/2. With `interleaved`, a pair is two neighbouring elements, as it always is without `sin`. Otherwise
+a pair has one element from each half of a head. With `addcmul`, the second of two real products is not rounded before
+the sum.
 
-qk_norm_cat_rope: the same, and q_before and k_before are [B, S', H, Dh] and [B, S', Hk, Dh]. Their tokens come first.
-The rotation is for S' + S tokens. q_before and q have the same dtype, and so have their weights; the same for k.
+qk_norm_part_rope: the same, but the rotation and `sin` have S' rows, for the last S' of the S tokens: [S', n],
+[1|B, S', n] or [1|B, S', 1, n]. The tokens before are only normed.
+
+qk_norm_cat_rope: as qk_norm_rope with an rms norm, and q_before and k_before are [B, S', H, Dh] and [B, S', Hk, Dh].
+Their tokens come first. The rotation is for S' + S tokens. q_before and q have the same dtype, and so have their
+weights; the same for k.
 
 norm_all_heads_rope: x is [B, S, D], `heads` heads one after the other; weight is [D] or None; cos and sin are [S, n],
 [1|B, S, n] or [1|B, S, 1, n]. n is Dh or Dh/2; if each head has its own rotation (`own`), it is D or D/2.

@@ -92,6 +92,7 @@ def stage(
 def rotated(
     x: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     rotation: Tensor,
     sin: Tensor | None,
     eps: float | Tensor,
@@ -99,8 +100,25 @@ def rotated(
     chain: RotatedChain,
 ) -> Tensor:
     """rotate(norm(x)), with the norm over the last dimension. x: [B, S, H, Dh]; the rest is as for `rotate`."""
-    n = norm(x, weight, None, eps, "rms", steps.norm)
+    n = norm(x, weight, bias, eps, chain.norm, steps.norm)
     return rotate(n, rotation, sin, steps, chain, compute_dtype(x.dtype))
+
+
+def partly_rotated(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rotation: Tensor,
+    sin: Tensor | None,
+    eps: float | Tensor,
+    steps: RotatedSteps,
+    chain: RotatedChain,
+) -> Tensor:
+    """norm(x), of which the last tokens are rotated: as many as the rotation has rows. Arguments: as for `rotated`."""
+    n = norm(x, weight, bias, eps, chain.norm, steps.norm)
+    first = n.shape[1] - rotation.shape[1]
+    turned = rotate(n[:, first:], rotation, sin, steps, chain, compute_dtype(x.dtype))
+    return torch.cat((n[:, :first].to(steps.out), turned), 1)
 
 
 def rotate(

@@ -213,16 +213,20 @@ def rotated_steps(
     rope_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     root: str = "rsqrt",
+    kind: str = "rms",
+    bias: torch.dtype | None = None,
 ) -> RotatedSteps:
-    """The steps of `rotate(norm(x))` with an rms norm. rotation: a complex dtype, or the dtype of cos and sin.
+    """The steps of `rotate(norm(x))`. rotation: a complex dtype, or the dtype of cos and sin. kind: one of NORMS.
 
     With a complex rotation, the product is cast to `rope_dtype`. The default is the dtype of the norm, as in
     `x_out.type_as(x)`. With cosines and sines, the products and their sum are rounded to `rope_dtype`. The default is
     the dtype that PyTorch's type promotion gives. Without `out_dtype`, the result has the same dtype.
     """
-    norm = norm_steps(form, "rms", x, weight, None, norm_dtype, root)
+    norm = norm_steps(form, kind, x, weight, bias, norm_dtype, root)
     if form == "fp32":
-        default = rotated_steps("cast_then_weight", x, weight, rotation, norm_dtype, rope_dtype).out
+        default = rotated_steps(
+            "cast_then_weight", x, weight, rotation, norm_dtype, rope_dtype, kind=kind, bias=bias
+        ).out
         wide = _promote(compute_dtype(x), rotation.to_real())
         return RotatedSteps(norm, wide, wide, out_dtype or default)
     if rotation.is_complex:

@@ -96,6 +96,19 @@ def test_two_streams_follow_the_definition(numbers: tuple[int, int, int], form: 
     bounds.check_joined(GPU, before, narrow, rounding=form, rope_dtype=FP32, out_dtype=BF16)
 
 
+@pytest.mark.parametrize("op", ("qk_norm_rope", "qk_norm_part_rope"))
+@pytest.mark.parametrize("numbers", ((48, 48, 64), (32, 32, 128), (2, 1, 24)))
+@pytest.mark.parametrize("interleaved", (True, False))
+def test_layer_norms_follow_the_definition(op: str, numbers: tuple[int, int, int], interleaved: bool) -> None:
+    """CogVideoX's and CogView4's heads; without a text in qk_norm_rope."""
+    first = 226 if op == "qk_norm_part_rope" else 0
+    o = heads(2, 1226, *numbers, BF16, FP32, interleaved=interleaved)
+    o = replace(o, q=o.q + 1, rotation=o.rotation[:, first:], sin=o.sin[:, first:])
+    options = dict(norm="layer", interleaved=interleaved, rope_dtype=FP32, out_dtype=BF16)
+    bounds.check_with_bias(GPU, op, o, o.k_weight, o.q_weight, **options)
+    bounds.check_with_bias(GPU, op, replace(o, q=misaligned(o.q), k=heads_first(o.k)), None, o.q_weight, **options)
+
+
 # --- heads: shapes and strides --------------------------------------------------------------------------------------
 
 

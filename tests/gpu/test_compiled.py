@@ -151,6 +151,25 @@ def test_two_streams_that_are_joined_and_rotated_are_one_kernel() -> None:
     torch.testing.assert_close(got, attend(*args), rtol=2e-2, atol=2e-2)
 
 
+def test_heads_whose_last_tokens_are_rotated_are_one_kernel() -> None:
+    """As in CogVideoX."""
+    q, k = torch.randn(2, 2, 168, 4, 64, device="cuda").bfloat16()
+    weight, bias = torch.randn(2, 64, device="cuda").bfloat16()
+    angles = torch.randn(1, 1, 128, 32, device="cuda").repeat_interleave(2, -1)
+
+    def attend(*args: torch.Tensor) -> torch.Tensor:
+        *qk, weight, bias, cos, sin = args
+        q, k = (torch.nn.functional.layer_norm(x.transpose(1, 2), (64,), weight, bias) for x in qk)
+        for n in (q, k):
+            n[:, :, 40:] = neighbours_rope(n[:, :, 40:], cos, sin)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    args = (q, k, weight, bias, angles.cos(), angles.sin())
+    got, backend = run(attend, *args, kernels="auto")
+    assert backend.report.counts() == {"qk_norm_part_rope": 1}
+    torch.testing.assert_close(got, attend(*args), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("batch", (1, 2))
 @pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
 def test_streams_that_are_rotated_and_joined_are_not_copied(mode: str, batch: int) -> None:

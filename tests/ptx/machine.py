@@ -518,15 +518,17 @@ class Machine:
         kinds = instruction.opcode.removeprefix("ld.param.").split(".")
         count = int(kinds[0].removeprefix("v")) if len(kinds) == 2 else 1
         match = _MEMORY.fullmatch(instruction.operands[1])
-        if match is None or match[1] not in self.parameters or kinds[-1] not in _TYPES:
+        extended = kinds[-1] == "s32"  # LLVM writes this for a register of 64 bits
+        if match is None or match[1] not in self.parameters or not (extended or kinds[-1] in _TYPES):
             raise Unsupported(f"{instruction}: a parameter that the launch does not give")
-        dtype, start = _TYPES[kinds[-1]], int(match[2] or 0)
+        dtype, start = S32 if extended else _TYPES[kinds[-1]], int(match[2] or 0)
         content = self.parameters[match[1]][start : start + dtype.itemsize * count]
         if len(content) != dtype.itemsize * count or start % len(content):
             raise Fault(f"{instruction}: outside of the parameter, or misaligned")
         values = np.frombuffer(content, dtype)
+        values = values.astype(S64) if extended else values
         names = _vector(instruction.operands[0])
-        writes = [self._target(instruction, name, dtype.itemsize * 8) for name in names]
+        writes = [self._target(instruction, name, values.itemsize * 8) for name in names]
 
         def step(active: Lanes) -> None:
             for write, value in zip(writes, values, strict=True):

@@ -259,7 +259,7 @@ VALUE, FAULT = (AssertionError, "off by|differ"), (Fault, "out of bounds|nothing
         (norm_rope, "_complex_product", _turned_backwards, COMPLEX_HEADS, VALUE),
         (norm_rope, "neighbours_swapped", _argument_back, REAL_HEADS, VALUE),
         (norm_rope, "signed", _sines_unsigned, REAL_HALVES, VALUE),
-        (norm_rope._Rotation, "_by_real", _halves_unswapped, REAL_HALVES, VALUE),
+        (norm_rope.Rotation, "_by_real", _halves_unswapped, REAL_HALVES, VALUE),
         (norm_rope._Heads, "load_weight", _no_weight, COMPLEX_HEADS, VALUE),
         (norm_rope, "_normed", _norm_not_rounded, KINDS["Z-Image"], VALUE),
         (norm_rope, "warp_sum", _sum_of_half_of_the_lanes, COMPLEX_HEADS, VALUE),

@@ -1,4 +1,4 @@
-"""The rms norm of query and key heads with their rotation. Each head is read and written once.
+"""The norm of query and key heads with their rotation. Each head is read and written once.
 
 A group of lanes works on one head at a time (`heads.py`). It keeps the token's rotation and its part of the weights in
 registers for all its heads, and loads several heads before it works on the first. Groups do not wait for each other: a
@@ -50,6 +50,26 @@ def _normed(values: Vectors, weights: Vectors | None, eps: Float32, steps: NormS
     mean_square = warp_sum(sum(squares[1:], squares[0]), lanes) * Float32(1.0 / d)
     rstd = rstd_of(mean_square, eps, steps.root, steps.stat)
     return [normed(x, None, rstd, w, None, steps) for x, w in zip(values, weights or len(values) * [None], strict=True)]
+
+
+def _layer_normed(
+    values: Vectors, weights: Vectors | None, biases: Vectors | None, eps: Float32, steps: NormSteps, place: HeadPlace
+) -> Vectors:
+    """The layer norm of a head, in two passes, as in `stage.Norm`."""
+    share = Float32(1.0 / place.d)
+    shares = [sum_of(widen(x) * share) for x in values]
+    mean = warp_sum(sum(shares[1:], shares[0]), place.tiling.lanes)
+    inside = [inside for _, inside in place.vectors()]
+    squares = [_counted(i, sum_of(square(x, mean, torch.float32))) for x, i in zip(values, inside, strict=True)]
+    rstd = rstd_of(warp_sum(sum(squares[1:], squares[0]), place.tiling.lanes) * share, eps, steps.root, torch.float32)
+    absent = len(values) * [None]
+    columns = zip(values, weights or absent, biases or absent, strict=True)
+    return [normed(x, mean, rstd, weight, bias, steps) for x, weight, bias in columns]
+
+
+def _counted(inside: Boolean | bool, value: Float32) -> Float32:
+    """What a vector adds to a sum: 0 from outside the head, where zeros differ from the mean."""
+    return value if inside is True else Float32(cutlass.select_(inside, value, Float32(0.0)))
 
 
 def _complex_product(n, rotation: cute.Tensor):
@@ -112,11 +132,21 @@ class Global(NamedTuple):
 class _Heads:
     """The heads of q or of k that a thread works on. In one pass, each group of the token takes one head."""
 
-    def __init__(self, place: HeadPlace, bundle: dict[str, Global | None], x: str, eps: Float32, steps: RotatedSteps):
+    def __init__(
+        self,
+        place: HeadPlace,
+        bundle: dict[str, Global | None],
+        x: str,
+        eps: Float32,
+        steps: RotatedSteps,
+        norm: str,
+    ):
         self.place, self.source, self.result, self.weight = place, bundle[x], bundle[f"{x}_out"], bundle[f"{x}_weight"]
-        self.eps, self.steps, self.heads = eps, steps, self.source.spec.heads
+        self.eps, self.steps, self.heads, self.norm = eps, steps, self.source.spec.heads, norm
+        self.bias = bundle.get(f"{x}_bias")
         self.first, self.first_result = self._first(self.source), self._first(self.result)
         self.weights: Vectors | None = None
+        self.biases: Vectors | None = None
         self.passes = -(-self.heads // place.tiling.groups)
 
     def _first(self, heads: Global) -> Int64:
@@ -140,8 +170,12 @@ class _Heads:
     def load_weight(self) -> None:
         if self.weight is not None:
             self.weights = [w.load() for w in self.weight.load_all(self.place, Int64(0))]
+        if self.bias is not None:
+            self.biases = [b.load() for b in self.bias.load_all(self.place, Int64(0))]
 
     def normed(self, values: Vectors) -> Vectors:
+        if self.norm == "layer":
+            return _layer_normed(values, self.weights, self.biases, self.eps, self.steps.norm, self.place)
         return _normed(values, self.weights, self.eps, self.steps.norm, self.place.d, self.place.tiling.lanes)
 
     def store(self, i: int, values: Vectors) -> None:
@@ -151,7 +185,7 @@ class _Heads:
             store(value, partial(vector_at, self.result.pointer, offset, vector, self.result.spec.access), both)
 
 
-class _Rotation:
+class Rotation:
     """This thread's part of a token's rotation. A call rotates a head."""
 
     def __init__(self, place: HeadPlace, chain: RotatedChain, bundle: dict[str, Global | None]):
@@ -240,12 +274,12 @@ class NormRopeKernel(Kernel):
         every = self.all_tokens(tokens, strides)
         place = HeadPlace(tiling, self.d, Int64(last), Int64(token), every, group % tiling.groups, lane)
         bundle, eps = self.bundle(operands, strides, place), self.eps(operands, strides, place)
-        heads = [_Heads(place, bundle, "q", eps["q"], chain.q)]
+        heads = [_Heads(place, bundle, "q", eps["q"], chain.q, chain.norm)]
         if const_expr(chain.k is not None):
-            heads += [_Heads(place, bundle, "k", eps["k"], chain.k)]
+            heads += [_Heads(place, bundle, "k", eps["k"], chain.k, chain.norm)]
         walk = [(of, i) for of in heads for i in range(of.passes)]
         ahead = [of.load(i) for of, i in walk[: tiling.ahead]]
-        turn = _Rotation(place, chain, bundle)
+        turn = self.rotation(place, bundle, tokens, strides)
         for of in cutlass.range_constexpr(len(heads)):
             heads[of].load_weight()
         cute.arch.sync_warp()
@@ -253,8 +287,14 @@ class NormRopeKernel(Kernel):
             self.run(walk, ahead, turn)
 
     def all_tokens(self, tokens: Int32, strides: dict[str, Any]) -> Int32:
-        """How many tokens of a batch item are rotated."""
+        """How many tokens a batch item has."""
         return tokens
+
+    def rotation(
+        self, place: HeadPlace, bundle: dict[str, Global | None], tokens: Int32, strides: dict[str, Any]
+    ) -> Rotation:
+        """The rotation of the token of this thread."""
+        return Rotation(place, self.chain, bundle)
 
     def eps(self, operands: dict[str, Any], strides: dict[str, Any], place: HeadPlace) -> dict[str, Float32]:
         """The eps of q and of k, for the token of this thread."""
@@ -267,7 +307,7 @@ class NormRopeKernel(Kernel):
             for name, spec in self.specs.items()
         }
 
-    def run(self, walk, ahead, turn: _Rotation) -> None:
+    def run(self, walk, ahead, turn: Rotation) -> None:
         for start in range(0, len(walk), self.tiling.ahead):
             part = walk[start : start + self.tiling.ahead]
             loaded = [of.load(i) for of, i in part] if start else ahead

@@ -1,9 +1,10 @@
 """The norm of query and key heads and their rotation (RoPE): rotate(norm(q)), for q and k together or for one of them.
 
-q is [B, S, H, Dh], k is [B, S, Hk, Dh]. The weights of their norms are [Dh] or None. The rotation is the same for every
-head. It is complex, [S, Dh/2]. Or, with `sin`, it holds the cosines, [S, Dh] or [S, Dh/2]. Or it holds the 2×2 matrices
-of the pairs, [S, 2 * Dh]: m00, m01, m10 and m11 of the first pair, and so on. A rotation may also have a dimension of
-size B or 1 before S, for batch items, and one of size 1 after S, for heads.
+q is [B, S, H, Dh], k is [B, S, Hk, Dh]. The norm is an rms norm or a layer norm. The weights of q and k are [Dh] or
+None, and so are the biases of a layer norm. The rotation is the same for every head. It is complex, [S, Dh/2]. Or, with
+`sin`, it holds the cosines, [S, Dh] or [S, Dh/2]. Or it holds the 2×2 matrices of the pairs, [S, 2 * Dh]: m00, m01, m10
+and m11 of the first pair, and so on. A rotation may also have a dimension of size B or 1 before S, for batch items, and
+one of size 1 after S, for heads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from dit_kernels.arguments import (
 from dit_kernels.chain import RotatedChain
 from dit_kernels.cute.heads import HeadTiling, head_tiling
 from dit_kernels.families.family import Family, Named, Op, Shaped, step_dtypes
-from dit_kernels.rounding import FORMS, ROOTS, RotatedSteps, rotated_steps
+from dit_kernels.rounding import FORMS, NORMS, ROOTS, RotatedSteps, rotated_steps
 
 HEAD_GRAIN, WIDEST_HEAD = 8, 512  # kernels take multiples of HEAD_GRAIN up to WIDEST_HEAD
 
@@ -44,7 +45,12 @@ _steps = lru_cache(maxsize=None)(rotated_steps)
 
 
 class NormRope(Family):
-    """Computes a RotatedChain over the heads of a token. For norm_rope, x is q, and k is absent."""
+    """Computes a RotatedChain over the heads of a token. For norm_rope, x is q, and k is absent.
+
+    defined: the definition of one result.
+    """
+
+    defined = staticmethod(reference.rotated)
 
     arguments: tuple[Argument, ...] = (
         Argument("q", HEADS),
@@ -55,6 +61,8 @@ class NormRope(Family):
         Argument("sin", TABLE, optional=True),
         Argument("q_eps", EPS),
         Argument("k_eps", EPS),
+        Argument("q_bias", COLUMN, optional=True, defaulted=True),
+        Argument("k_bias", COLUMN, optional=True, defaulted=True),
         Argument("q_out", HEADS, written=True, placed=True),
         Argument("k_out", HEADS, written=True, placed=True),
     )
@@ -78,14 +86,18 @@ class NormRope(Family):
             reject(op.name, "interleaved", False, "True without sin: the pairs are neighbouring elements")
         if rotation.is_complex() and options["addcmul"]:
             reject(op.name, "addcmul", True, "False with a complex rotation")
+        _check_norm(op, named, options)
 
     def chain(self, op: Op, named: Named, options: Named) -> RotatedChain:
         rotation = named["rotation"]
         one_a_pair = rotation.shape[-1] == named["q"].shape[3] // 2
         matrices = named["sin"] is None and not rotation.is_complex()
-        q = steps_of(named["q"], named["q_weight"], rotation, options)
-        k = None if named.get("k") is None else steps_of(named["k"], named["k_weight"], rotation, options)
-        return RotatedChain(options["interleaved"], one_a_pair, q, k, matrices, options["addcmul"])
+        norm = options.get("norm", "rms")
+        q = steps_of(named["q"], named["q_weight"], rotation, options, norm, named.get("q_bias"))
+        k = None
+        if named.get("k") is not None:
+            k = steps_of(named["k"], named["k_weight"], rotation, options, norm, named.get("k_bias"))
+        return RotatedChain(options["interleaved"], one_a_pair, q, k, matrices, options["addcmul"], norm)
 
     def results(self, chain: RotatedChain, named: Named) -> tuple[Shaped, ...]:
         q = named["q"].shape, chain.q.out
@@ -94,7 +106,9 @@ class NormRope(Family):
     def definition(self, chain: RotatedChain, named: Named) -> tuple[Tensor, ...]:
         rotation, sin = self.tables(named)
         return tuple(
-            reference.rotated(named[x], named[f"{x}_weight"], rotation, sin, named[f"{x}_eps"], steps, chain)
+            self.defined(
+                named[x], named[f"{x}_weight"], named[f"{x}_bias"], rotation, sin, named[f"{x}_eps"], steps, chain
+            )
             for x, steps in (("q", chain.q), ("k", chain.k))
             if steps is not None
         )
@@ -130,6 +144,17 @@ class NormRope(Family):
         return head_tiling(d, (q.heads, 0 if k is None else k.heads), width, 1 if chain.interleaved else 2)
 
 
+def _check_norm(op: Op, named: Named, options: Named) -> None:
+    """A layer norm has one spelling of its root, and an rms norm has no bias."""
+    if options.get("norm", "rms") == "layer":
+        if options["root"] != "rsqrt":
+            reject(op.name, "root", repr(options["root"]), "'rsqrt' with norm='layer'")
+        return
+    for name in ("q_bias", "k_bias"):
+        if named.get(name) is not None:
+            reject(op.name, op.own_name(name), f"a tensor of shape {list(named[name].shape)}", "None with norm='rms'")
+
+
 def _check_width(op: str, name: str, table: Tensor, widths: tuple[int, ...]) -> None:
     if all(differ(table.shape[-1], width) for width in widths):
         reject(op, f"{name}.shape", list(table.shape), f"a last dimension of {' or '.join(map(str, widths))}")
@@ -143,7 +168,14 @@ def for_heads(table: Tensor, role: Role, first: Tensor, heads: int = 1) -> Tenso
     return table.reshape(batch, tokens, heads, width // heads)
 
 
-def steps_of(x: Tensor, weight: Tensor | None, rotation: Tensor, options: Named) -> RotatedSteps:
+def steps_of(
+    x: Tensor,
+    weight: Tensor | None,
+    rotation: Tensor,
+    options: Named,
+    norm: str = "rms",
+    bias: Tensor | None = None,
+) -> RotatedSteps:
     """The steps of rotate(norm(x)) that the options of an op describe."""
     return _steps(
         options["rounding"],
@@ -154,6 +186,8 @@ def steps_of(x: Tensor, weight: Tensor | None, rotation: Tensor, options: Named)
         options["rope_dtype"],
         options["out_dtype"],
         options["root"],
+        norm,
+        None if bias is None else bias.dtype,
     )
 
 
@@ -169,13 +203,14 @@ OPTIONS = (
     dtype_option("out_dtype"),
     Option("root", "str", "rsqrt", ROOTS),
 )
+OF_ANY_NORM = (Option("norm", "str", "rms", NORMS), *OPTIONS)
 OPS = (
     Op(
         "norm_rope",
         FAMILY,
-        ("q", "q_weight", "rotation", "sin", "q_eps", "q_out"),
-        OPTIONS,
-        {"q": "x", "q_weight": "weight", "q_eps": "eps"},
+        ("q", "q_weight", "rotation", "sin", "q_eps", "q_bias", "q_out"),
+        OF_ANY_NORM,
+        {"q": "x", "q_weight": "weight", "q_eps": "eps", "q_bias": "bias"},
     ),
-    Op("qk_norm_rope", FAMILY, tuple(FAMILY.named), OPTIONS),
+    Op("qk_norm_rope", FAMILY, tuple(FAMILY.named), OF_ANY_NORM),
 )
