@@ -51,7 +51,12 @@ MODELS: dict[str, Make] = {
     "LTX-2 split": lambda layers: ltx2(layers, "split"),
     "LTX-2 interleaved": lambda layers: ltx2(layers, "interleaved"),
 }
-BLOCKS = {"Lumina2Transformer2DModel": ["Lumina2TransformerBlock"]}  # where diffusers names none
+BLOCKS = {  # where diffusers names none
+    "Lumina2Transformer2DModel": ["Lumina2TransformerBlock"],
+    "CogVideoXTransformer3DModel": ["CogVideoXBlock"],
+    "CogView4Transformer2DModel": ["CogView4TransformerBlock"],
+    "HunyuanDiT2DModel": ["HunyuanDiTBlock"],
+}
 # The layers; is the model compiled block by block; for dynamic sizes; with torch's complex wrapper?
 WAYS = {
     "whole": (1, False, None, False),
