@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_kernels import ops, plans
-from dit_kernels.arguments import COLUMN, EPS, HEADS, HEADS_BEFORE, JOINED_TABLE, MODULATION, SCALAR, TABLE
+from dit_kernels.arguments import COLUMN, EPS, HEADS, HEADS_BEFORE, JOINED_TABLE, MATRIX, MODULATION, SCALAR, TABLE
 from dit_kernels.families import OPS
 from dit_kernels.families.family import Family, Op
 from dit_kernels.plans import ALIGNMENT, Plans, can_be_planned
@@ -118,9 +118,9 @@ def given_to(op: Op, tokens: int = 4) -> tuple[Any, ...]:
     """Arguments of an op, without biases, a second weight of heads or sines."""
     heads = (1, tokens, 2, 8)
     shapes = {COLUMN: (8,), MODULATION: (1, 1, 8), HEADS: heads, HEADS_BEFORE: heads, SCALAR: ()}
-    shapes |= {TABLE: (tokens, 4), JOINED_TABLE: (2 * tokens, 4)}
+    shapes |= {TABLE: (tokens, 4), JOINED_TABLE: (2 * tokens, 4), MATRIX: (8, 8)}
     is_complex = "rotation" in op.arguments
-    absent = ("bias", "bias2", "k_weight", "k_before_weight", *(("sin",) if is_complex else ()))
+    absent = ("bias", "bias2", "bias_up", "k_weight", "k_before_weight", *(("sin",) if is_complex else ()))
     return tuple(
         1e-5
         if argument.role is EPS
