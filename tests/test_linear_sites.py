@@ -240,7 +240,32 @@ def test_numbers_of_tokens_change_without_another_compilation() -> None:
     assert len(backend.graphs) == 1 and backend.report.counts() == {SILU: 1}
 
 
+def test_a_number_of_tokens_that_depends_on_values_adds_no_guard() -> None:
+    def model(x: Tensor, chosen: Tensor, w: Tensor) -> Tensor:
+        rows = x[chosen]
+        return torch.cat((rows, F.gelu(F.linear(rows, w))), -1) @ x.new_ones(K + N, 2)
+
+    backend, w = GraphBackend(strict=True), nn.Parameter(exact(N, K))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for count in (3, 1, 0):
+            args = exact(B, S, K), torch.arange(B * S).view(B, S) < count, w
+            assert_equal(compiled(*args), model(*args))
+    assert len(backend.graphs) == 1 and backend.report.counts() == {GELU: 1}
+
+
 # --- joined results ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_compiled_code_calls_the_op_directly_and_copies_no_weight(dynamic: bool) -> None:
+    model, x = FeedForward(Spec(one_weight="chunk", biases=(True, False))), exact(B, S, K)
+    torch._dynamo.mark_static(x, 2)
+    got, (code,) = run_and_get_code(torch.compile(model, backend=Backend(kernels="reference"), dynamic=dynamic), x)
+    assert is_direct(code)
+    assert code.count(" = empty_strided_cpu(") == 3, "the result of the op, and ones and the result of a matmul"
+    assert_equal(got, model(x))
 
 
 @pytest.mark.usefixtures("compiled_anew")
