@@ -36,12 +36,11 @@ def but_adaln(report: FusionReport) -> dict[str, int]:
     return {kind: count for kind, count in report.counts().items() if kind not in others}
 
 
-def but_matmuls(report: FusionReport) -> dict[str, int]:
-    """The counts of a report, as if no matmul in front of an activation were a part of its site."""
-    counts = report.counts()
-    of_layers = counts.pop("linear_silu_mul", 0)
-    counts.pop("linear_gelu", None)
-    return counts | ({"silu_mul": counts.get("silu_mul", 0) + of_layers} if of_layers else {})
+def but_matmuls(counts: dict[str, int]) -> dict[str, int]:
+    """Counts of sites, as if no matmul in front of an activation were a part of its site."""
+    others = {kind: count for kind, count in counts.items() if kind not in ("linear_gelu", "linear_silu_mul")}
+    products = counts.get("silu_mul", 0) + counts.get("linear_silu_mul", 0)
+    return others | ({"silu_mul": products} if products else {})
 
 
 def options_of(backend: GraphBackend) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_checks import but_matmuls
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -102,7 +103,7 @@ def distance(run: Run, reference: Run) -> float:
 
 
 def test_every_residual_add_attention_and_swiglu_of_the_full_model_is_fused(report: Any) -> None:
-    kinds = Counter(site.kind for site in report.fused)
+    kinds = but_matmuls(Counter(site.kind for site in report.fused))
     blocks = LAYERS + 2 * REFINERS
     assert kinds == {
         "norm_tanh_mul_add_norm_scale": 2 * blocks - 3,
@@ -118,7 +119,7 @@ def test_every_fused_site_names_its_module_its_source_line_and_its_rounding(repo
     for site in report.fused:
         assert site.module
         assert "transformer_z_image.py:" in site.source or "normalization.py:" in site.source
-        assert site.rounding == ("model" if site.kind == "silu_mul" else "cast_then_weight")
+        assert site.rounding == ("model" if site.kind.endswith("silu_mul") else "cast_then_weight")
         assert str(site.dtype).endswith("bfloat16")
 
 

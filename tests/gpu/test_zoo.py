@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zimage
+from graph_checks import but_matmuls
 from test_models import FUSED, Arguments, compiled, fibo2, run
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -46,6 +47,7 @@ def test_a_model_is_fused_whole_on_a_gpu_and_its_result_is_as_near_to_eager_as_u
     eager = run(model, arguments)
     got, backend = compiled(model, arguments, dynamic, kernels="auto")
     plain, _ = compiled(model, arguments, dynamic, fuse=False)
-    assert backend.report.counts() == counts(LAYERS), backend.report
+    # Which matmuls are a part of a site is measured on the spot.
+    assert but_matmuls(backend.report.counts()) == but_matmuls(counts(LAYERS)), backend.report
     last_bits = 1e-6 if dtype == torch.float32 else 2e-3
     assert distance(got, eager) <= 1.5 * distance(plain, eager) + last_bits
