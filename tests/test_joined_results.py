@@ -221,14 +221,15 @@ def test_a_part_whose_elements_lie_apart_is_checked_at_each_call() -> None:
 def test_a_direct_call_launches_with_the_strides_of_its_results() -> None:
     q, k, w, rotation = random(B, S, H, D), random(B, S, H, D), random(D), freqs(1, S)
     joined = random(B, 3 + S, H, D), random(B, H, 3 + S, D).transpose(1, 2)
-    given = (q, k, w, None, rotation, None, EPS, EPS, *(t[:, 3:] for t in joined))
-    numbers = launch_numbers(OPS["qk_norm_rope"], given)
+    op = OPS["qk_norm_rope"]
+    given = (*op.filled((q, k, w, None, rotation, None, EPS, EPS)), *(t[:, 3:] for t in joined))
+    numbers = launch_numbers(op, given)
     results = [by for t in joined for by in t.stride()[:3]]
     assert list(numbers[-6:]) == results
     call = DirectCall("qk_norm_rope")
     with gpu():
         call.checked(*given)
-        assert (launched(call, given, numbers) or ())[: len(given)] == addresses(*given)
+        assert (launched(call, given, numbers) or ())[: len(given)] == addresses(*op.arranged(given))
 
 
 def test_results_that_no_kernel_can_write_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

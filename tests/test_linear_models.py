@@ -64,8 +64,8 @@ MODELS: dict[str, Make] = {name: make for name, (make, _) in ADALN.items()} | {
     "LTX-2": lambda layers: ltx2(layers, "split")
 }
 EACH = [(name, layers) for layers in (1, 2) for name in OF_EACH]
-CHOSEN = EACH if LONG else [("FLUX.1", 2), ("SD3.5", 2), ("Wan 2.1", 1), ("LTX-Video", 1)]
-DYNAMIC = [(name, 1) for name in OF_EACH] if LONG else [("Qwen-Image", 1), ("Wan 2.1", 1)]
+CHOSEN = EACH if LONG else [("FLUX.1", 2), ("Wan 2.1", 1)]
+DYNAMIC = [(name, 1) for name in OF_EACH] if LONG else [("Qwen-Image", 1)]
 
 
 def counted(backend: GraphBackend) -> Counts:

@@ -389,13 +389,11 @@ def test_q_and_k_that_round_differently_are_two_sites() -> None:
     assert backend.report.counts() == {"norm_rope": 2}
 
 
-@pytest.mark.parametrize(("heads", "reason"), ((True, "ROTATION"), (False, "UNNORMED")))
-def test_after_another_norm_the_reason_is_named(heads: bool, reason: str) -> None:
-    """HiDream norms over all heads. One row for each rotation."""
+def test_after_a_norm_over_all_heads_the_reason_is_named() -> None:
+    """HiDream has such a norm. One row for each rotation."""
 
     def model(x: Tensor, m: Tensor) -> Tensor:
-        n = torch_norm(x, None) if heads else F.layer_norm(x.unflatten(-1, (H, -1)), (DH,)).flatten(2)
-        q = columns_added(n.unflatten(-1, (H, -1)), m[:, :, None]).transpose(1, 2)
+        q = columns_added(torch_norm(x, None).unflatten(-1, (H, -1)), m[:, :, None]).transpose(1, 2)
         return q @ q.mT
 
     *_, m = Spec().inputs()
@@ -403,8 +401,21 @@ def test_after_another_norm_the_reason_is_named(heads: bool, reason: str) -> Non
     got, backend = run(model, x, m)
     assert torch.equal(got, run(model, x, m, fuse=False)[0])
     assert not backend.report.fused
-    assert [site.reason_name for site in backend.report.missed] == [reason]
-    assert ("by 2×2 matrices, after a norm over all heads" in backend.report.missed[0].reason) == heads
+    assert [site.reason_name for site in backend.report.missed] == ["ROTATION"]
+    assert "by 2×2 matrices, after a norm over all heads" in backend.report.missed[0].reason
+
+
+def test_after_a_layer_norm_of_each_head_the_rotation_is_fused() -> None:
+    def model(x: Tensor, m: Tensor) -> Tensor:
+        n = F.layer_norm(x.unflatten(-1, (H, -1)), (DH,))
+        q = columns_added(n, m[:, :, None]).transpose(1, 2)
+        return q @ q.mT
+
+    *_, m = Spec().inputs()
+    x = torch.randn(B, S, H * DH).bfloat16()
+    got, backend = run(model, x, m)
+    assert torch.equal(got, model(x, m))
+    assert backend.report.counts() == {"norm_rope": 1}
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -326,7 +326,11 @@ def nucleus_counts(layers: int) -> dict[str, int]:
 FUSED: dict[str, tuple[Make, Callable[[int], dict[str, int]]]] = {
     "Lumina 2": (lumina2, lambda layers: zimage.expected_counts(layers, refiners=1)),
     # Its q- and k-norms run over all heads.
-    "Lumina-Next": (lumina_next, lambda layers: {**model_counts(2 * layers), "linear_silu_mul": layers}),
+    # Of its LayerNorms over all heads, those of k have one head.
+    "Lumina-Next": (
+        lumina_next,
+        lambda layers: {**model_counts(2 * layers), "linear_silu_mul": layers, "norm_rope": layers},
+    ),
     "Mochi": (mochi, mochi_counts),
     "Ideogram 4": (ideogram4, lambda layers: {**model_counts(2 * layers), **blocks(layers)}),
     "FIBO 2": (fibo2, fibo2_counts),
