@@ -39,7 +39,7 @@ from dit_kernels import tuning
 from dit_kernels.arguments import MATRIX
 from dit_kernels.families import OPS
 from dit_kernels.families.family import Op
-from dit_kernels.versions import hash_of_sources, installed_version
+from dit_kernels.versions import generator_versions, hash_of_sources
 from dit_kernels.warn import warn_once
 from fusion_pass import eligibility
 from fusion_pass.dataflow import aten, dtype, module_path, past_views, source_line, symbolic_shape
@@ -449,8 +449,7 @@ def _is_training(graph: Graph) -> bool:
 @cache
 def _fingerprint() -> str:
     """Our sources, as a hash, and the versions of the packages that they depend on."""
-    versions = (f"{name}={installed_version(name)}" for name in ("torch", "nvidia-cutlass-dsl", "quack-kernels"))
-    return ":".join((hash_of_sources(*_PACKAGES), *versions))
+    return ":".join((hash_of_sources(*_PACKAGES), *generator_versions()))
 
 
 def _registered() -> str:

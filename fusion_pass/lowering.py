@@ -19,10 +19,9 @@ from torch._inductor.lowering import empty_strided, fallback_handler, register_l
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
-from dit_kernels.arguments import Argument, Layout
+from dit_kernels.arguments import ALIGNMENT, Argument, Layout
 from dit_kernels.families import OPS, op_of
 from dit_kernels.families.family import Op
-from dit_kernels.plans import ALIGNMENT
 from fusion_pass.dataflow import is_joined, stream
 from fusion_pass.hook import holds_ours
 

@@ -174,7 +174,7 @@ def test_autocast_over_fp32_weights_is_fused() -> None:
     assert backend.report.counts() == {SILU: 1}
 
 
-# --- what stands in the graph afterwards ------------------------------------------------------------------------------
+# --- the graph after the rewrite --------------------------------------------------------------------------------------
 
 
 def call_of(backend: GraphBackend, kind: str) -> torch.fx.Node:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_kernels import kernel_cache, ops, tuning
+from dit_kernels import kernel_cache, ops, tuning, versions
 from dit_kernels.families import OPS
 from dit_kernels.families.linear import TILINGS, TRIED
 from dit_kernels.tuning import GAIN, LIBRARY, Choice, NotMeasured
@@ -179,7 +179,7 @@ def test_another_gpu_version_source_or_problem_is_measured_again(
     if what == "gpu":
         clock.name = "H200"
     elif what == "version":
-        monkeypatch.setattr(tuning, "installed_version", lambda name: "9.9")
+        monkeypatch.setattr(versions, "installed_version", lambda name: "9.9")
     elif what == "source":
         monkeypatch.setattr(kernel_cache, "source_hash", lambda: "another")
     choice("b" if what == "problem" else "a")

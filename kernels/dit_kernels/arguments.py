@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dit_kernels.rounding import LARGEST, SCALINGS
 
+ALIGNMENT = 16  # bytes; every tensor of an unchecked launch is aligned to this
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dit_kernels import ops
+from dit_kernels.arguments import ALIGNMENT
 from dit_kernels.families import OPS
-from dit_kernels.plans import ALIGNMENT
 
 
 class DirectCall:

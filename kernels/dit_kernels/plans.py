@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C._dynamo.guards import TensorGuards
 
+from dit_kernels.arguments import ALIGNMENT
 from dit_kernels.families.family import Call, Op
 
-ALIGNMENT = 16  # bytes; every tensor of an unchecked launch is aligned to this
 MOST_PLANS = 64  # of an op, for calls whose arguments are of the same types; the latest ones are kept
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -98,27 +98,16 @@ def rotated(
     eps: float | Tensor,
     steps: RotatedSteps,
     chain: RotatedChain,
+    partly: bool = False,
 ) -> Tensor:
-    """rotate(norm(x)), with the norm over the last dimension. x: [B, S, H, Dh]; the rest is as for `rotate`."""
-    n = norm(x, weight, bias, eps, chain.norm, steps.norm)
-    return rotate(n, rotation, sin, steps, chain, compute_dtype(x.dtype))
+    """rotate(norm(x)), with the norm over the last dimension. x: [B, S, H, Dh]; the rest is as for `rotate`.
 
-
-def partly_rotated(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rotation: Tensor,
-    sin: Tensor | None,
-    eps: float | Tensor,
-    steps: RotatedSteps,
-    chain: RotatedChain,
-) -> Tensor:
-    """norm(x), of which the last tokens are rotated: as many as the rotation has rows. Arguments: as for `rotated`."""
+    partly: only the last tokens are rotated, as many as the rotation has rows.
+    """
     n = norm(x, weight, bias, eps, chain.norm, steps.norm)
-    first = n.shape[1] - rotation.shape[1]
-    turned = rotate(n[:, first:], rotation, sin, steps, chain, compute_dtype(x.dtype))
-    return torch.cat((n[:, :first].to(steps.out), turned), 1)
+    first = n.shape[1] - rotation.shape[1] if partly else 0
+    turned = rotate(n[:, first:] if partly else n, rotation, sin, steps, chain, compute_dtype(x.dtype))
+    return torch.cat((n[:, :first].to(steps.out), turned), 1) if partly else turned
 
 
 def rotate(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dit_kernels import kernel_cache
-from dit_kernels.versions import installed_version
+from dit_kernels.versions import generator_versions
 
 LIBRARY = "library"  # the candidate of PyTorch's own matmuls with an activation behind them
 GAIN = 0.99  # a fused kernel must take less than this share of the library's time
@@ -105,9 +105,8 @@ def not_measured() -> str:
 
 def _name(problem: Problem, device: torch.device) -> str:
     """A hash that names a choice on disk. It depends on the versions of the libraries whose kernels are compared."""
-    packages = [f"{name} {installed_version(name)}" for name in ("torch", "nvidia-cutlass-dsl", "quack-kernels")]
     gpu = torch.cuda.get_device_name(device)
-    parts = (*packages, kernel_cache.source_hash(), gpu, str(torch.version.cuda), repr(problem))
+    parts = (*generator_versions(), kernel_cache.source_hash(), gpu, str(torch.version.cuda), repr(problem))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -8,6 +8,11 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+GENERATED_BY = (
+    "torch",
+    "nvidia-cutlass-dsl",
+    "quack-kernels",
+)  # the packages that compiled code and its speed depend on
 NEWEST_TRIED = {"torch": (2, 15), "nvidia-cutlass-dsl": (4, 8)}
 
 
@@ -34,6 +39,11 @@ def installed_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def generator_versions() -> tuple[str, ...]:
+    """The names of GENERATED_BY, each with the version that is installed."""
+    return tuple(f"{name} {installed_version(name)}" for name in GENERATED_BY)
 
 
 def hash_of_sources(*packages: Path) -> str:

@@ -3,7 +3,7 @@
 For a product, the GEMM multiplies x by one matrix whose rows are those of w_gate and w_up in turn. So each thread has
 both numbers of an element of the result. The matrix is a view: its rows are two, one in each weight, times N. Between
 the two is the difference of the weights' addresses, which a tensor map takes as a stride if it is positive. So the
-weight at the lower address comes first, and the epilogue is told which one that is.
+weight at the lower address comes first. `up_first` says whether that is w_up.
 """
 
 from __future__ import annotations

@@ -27,9 +27,16 @@ from dit_kernels.cute.tiling import (
 )
 from dit_kernels.families.family import Family, Named, Op, Shaped, quant_options, quantised_results
 from dit_kernels.families.rows import FP8_GRAIN, QUANTISED, RowFamily, can_be_quantised, quantising
-from dit_kernels.rounding import ACTIVATION_FORMS, activation_steps
+from dit_kernels.rounding import ACTIVATION_FORMS, ActivationSteps, activation_steps
 
 _steps = lru_cache(maxsize=None)(activation_steps)
+
+
+def steps_of(options: Named, a: torch.dtype, b: torch.dtype | None) -> ActivationSteps:
+    """The steps of act(a) * b that the options of an op describe. b: None if there is no product."""
+    out = options.get("out_dtype")
+    activated = options.get("silu_dtype", out)  # without a product, the activation is rounded once
+    return _steps(options.get("rounding", "model"), a, b, activated, out)
 
 
 class Activation(Family):
@@ -43,10 +50,8 @@ class Activation(Family):
 
     def chain(self, op: Op, named: Named, options: Named) -> ActivationChain:
         assert isinstance(op, ActivationOp)
-        b, out = named.get("b"), options.get("out_dtype")
-        activated = options.get("silu_dtype", out)  # without a product, the activation is rounded once
-        form = options.get("rounding", "model")
-        steps = _steps(form, named["a"].dtype, None if b is None else b.dtype, activated, out)
+        b = named.get("b")
+        steps = steps_of(options, named["a"].dtype, None if b is None else b.dtype)
         if not op.quantises:
             return ActivationChain(op.act(options), steps)
         return ActivationChain(op.act(options), steps, quant_options(options, steps.out), keeps="out" in op.arguments)

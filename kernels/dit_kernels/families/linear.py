@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,30 +19,27 @@ from torch.nn.functional import gelu, linear
 
 from dit_kernels import reference
 from dit_kernels.arguments import (
+    ALIGNMENT,
     BIAS,
     MATRIX,
     TOKENS,
     Argument,
     Layout,
     Option,
-    dtype_option,
     known,
     known_equal,
     reject,
 )
 from dit_kernels.chain import LinearChain
-from dit_kernels.families.activation import ActivationOp
+from dit_kernels.families.activation import GELU, SILU_MUL, ActivationOp, steps_of
 from dit_kernels.families.family import Call, Family, KernelArguments, Named, Op, Shaped
 from dit_kernels.families.rows import processors
-from dit_kernels.rounding import ACTIVATION_FORMS, activation_steps, compute_dtype
+from dit_kernels.rounding import compute_dtype
 from dit_kernels.tuning import LIBRARY, NotMeasured
 from dit_kernels.versions import installed_version
 
-_steps = lru_cache(maxsize=None)(activation_steps)
-
 GRAIN = 8  # elements of 16 bits: sizes and strides are multiples of it, since a tensor map takes multiples of 16 bytes
 TRIED = 3  # tilings, unless the user asks for more
-ALIGNMENT = 16  # bytes
 FARTHEST = 1 << 40  # bytes between two weights that one tensor map can span
 
 
@@ -135,11 +132,9 @@ class Linear(Family):
 
     def chain(self, op: Op, named: Named, options: Named) -> LinearChain:
         assert isinstance(op, ActivationOp)
-        form, dtype = options["rounding"], named["x"].dtype
-        out = options.get("out_dtype") or dtype
-        activated = options.get("silu_dtype", out)
-        steps = _steps(form, dtype, dtype if "w_up" in op.arguments else None, activated, out)
-        rounded = compute_dtype(dtype) if form == "fp32" else dtype
+        dtype = named["x"].dtype
+        steps = steps_of(options, dtype, dtype if "w_up" in op.arguments else None)
+        rounded = compute_dtype(dtype) if options["rounding"] == "fp32" else dtype
         return LinearChain(op.act(options), rounded, steps, options["configuration"])
 
     def results(self, chain: LinearChain, named: Named) -> tuple[Shaped, ...]:
@@ -229,7 +224,7 @@ def has_quack() -> bool:
 
 
 def hint(size: Any) -> int:
-    """The size that a symbol has in the call that is compiled. Raises NotMeasured if that is not known."""
+    """The size as a number. A symbol has the size of the example inputs. Raises NotMeasured if a symbol has none."""
     if isinstance(size, int):
         return size
     if not size.node.has_hint():
@@ -294,14 +289,13 @@ class LinearProblem:
 
 # --- the ops --------------------------------------------------------------------------------------------------------
 
-_ROUNDING, _OUT = Option("rounding", "str", "model", ACTIVATION_FORMS), dtype_option("out_dtype")
 _CONFIGURATION = Option("configuration", "str", "")
 _LINEAR = Linear()
 LINEAR_SILU_MUL = ActivationOp(
     "linear_silu_mul",
     _LINEAR,
     ("x", "w", "w_up", "bias", "bias_up", "out"),
-    (_ROUNDING, dtype_option("silu_dtype"), _OUT, _CONFIGURATION),
+    (*SILU_MUL.options, _CONFIGURATION),
     {"w": "w_gate", "bias": "bias_gate"},
     activation="silu",
 )
@@ -309,7 +303,7 @@ LINEAR_GELU = ActivationOp(
     "linear_gelu",
     _LINEAR,
     ("x", "w", "bias", "out"),
-    (Option("approximate", "str", "none", ("none", "tanh")), _ROUNDING, _OUT, _CONFIGURATION),
+    (*GELU.options, _CONFIGURATION),
     activation="gelu",
 )
 OPS = (LINEAR_SILU_MUL, LINEAR_GELU)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from dit_kernels import reference
 from dit_kernels.arguments import LATER_TABLE, TABLE, differ, known, reject
 from dit_kernels.families.family import Named, Op
 from dit_kernels.families.norm_rope import OF_ANY_NORM, NormRope
@@ -19,7 +18,7 @@ from dit_kernels.families.norm_rope import OF_ANY_NORM, NormRope
 class NormPartRope(NormRope):
     """Computes a RotatedChain over the heads of a token; without a rotation for the first S - S' tokens."""
 
-    defined = staticmethod(reference.partly_rotated)
+    partly = True
     arguments = tuple(
         replace(argument, role=LATER_TABLE) if argument.role is TABLE else argument for argument in NormRope.arguments
     )

@@ -47,10 +47,10 @@ _steps = lru_cache(maxsize=None)(rotated_steps)
 class NormRope(Family):
     """Computes a RotatedChain over the heads of a token. For norm_rope, x is q, and k is absent.
 
-    defined: the definition of one result.
+    partly: does the rotation have rows for the last tokens only?
     """
 
-    defined = staticmethod(reference.rotated)
+    partly = False
 
     arguments: tuple[Argument, ...] = (
         Argument("q", HEADS),
@@ -106,8 +106,16 @@ class NormRope(Family):
     def definition(self, chain: RotatedChain, named: Named) -> tuple[Tensor, ...]:
         rotation, sin = self.tables(named)
         return tuple(
-            self.defined(
-                named[x], named[f"{x}_weight"], named[f"{x}_bias"], rotation, sin, named[f"{x}_eps"], steps, chain
+            reference.rotated(
+                named[x],
+                named[f"{x}_weight"],
+                named[f"{x}_bias"],
+                rotation,
+                sin,
+                named[f"{x}_eps"],
+                steps,
+                chain,
+                self.partly,
             )
             for x, steps in (("q", chain.q), ("k", chain.k))
             if steps is not None
